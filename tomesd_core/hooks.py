@@ -1,0 +1,271 @@
+"""Merging on a UNet, by forward hooks on its modules alone: `attach`, and what one generation's merging knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .matching import match, tokens_removed
+from .partition import Partition, make_partition
+from .report import LayerReport, Report
+from .schedule import progress_of
+from .settings import MergeSettings
+from .token_map import TokenMap
+from .unet import Layer, find_layers, find_unet, finest_level, measured_level
+
+Grid = tuple[int, int]
+LeaveOut = Callable[[nn.Module], "str | None"]
+
+_attached: weakref.WeakKeyDictionary[nn.Module, Merging] = weakref.WeakKeyDictionary()
+
+
+def attach(model: object, settings: MergeSettings | None = None, leave_out: LeaveOut | None = None) -> Merging:
+    """Merges tokens around the self-attention of `model`'s UNet until the returned handle is detached.
+
+    `model` is an ldm or sgm UNetModel, or anything with `.model.diffusion_model`. A model without such layers is no
+    error: the report says so. What was attached to the same UNet before is detached. `leave_out` is asked at every call
+    of an `attn1` module, and keeps it unmerged by giving a reason.
+
+    Raises `TypeError` for what is no UNet, and for a diffusers model.
+    """
+    unet = find_unet(model)
+    if unet in _attached:
+        _attached[unet].detach()
+    merging = Merging(unet, settings or MergeSettings(), leave_out)
+    _attached[unet] = merging
+    return merging
+
+
+def detach(model: object) -> None:
+    """Detaches what is attached to `model`'s UNet, if anything is."""
+    merging = _attached.get(find_unet(model))
+    if merging is not None:
+        merging.detach()
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where a SpatialTransformer's layers are in the current pass."""
+
+    level: int | None
+    grid: Grid | None = None
+    why_not: str | None = None
+
+
+@dataclasses.dataclass
+class _LayerState:
+    """What the hooks of one layer tell each other."""
+
+    place: _Place
+    report: LayerReport
+    normed: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+    """The block's input, before norm1, and norm1's output; weak, to keep no activations."""
+    token_map: TokenMap | None = None
+    """The map of the attention call that is running."""
+
+
+class Merging:
+    """The hooks on one UNet. A context manager; `detach`, or leaving it, removes every hook.
+
+    It holds no reference to the model, and between calls none to any activation.
+    """
+
+    def __init__(self, unet: nn.Module, settings: MergeSettings, leave_out: LeaveOut | None = None) -> None:
+        self.settings = settings
+        self._leave_out = leave_out
+        self._step = -1
+        self._total: int | None = None
+        self._counts_passes = True
+        self._ratio: float | None = None
+        self._latent: Grid | None = None
+        self._steps = 0
+        self._step_began = self._step_merged = False
+        self._merged_steps = 0
+        self._partitions: dict[tuple[Grid, int, torch.device], Partition] = {}
+        layers = find_layers(unet)
+        finest = finest_level(layers)
+        self._most_downsample = max(settings.max_downsample, finest or 1)
+        self._falls_back = finest is not None and finest > settings.max_downsample
+        self._layers: list[_LayerState] = []
+        self._handles = [unet.register_forward_pre_hook(self._on_unet, with_kwargs=True)] if layers else []
+        places: dict[nn.Module, _Place] = {}
+        for layer in layers:
+            if layer.transformer not in places:
+                place = places[layer.transformer] = _Place(layer.level)
+                self._handles.append(
+                    layer.transformer.register_forward_pre_hook(self._on_transformer(place), with_kwargs=True)
+                )
+            self._add(layer, places[layer.transformer])
+
+    def set_step(self, step: int, total: int | None = None) -> None:
+        """Says where sampling is: the UNet passes that follow belong to `step` (from 0) of `total`.
+
+        Without it every pass counts as the next step, and the total is unknown, so that the ratio is the early one.
+        """
+        self._counts_passes = False
+        self._begin_step(step, total)
+
+    def report(self) -> Report:
+        """What was merged so far; can be read at any time, also after `detach`."""
+        notes = []
+        if not self._layers:
+            notes.append("this model has no self-attention layers that can be merged")
+        elif self._falls_back:
+            notes.append(
+                f"no attention at level {self.settings.max_downsample}: merging at level {self._most_downsample}, "
+                "the finest of this model"
+            )
+        if (
+            self._steps
+            and self._layers
+            and not any(state.report.calls or state.report.left_out for state in self._layers)
+        ):
+            notes.append("the model's attention layers did not run: the UNet was replaced")
+        layers = [dataclasses.replace(state.report) for state in self._layers]
+        return Report(layers, self._steps, self._merged_steps, self._ratio, notes)
+
+    def detach(self) -> None:
+        """Removes every hook; once more does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._partitions.clear()
+        for state in self._layers:
+            state.token_map = state.normed = None
+        for unet in [unet for unet, merging in _attached.items() if merging is self]:
+            del _attached[unet]
+
+    def __enter__(self) -> Merging:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def _add(self, layer: Layer, place: _Place) -> None:
+        state = _LayerState(place, LayerReport(layer.name, layer.level))
+        self._layers.append(state)
+        if not layer.is_self_attention:
+            state.report.left_out = "it is no self-attention (disable_self_attn)"
+            return
+        self._handles += [
+            layer.block.norm1.register_forward_hook(self._on_norm(state)),
+            layer.block.attn1.register_forward_pre_hook(self._before_attention(state), with_kwargs=True),
+            layer.block.attn1.register_forward_hook(self._after_attention(state)),
+        ]
+
+    def _begin_step(self, step: int, total: int | None) -> None:
+        self._step, self._total = max(step, 0), total
+        self._ratio = self.settings.ratio_at(progress_of(self._step, total))
+        self._partitions.clear()
+        self._step_began = self._step_merged = False
+
+    def _on_unet(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        latent = args[0] if args else kwargs.get("x")
+        self._latent = tuple(latent.shape[-2:]) if isinstance(latent, Tensor) and latent.ndim == 4 else None
+        if self._counts_passes:
+            self._begin_step(self._step + 1, None)
+        if not self._step_began:
+            self._step_began = True
+            self._steps += 1
+        for state in self._layers:
+            # Left behind by a pass that raised.
+            state.token_map = state.normed = None
+
+    def _on_transformer(self, place: _Place) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("x")
+            if not isinstance(x, Tensor) or x.ndim != 4:
+                place.grid, place.why_not = None, "its input is not an image"
+                return
+            rows, columns = place.grid = tuple(x.shape[-2:])
+            level = place.level
+            if self._latent is not None:
+                level = place.level = measured_level(self._latent, place.grid)
+            if level is not None and level > self._most_downsample:
+                place.why_not = f"level {level} is above max downsample {self.settings.max_downsample}"
+            elif rows * columns < self.settings.min_tokens:
+                place.why_not = f"{rows * columns} tokens are under min tokens {self.settings.min_tokens}"
+            else:
+                place.why_not = None
+
+        return hook
+
+    def _on_norm(self, state: _LayerState) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if state.place.why_not is None and args:
+                state.normed = weakref.ref(args[0]), weakref.ref(output)
+
+        return hook
+
+    def _before_attention(self, state: _LayerState) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            state.token_map = None
+            report, place = state.report, state.place
+            report.calls += 1
+            report.level = place.level
+            report.left_out = place.why_not or self._why_not(module, place, args, kwargs)
+            if report.left_out:
+                return None
+            y = args[0]
+            report.tokens = y.shape[1]
+            source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
+            # A call with another tensor than norm1's output (part of the batch, say) is matched by what it was given.
+            token_map = self._token_map(source if normed is y and source is not None else y, place.grid)
+            if token_map is None:
+                report.left_out = "there is nothing to remove at this ratio"
+                return None
+            state.token_map = token_map
+            report.merged_tokens = token_map.merged_tokens
+            report.merged_calls += 1
+            if not self._step_merged:
+                self._step_merged = True
+                self._merged_steps += 1
+            merged = token_map.merge(y)
+            # A context that is the input itself is self-attention; one of its own is left whole.
+            swap = [merged if value is y else value for value in args]
+            return tuple(swap), {name: merged if value is y else value for name, value in kwargs.items()}
+
+        return hook
+
+    def _after_attention(self, state: _LayerState) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            token_map, state.token_map = state.token_map, None
+            return None if token_map is None else token_map.unmerge(output)
+
+        return hook
+
+    def _why_not(self, module: nn.Module, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why this call of `attn1` is left alone, or None."""
+        if place.grid is None:
+            return "its token grid is not known"
+        if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+            return "its input is not a batch of tokens"
+        if args[0].shape[1] != place.grid[0] * place.grid[1]:
+            return f"its {args[0].shape[1]} tokens are not the grid's {place.grid[0]}x{place.grid[1]}"
+        context = args[1] if len(args) > 1 else kwargs.get("context")
+        mask = args[2] if len(args) > 2 else kwargs.get("mask")
+        if mask is not None and (context is None or context is args[0]):
+            return "its attention is masked token by token"
+        return self._leave_out(module) if self._leave_out is not None else None
+
+    def _token_map(self, x: Tensor, grid: Grid) -> TokenMap | None:
+        """The map for this call, by the similarity of x's tokens; None where it would remove none."""
+        settings = self.settings
+        removed = tokens_removed(x.shape[1], self._ratio or 0.0)
+        if not removed:
+            return None
+        items = 1 if settings.shared_draw else x.shape[0]
+        key = grid, items, x.device
+        if key not in self._partitions:
+            self._partitions[key] = make_partition(
+                grid, settings.stride, settings.partition, self._step, settings.window, items, x.device
+            )
+        partition = self._partitions[key]
+        if not partition.most_removed:
+            return None
+        return match(x, partition, exact=settings.window is None).token_map(removed)

@@ -1,0 +1,151 @@
+"""Which source falls into which destination: bipartite soft matching (paper, section 3.1), inside windows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .partition import Partition, make_partition
+from .settings import FIELDS, MergeSettings
+from .token_map import TokenMap
+
+SIMILARITY_BYTES = 64 * 2**20
+"""The similarity matrix never takes more than this at once."""
+
+CACHED_BYTES = 2 * 2**20
+"""On the CPU the similarities of a few windows at a time stay in its cache, where their maximum is found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Every src's best dst, and the src in the order of their similarity. Keeps indices, never activations."""
+
+    partition: Partition
+    best: Tensor
+    """[B, n_src]: the best dst of each src, as its place in the partition's `dst`."""
+    order: Tensor
+    """[B, n_src]: the src, most similar first."""
+
+    def token_map(self, removed: int) -> TokenMap:
+        """The map that merges the `removed` most similar src into their dst; at most as many as can merge."""
+        (items, sources), partition = self.best.shape, self.partition
+        removed = max(0, min(removed, partition.most_removed))
+        dst_count, device = partition.dst.shape[1], self.best.device
+        own = torch.arange(dst_count, dst_count + sources - removed, device=device).expand(items, -1)
+        src_slots = self.best.scatter(1, self.order[:, removed:], own)
+        slots = torch.empty(items, partition.tokens, dtype=torch.long, device=device)
+        slots.scatter_(1, partition.dst.expand(items, -1), torch.arange(dst_count, device=device).expand(items, -1))
+        slots.scatter_(1, partition.src.expand(items, -1), src_slots)
+        return TokenMap(slots, partition.tokens - removed)
+
+
+@torch.no_grad()
+def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
+    """Finds every src's most similar dst of its window, by the cosine of x's tokens ([B, N, C]).
+
+    A token of zero norm is similar to none. A token that is not finite is no one's destination, and merges last.
+    `exact` keeps x's own precision; else a lower one may be used where that is faster (see `similarity_dtype`).
+    """
+    (items, _, _), windows = x.shape, partition.windows
+    if not partition.most_removed:
+        nothing = torch.zeros(items, partition.src.shape[1], dtype=torch.long, device=x.device)
+        return Matching(partition, nothing, nothing)
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    finite = norm.isfinite()
+    scale = torch.where(finite & (norm > 0), 1 / norm, torch.zeros_like(norm)).flatten()
+    similarity, best = _best_in_windows(x, partition, scale, x.dtype if exact else similarity_dtype(x))
+
+    # A src may have found a dst that is not finite, where all others are dissimilar: it goes to one that is, and last.
+    dst_finite = finite.gather(1, partition.dst.expand(items, -1))
+    sound = dst_finite.gather(1, best)
+    in_window = windows.dst.expand(items, -1, -1)
+    window_finite = dst_finite.gather(1, in_window.flatten(1)).view(in_window.shape)
+    other = in_window.gather(2, window_finite.float().argmax(-1, keepdim=True))
+    other = other.expand_as(windows.src.expand(items, -1, -1)).flatten(1).gather(1, windows.src_place.expand(items, -1))
+    best = torch.where(sound, best, other)
+    similarity = similarity.masked_fill(~(sound & finite.gather(1, partition.src.expand(items, -1))), -2.0)
+    if windows.stranded is not None:
+        similarity = similarity.masked_fill(windows.stranded, -torch.inf)
+    return Matching(partition, best, similarity.sort(dim=1, descending=True, stable=True).indices)
+
+
+def similarity_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x's similarities are computed: x's own, but on the CPU the one that it multiplies fastest."""
+    if x.device.type != "cpu":
+        return x.dtype
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if has_bf16() else torch.promote_types(x.dtype, torch.float32)
+
+
+def _best_in_windows(x: Tensor, partition: Partition, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[B, n_src] twice: the highest similarity of each src, and the place in `partition.dst` where it was found."""
+    (items, tokens, channels), windows = x.shape, partition.windows
+    first = torch.arange(items, device=x.device)[:, None, None] * tokens
+    flat = x.reshape(-1, channels)
+
+    def rows_of(part: Tensor, numbers: Tensor) -> Tensor:
+        """[B·W, K]: where the windows' tokens lie in `flat`."""
+        numbers = numbers.expand(max(part.shape[0], numbers.shape[0]), -1, -1)
+        tokens_of = part.expand(numbers.shape[0], -1).gather(1, numbers.flatten(1)).view(numbers.shape)
+        return (tokens_of + first).flatten(0, 1)
+
+    def unit(rows: Tensor) -> Tensor:
+        """[…, C]: the tokens in `rows`, each of length one."""
+        return (flat.index_select(0, rows.flatten()) * scale[rows.flatten(), None].to(x.dtype)).view(*rows.shape, -1)
+
+    src, dst = rows_of(partition.src, windows.src), rows_of(partition.dst, windows.dst)
+    (count, sources), destinations = src.shape, dst.shape[1]
+    limit = CACHED_BYTES if x.device.type == "cpu" else SIMILARITY_BYTES
+    row_bytes = destinations * 4
+    rows_at_once = min(sources, max(1, limit // row_bytes))
+    # Rows are divided only where not even one window fits.
+    windows_at_once = max(1, limit // (rows_at_once * row_bytes)) if rows_at_once == sources else 1
+    values, indices = [], []
+    for some in range(0, count, windows_at_once):
+        b = unit(dst[some : some + windows_at_once]).nan_to_num(0.0, 0.0, 0.0).to(dtype).transpose(1, 2)
+        for top in range(0, sources, rows_at_once):
+            a = unit(src[some : some + windows_at_once, top : top + rows_at_once]).to(dtype)
+            value, index = torch.bmm(a, b).max(dim=-1)
+            values.append(value.float().flatten())
+            indices.append(index.flatten())
+    similarity = torch.cat(values).view(items, -1)
+    best = (
+        torch.cat(indices).view(items, -1, sources)
+        + torch.arange(count // items, device=x.device)[:, None] * destinations
+    )
+    best = windows.dst.flatten(1).expand(items, -1).gather(1, best.flatten(1))
+    place = windows.src_place.expand(items, -1)
+    return similarity.gather(1, place), best.gather(1, place)
+
+
+def match_tokens(
+    x: Tensor,
+    grid: tuple[int, int],
+    ratio: float,
+    *,
+    stride: tuple[int, int] = (2, 2),
+    partition: str = "random",
+    step: int = 0,
+    window: int | None = FIELDS["window"].default,
+    shared_draw: bool = True,
+) -> TokenMap:
+    """The map that removes `ratio` of x's tokens, the most similar ones.
+
+    x is a transformer block's input, [B, rows·columns, C] in row order; `grid` is (rows, columns). The other options are
+    the fields of `MergeSettings`, and `step` which random choice is made. Raises `SettingsError` (a `ValueError`) for an
+    option out of its range, and `ValueError` where x is not on the grid.
+    """
+    settings = MergeSettings(ratio=ratio, stride=stride, partition=partition, window=window, shared_draw=shared_draw)
+    if x.ndim != 3 or x.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"x must be [B, {grid[0] * grid[1]}, C] on a grid of {grid[0]}×{grid[1]}, got {list(x.shape)}")
+    split = make_partition(
+        grid, settings.stride, settings.partition, step, settings.window, 1 if shared_draw else x.shape[0], x.device
+    )
+    return match(x, split, exact=settings.window is None).token_map(tokens_removed(x.shape[1], settings.ratio))
+
+
+def tokens_removed(tokens: int, ratio: float) -> int:
+    """How many of `tokens` a ratio removes, as `tomesd` counts them: rounded down."""
+    return int(tokens * ratio)

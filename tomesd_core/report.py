@@ -1,0 +1,66 @@
+"""What was merged, for people and for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+
+@dataclasses.dataclass
+class LayerReport:
+    """What happened in one self-attention layer."""
+
+    name: str
+    level: int | None
+    """The downsample factor: as measured in the last call, or, before the first, as the structure says."""
+    tokens: int = 0
+    """Tokens of an item in the last call."""
+    merged_tokens: int = 0
+    """How many of them attention saw when it last merged."""
+    calls: int = 0
+    merged_calls: int = 0
+    left_out: str | None = None
+    """Why the last call that was not merged was not."""
+
+
+@dataclasses.dataclass
+class Report:
+    """What one `attach` merged. `str()` of it is for people, in ASCII, so that any console can print it."""
+
+    layers: list[LayerReport]
+    steps: int
+    """Steps that reached the UNet."""
+    merged_steps: int
+    """Steps in which at least one layer merged."""
+    ratio: float | None
+    """The ratio of the last step; None before the first."""
+    notes: list[str]
+    """What a person should know: a fallback level, a model without layers."""
+
+    @property
+    def merged_layers(self) -> list[LayerReport]:
+        """The layers in which tokens were merged."""
+        return [layer for layer in self.layers if layer.merged_calls]
+
+    @property
+    def summary(self) -> str:
+        """One line: layers, tokens, steps, notes."""
+        merged = self.merged_layers
+        if not merged:
+            why = "; ".join(self.notes or sorted({layer.left_out for layer in self.layers if layer.left_out}))
+            return f"nothing merged{f': {why}' if why else ''}"
+        sizes = Counter((layer.tokens, layer.merged_tokens) for layer in merged)
+        tokens = ", ".join(f"{before} -> {after} tokens" for before, after in sorted(sizes, reverse=True))
+        line = f"{len(merged)} of {len(self.layers)} self-attention layers, {tokens}, {self.merged_steps} of {self.steps} steps"
+        return "; ".join([line, *self.notes])
+
+    def __str__(self) -> str:
+        lines = [f"token merging: {self.summary}"]
+        for layer in self.layers:
+            what = f"{layer.tokens} -> {layer.merged_tokens} tokens in {layer.merged_calls} of {layer.calls} calls"
+            if not layer.merged_calls:
+                what = "not merged"
+            lines.append(
+                f"  {layer.name} (level {layer.level}): {what}{f', {layer.left_out}' if layer.left_out else ''}"
+            )
+        return "\n".join(lines)

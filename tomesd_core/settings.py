@@ -1,0 +1,232 @@
+"""What a person can set: one dataclass, one field list, one validation.
+
+Everything that shows, stores, sends or checks a setting (the panel, the picture's parameters, the API, presets, plot
+axes, the README's table) reads this list, so a new setting is one more field here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .schedule import SCHEDULES, ratio_at
+
+PARTITIONS = ("random", "corner", "uniform", "alternating")
+PASSES = ("both passes", "first pass", "hires pass")
+
+
+class SettingsError(ValueError):
+    """A setting has a value that it can't have. The message names the setting, the value and the range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How one field of `MergeSettings` is named, bounded and explained.
+
+    `kind` is `number`, `integer`, `choice`, `flag`, or `pair` (two integers). `infotext` is the field's key in a
+    picture's parameters; a field without one is an expert field, which the panel doesn't show.
+    """
+
+    default: Any
+    kind: str
+    label: str
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float | None = None
+    choices: tuple[Any, ...] = ()
+    infotext: str | None = None
+    optional: bool = False
+    where: str = ""
+    """Added to the range in an error, where the range depends on other settings."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value` in the field's own type; raises `SettingsError` when it isn't one that the field can have."""
+        if value is None and self.optional:
+            return None
+        if self.kind == "flag":
+            if not isinstance(value, bool):
+                raise SettingsError(f"{name} must be true or false, got {value!r}")
+            return value
+        if self.kind == "choice":
+            # A number chosen on a page may come back as a float; True is not the choice 1.
+            match = [choice for choice in self.choices if choice == value and not isinstance(value, bool)]
+            if not match:
+                allowed = ", ".join(str(choice) for choice in self.choices)
+                raise SettingsError(f"{name} must be one of {allowed}, got {value!r}")
+            return match[0]
+        if self.kind == "pair":
+            if not isinstance(value, (list, tuple)) or len(value) != 2:
+                raise SettingsError(f"{name} must be two integers {self._range()}, got {value!r}")
+            return tuple(self._number(name, side) for side in value)
+        return self._number(name, value)
+
+    def _range(self) -> str:
+        return f"of at least {self.minimum:g}" if self.maximum is None else f"in [{self.minimum:g}, {self.maximum:g}]"
+
+    def _number(self, name: str, value: Any) -> int | float:
+        integer = self.kind != "number"
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or (integer and value != int(value)):
+            raise SettingsError(
+                f"{name} must be {'an integer' if integer else 'a number'} {self._range()}, got {value!r}"
+            )
+        if value < self.minimum or (self.maximum is not None and value > self.maximum):
+            verb = "be" if self.maximum is None else "lie"
+            raise SettingsError(f"{name} must {verb} {self._range()}{self.where}, got {value:g}")
+        return int(value) if integer else float(value)
+
+
+def _setting(default: Any, *args: Any, **options: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"setting": Setting(default, *args, **options)})
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeSettings:
+    """What to merge, where and when.
+
+    Raises `SettingsError` (a `ValueError`) when a value is out of its field's range, or when a ratio is above what the
+    partition can remove (paper, section 3.1: every destination stays).
+    """
+
+    ratio: float = _setting(
+        0.5,
+        "number",
+        "Ratio",
+        "Share of the tokens removed before self-attention. More is faster and less exact.",
+        minimum=0.0,
+        maximum=0.75,
+        step=0.01,
+        infotext="ToMe ratio",
+    )
+    late_ratio: float = _setting(
+        0.2,
+        "number",
+        "Late ratio",
+        "The ratio in the late steps, where details are made.",
+        minimum=0.0,
+        maximum=0.75,
+        step=0.01,
+        infotext="ToMe late ratio",
+    )
+    schedule: str = _setting(
+        "constant",
+        "choice",
+        "Schedule",
+        "constant: the same ratio in every step. linear: from ratio to late ratio. step: a change at one point.",
+        choices=SCHEDULES,
+        infotext="ToMe schedule",
+    )
+    switch_at: float = _setting(
+        0.5,
+        "number",
+        "Switch at",
+        "Where in the steps the late ratio takes over: 0 is the first step, 1 the last.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.01,
+        infotext="ToMe switch at",
+    )
+    max_downsample: int = _setting(
+        1,
+        "choice",
+        "Max downsample",
+        "1: only layers at the full latent resolution, where the speed is; 2, 4, 8: coarser ones too.",
+        choices=(1, 2, 4, 8),
+        infotext="ToMe max downsample",
+    )
+    min_tokens: int = _setting(
+        0,
+        "integer",
+        "Min tokens",
+        "Layers with fewer tokens are left alone. 512x512 has 4096 tokens at level 1.",
+        minimum=0,
+        maximum=65536,
+        step=256,
+        infotext="ToMe min tokens",
+    )
+    apply_to: str = _setting(
+        "both passes",
+        "choice",
+        "Apply to",
+        "Which passes of hires fix merge. A picture without hires fix has only the first.",
+        choices=PASSES,
+        infotext="ToMe apply to",
+    )
+    stride: tuple[int, int] = _setting(
+        (2, 2),
+        "pair",
+        "Stride",
+        "Rows and columns of the cell that has one destination.",
+        minimum=1,
+        maximum=16,
+    )
+    partition: str = _setting(
+        "random",
+        "choice",
+        "Partition",
+        "How destinations are chosen (paper, table 2): random is one token drawn in each cell.",
+        choices=PARTITIONS,
+    )
+    window: int | None = _setting(
+        32,
+        "integer",
+        "Window",
+        "Side, in tokens, of the windows inside which a destination is looked for; none: the whole image.",
+        minimum=1,
+        maximum=4096,
+        optional=True,
+    )
+    shared_draw: bool = _setting(
+        True,
+        "flag",
+        "Shared draw",
+        "One random choice for the whole batch, so that both halves of guidance share it (paper, section 4.1).",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "partition"):
+            object.__setattr__(self, name, FIELDS[name].check(name, getattr(self, name)))
+        highest = max_ratio(self.stride, self.partition)
+        rows, columns = self.stride
+        where = (
+            f" for a {rows}×{columns} stride" if self.partition != "alternating" else " for the alternating partition"
+        )
+        for name, setting in FIELDS.items():
+            if name in ("ratio", "late_ratio"):
+                # A late ratio that the schedule never reaches can't be too high.
+                unused = name == "late_ratio" and self.schedule == "constant"
+                setting = dataclasses.replace(
+                    setting, maximum=1.0 if unused else highest, where="" if unused else where
+                )
+            object.__setattr__(self, name, setting.check(name, getattr(self, name)))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> MergeSettings:
+        """Settings from named values; missing ones get their defaults. Raises `SettingsError`, also for unknown names."""
+        unknown = [str(name) for name in values if name not in FIELDS]
+        if unknown:
+            raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(FIELDS)}")
+        return cls(**values)
+
+    def ratio_at(self, progress: float) -> float:
+        """The ratio at `progress`, from 0 (first step) to 1 (last). See `schedule.ratio_at`."""
+        return ratio_at(progress, self.schedule, self.ratio, self.late_ratio, self.switch_at)
+
+
+FIELDS: dict[str, Setting] = {
+    field.name: field.metadata["setting"] for field in dataclasses.fields(MergeSettings) if "setting" in field.metadata
+}
+"""Every setting by name, in order."""
+
+
+def max_ratio(stride: tuple[int, int], partition: str) -> float:
+    """The highest ratio that a partition allows: the share of tokens that are sources.
+
+    `stride` is (rows, columns). One destination a cell gives 1 - 1/(rows·columns) (paper, section 3.1); the
+    alternating partition makes every other token a destination, whatever the stride.
+    """
+    rows, columns = stride
+    return 0.5 if partition == "alternating" else 1 - 1 / (rows * columns)
