@@ -52,7 +52,10 @@ def detach(model: object) -> None:
 class _Place:
     """Where a SpatialTransformer's layers are in the current pass."""
 
+    built_level: int | None
+    """The level by the structure."""
     level: int | None
+    """The level as measured in the last pass."""
     grid: Grid | None = None
     why_not: str | None = None
 
@@ -78,6 +81,7 @@ class Merging:
     def __init__(self, unet: nn.Module, settings: MergeSettings, leave_out: LeaveOut | None = None) -> None:
         self.settings = settings
         self._leave_out = leave_out
+        self._attached = True
         self._step = -1
         self._total: int | None = None
         self._counts_passes = True
@@ -96,11 +100,16 @@ class Merging:
         places: dict[nn.Module, _Place] = {}
         for layer in layers:
             if layer.transformer not in places:
-                place = places[layer.transformer] = _Place(layer.level)
+                place = places[layer.transformer] = _Place(layer.level, layer.level)
                 self._handles.append(
                     layer.transformer.register_forward_pre_hook(self._on_transformer(place), with_kwargs=True)
                 )
             self._add(layer, places[layer.transformer])
+
+    @property
+    def attached(self) -> bool:
+        """False after `detach`."""
+        return self._attached
 
     def set_step(self, step: int, total: int | None = None) -> None:
         """Says where sampling is: the UNet passes that follow belong to `step` (from 0) of `total`.
@@ -134,6 +143,7 @@ class Merging:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._attached = False
         self._partitions.clear()
         for state in self._layers:
             state.token_map = state.normed = None
@@ -183,9 +193,9 @@ class Merging:
                 place.grid, place.why_not = None, "its input is not an image"
                 return
             rows, columns = place.grid = tuple(x.shape[-2:])
-            level = place.level
             if self._latent is not None:
-                level = place.level = measured_level(self._latent, place.grid)
+                place.level = measured_level(self._latent, place.grid, place.built_level)
+            level = place.level
             if level is not None and level > self._most_downsample:
                 place.why_not = f"level {level} is above max downsample {self.settings.max_downsample}"
             elif rows * columns < self.settings.min_tokens:
@@ -208,8 +218,9 @@ class Merging:
             report, place = state.report, state.place
             report.calls += 1
             report.level = place.level
-            report.left_out = place.why_not or self._why_not(module, place, args, kwargs)
-            if report.left_out:
+            why_not = place.why_not or self._why_not(module, place, args, kwargs)
+            if why_not:
+                report.left_out = why_not
                 return None
             y = args[0]
             report.tokens = y.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import torch
@@ -45,17 +46,20 @@ class Matching:
 def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     """Finds every src's most similar dst of its window, by the cosine of x's tokens ([B, N, C]).
 
-    A token of zero norm is similar to none. A token that is not finite is no one's destination, and merges last.
+    A token of zero norm is similar to none. A token that is not finite is no one's destination where its window has
+    another, and merges last: only at the highest ratio, where every src must merge, it spoils the slot it falls into.
     `exact` keeps x's own precision; else a lower one may be used where that is faster (see `similarity_dtype`).
     """
     (items, _, _), windows = x.shape, partition.windows
     if not partition.most_removed:
-        nothing = torch.zeros(items, partition.src.shape[1], dtype=torch.long, device=x.device)
-        return Matching(partition, nothing, nothing)
+        order = torch.arange(partition.src.shape[1], device=x.device).expand(items, -1)
+        return Matching(partition, torch.zeros_like(order), order)
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     finite = norm.isfinite()
-    scale = torch.where(finite & (norm > 0), 1 / norm, torch.zeros_like(norm)).flatten()
-    similarity, best = _best_in_windows(x, partition, scale, x.dtype if exact else similarity_dtype(x))
+    # In norm's own precision: in a half type the inverse of a small norm is infinite.
+    scale = torch.where(finite & norm.reciprocal().isfinite(), norm.reciprocal(), torch.zeros_like(norm)).flatten()
+    with _own_precision(x) if exact else contextlib.nullcontext():
+        similarity, best = _best_in_windows(x, partition, scale, x.dtype if exact else similarity_dtype(x))
 
     # A src may have found a dst that is not finite, where all others are dissimilar: it goes to one that is, and last.
     dst_finite = finite.gather(1, partition.dst.expand(items, -1))
@@ -69,6 +73,13 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     if windows.stranded is not None:
         similarity = similarity.masked_fill(windows.stranded, -torch.inf)
     return Matching(partition, best, similarity.sort(dim=1, descending=True, stable=True).indices)
+
+
+def _own_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """No autocast on x's device, where there may be one."""
+    return (
+        torch.autocast(x.device.type, enabled=False) if x.device.type in ("cpu", "cuda") else contextlib.nullcontext()
+    )
 
 
 def similarity_dtype(x: Tensor) -> torch.dtype:
@@ -92,13 +103,14 @@ def _best_in_windows(x: Tensor, partition: Partition, scale: Tensor, dtype: torc
         return (tokens_of + first).flatten(0, 1)
 
     def unit(rows: Tensor) -> Tensor:
-        """[…, C]: the tokens in `rows`, each of length one."""
-        return (flat.index_select(0, rows.flatten()) * scale[rows.flatten(), None].to(x.dtype)).view(*rows.shape, -1)
+        """[…, C]: the tokens in `rows`, each of length one, in scale's precision."""
+        chosen = rows.flatten()
+        return (flat.index_select(0, chosen) * scale[chosen, None]).view(*rows.shape, -1)
 
     src, dst = rows_of(partition.src, windows.src), rows_of(partition.dst, windows.dst)
     (count, sources), destinations = src.shape, dst.shape[1]
     limit = CACHED_BYTES if x.device.type == "cpu" else SIMILARITY_BYTES
-    row_bytes = destinations * 4
+    row_bytes = destinations * torch.finfo(dtype).bits // 8
     rows_at_once = min(sources, max(1, limit // row_bytes))
     # Rows are divided only where not even one window fits.
     windows_at_once = max(1, limit // (rows_at_once * row_bytes)) if rows_at_once == sources else 1
@@ -133,10 +145,11 @@ def match_tokens(
 ) -> TokenMap:
     """The map that removes `ratio` of x's tokens, the most similar ones.
 
-    x is a transformer block's input, [B, rows·columns, C] in row order; `grid` is (rows, columns). The other options are
-    the fields of `MergeSettings`, and `step` which random choice is made. Raises `SettingsError` (a `ValueError`) for an
-    option out of its range, and `ValueError` where x is not on the grid.
+    x is a transformer block's input, [B, rows·columns, C] in row order; `grid` is (rows, columns). The other options
+    are the fields of `MergeSettings`, and `step` which random choice is made. Raises `SettingsError` (a `ValueError`)
+    for an option out of its range, and `ValueError` where x is not on the grid.
     """
+    grid = tuple(grid)
     settings = MergeSettings(ratio=ratio, stride=stride, partition=partition, window=window, shared_draw=shared_draw)
     if x.ndim != 3 or x.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"x must be [B, {grid[0] * grid[1]}, C] on a grid of {grid[0]}×{grid[1]}, got {list(x.shape)}")

@@ -59,9 +59,9 @@ def make_partition(
 
     `partition`: `random` draws one dst in each whole cell of `stride` (rows, columns); `corner` takes the cell's first
     token; `uniform` draws as many dst anywhere; `alternating` takes every other token along the row. Tokens outside a
-    whole cell are src. `window` is the side, in tokens, of the windows inside which a dst is looked for, rounded down to
-    whole cells and spread evenly over the grid; None is the whole grid. With `items` above 1 each batch item has a draw
-    of its own (the paper's ablation of a draw that is not shared).
+    whole cell are src. `window` is the side, in tokens, of the windows inside which a dst is looked for, rounded down
+    to whole cells and spread evenly over the grid; None is the whole grid. With `items` above 1 each batch item has a
+    draw of its own (the paper's ablation of a draw that is not shared).
 
     The draw is a pure function of grid, stride, step and item. It reads no random state and is made on the CPU, so that
     it is the same on every device.
@@ -118,7 +118,7 @@ def _layout(grid: tuple[int, int], stride: tuple[int, int], window: int | None, 
 def _uniform_partition(
     grid: tuple[int, int], stride: tuple[int, int], step: int, window: int | None, items: int, device: torch.device
 ) -> Partition:
-    count = math.prod(side // cell for side, cell in zip(grid, stride))
+    count = math.prod(side // cell for side, cell in zip(grid, stride, strict=True))
     shuffled = [_hash(math.prod(grid), step, item).argsort(stable=True) for item in range(items)]
     src = [order[count:].sort().values for order in shuffled]
     dst = [order[:count].sort().values for order in shuffled]
@@ -132,7 +132,7 @@ def _uniform_partition(
 def _window_of(grid: tuple[int, int], stride: tuple[int, int], window: int | None) -> Tensor:
     """[rows·columns]: the number of each token's window. Tokens outside a whole cell belong to the nearest one."""
     along = []
-    for side, cell in zip(grid, stride):
+    for side, cell in zip(grid, stride, strict=True):
         cells = side // cell
         count = 1 if window is None or cells == 0 else math.ceil(cells / max(1, window // cell))
         cell_of = (torch.arange(side) // cell).clamp(max=max(cells - 1, 0))

@@ -51,7 +51,8 @@ class Report:
             return f"nothing merged{f': {why}' if why else ''}"
         sizes = Counter((layer.tokens, layer.merged_tokens) for layer in merged)
         tokens = ", ".join(f"{before} -> {after} tokens" for before, after in sorted(sizes, reverse=True))
-        line = f"{len(merged)} of {len(self.layers)} self-attention layers, {tokens}, {self.merged_steps} of {self.steps} steps"
+        line = f"{len(merged)} of {len(self.layers)} self-attention layers, {tokens}"
+        line += f", {self.merged_steps} of {self.steps} steps"
         return "; ".join([line, *self.notes])
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,8 +69,11 @@ class Setting:
 
     def _number(self, name: str, value: Any) -> int | float:
         integer = self.kind != "number"
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or (integer and value != int(value)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+        # Beyond what a float holds, which an int may be: out of any range, and not to be formatted as it is.
+        if is_number and abs(value) > sys.float_info.max:
+            value = math.copysign(math.inf, value)
+        if not is_number or (integer and math.isfinite(value) and value != int(value)):
             raise SettingsError(
                 f"{name} must be {'an integer' if integer else 'a number'} {self._range()}, got {value!r}"
             )
@@ -205,7 +209,7 @@ class MergeSettings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MergeSettings:
-        """Settings from named values; missing ones get their defaults. Raises `SettingsError`, also for unknown names."""
+        """Settings from named values, with defaults for missing ones. Raises `SettingsError`, also for unknown names."""
         unknown = [str(name) for name in values if name not in FIELDS]
         if unknown:
             raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(FIELDS)}")

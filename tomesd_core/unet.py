@@ -61,11 +61,14 @@ def finest_level(layers: list[Layer]) -> int | None:
     return min((layer.level for layer in layers if layer.level is not None and layer.is_self_attention), default=None)
 
 
-def measured_level(latent: tuple[int, int], grid: tuple[int, int]) -> int:
-    """The level of a layer: the latent's size over its grid's, both (rows, columns), as the nearest power of two.
+def measured_level(latent: tuple[int, int], grid: tuple[int, int], expected: int | None = None) -> int:
+    """The level of a layer: the latent's size over its grid's, both (rows, columns), as a power of two.
 
-    Odd sizes are rounded up on the way down (65 to 33 to 17), so the quotient is near a power of two, not on it.
+    Every halving rounds up (65 to 33 to 17): `expected`, the level by the structure, is right where that gives the
+    grid; else something was resized on the way, and the nearest power of two is.
     """
+    if expected and all(math.ceil(whole / expected) == part for whole, part in zip(latent, grid, strict=True)):
+        return expected
     quotient = math.sqrt(latent[0] * latent[1] / (grid[0] * grid[1]))
     return 2 ** max(0, round(math.log2(quotient)))
 

@@ -1,0 +1,29 @@
+"""Run by WebUI at every start: says what is wrong with the surroundings. It installs nothing."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+
+def problems() -> list[str]:
+    """What keeps the extension from working here, a line each."""
+    found = []
+    if sys.version_info < (3, 10):  # noqa: UP036 - what runs it is what is asked
+        found.append(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+    # Asked of the packages' metadata: importing torch would delay every start by seconds.
+    for package, least in (("torch", (2, 0)), ("gradio", (3, 41))):
+        try:
+            text = version(package)
+        except PackageNotFoundError:
+            found.append(f"{package} {'.'.join(map(str, least))} or newer is needed, and none is installed")
+            continue
+        digits = text.split("+")[0].split(".")[:2]
+        if all(part.isdigit() for part in digits) and tuple(map(int, digits)) < least:
+            found.append(f"{package} {'.'.join(map(str, least))} or newer is needed, this is {text}")
+    return found
+
+
+if __name__ == "__main__":
+    for line in problems():
+        print(f"ToMe: {line}")

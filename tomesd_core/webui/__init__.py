@@ -1,0 +1,1 @@
+"""What WebUI sees. The only modules that import `modules.*` and gradio, besides the demo's."""

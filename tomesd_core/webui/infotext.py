@@ -1,0 +1,45 @@
+"""A picture's parameters back into the panel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..settings import Setting, SettingsError
+from .arguments import PANEL_FIELDS
+from .log import log
+
+
+def paste_fields(controls: Mapping[str, Any]) -> list[tuple[Any, Callable[[Mapping[str, Any]], Any]]]:
+    """Pairs of control and function of the parsed parameters, for `Script.infotext_fields`.
+
+    Functions, since an absent key must set a field to its default, and since WebUI casts what it pastes by itself by
+    the component's type, and doesn't catch what that raises.
+    """
+    readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {"enabled": lambda found: "ToMe ratio" in found}
+    readers |= {name: _reader(name, setting) for name, setting in PANEL_FIELDS.items()}
+    return [(control, readers[name]) for name, control in controls.items()]
+
+
+def read_field(name: str, setting: Setting, text: Any) -> Any:
+    """A field's value from its text in the parameters. Raises `SettingsError` when it is none."""
+    value = text
+    if isinstance(text, str) and setting.kind in ("number", "integer", "choice"):
+        try:
+            value = float(text) if setting.kind == "number" else int(text)
+        except ValueError:
+            value = text
+    return setting.check(name, value)
+
+
+def _reader(name: str, setting: Setting) -> Callable[[Mapping[str, Any]], Any]:
+    def read(found: Mapping[str, Any]) -> Any:
+        if setting.infotext not in found:
+            return setting.default
+        try:
+            return read_field(name, setting, found[setting.infotext])
+        except SettingsError as error:
+            log.warning(f"{setting.infotext} in the picture's parameters is ignored: {error}")
+            return setting.default
+
+    return read
