@@ -49,7 +49,14 @@ def apply_patch(
         ratio = highest
     attach(
         model,
-        MergeSettings(ratio=ratio, max_downsample=max_downsample, stride=(sy, sx), partition=partition, window=None),
+        MergeSettings(
+            ratio=ratio,
+            max_downsample=max_downsample,
+            stride=(sy, sx),
+            partition=partition,
+            window=None,
+            skip_unprofitable=False,
+        ),
     )
     return model
 

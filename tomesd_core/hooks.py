@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .matching import match, tokens_removed
+from .matching import Matching, match, tokens_removed
 from .partition import Partition, make_partition
+from .profit import pays
 from .report import LayerReport, Report
 from .schedule import progress_of
 from .settings import MergeSettings
@@ -68,8 +69,23 @@ class _LayerState:
     report: LayerReport
     normed: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
     """The block's input, before norm1, and norm1's output; weak, to keep no activations."""
+    maps: list[TokenMap | None] = dataclasses.field(default_factory=list)
+    """The maps of the attention calls that are running, the innermost last; None for a call left alone."""
+    calls_in_pass: int = 0
+
+
+@dataclasses.dataclass
+class _Kept:
+    """A matching, kept for the steps that reuse it, with the last map made from it."""
+
+    matching: Matching
+    removed: int = -1
     token_map: TokenMap | None = None
-    """The map of the attention call that is running."""
+
+    def map_of(self, removed: int) -> TokenMap:
+        if self.token_map is None or self.removed != removed:
+            self.removed, self.token_map = removed, self.matching.token_map(removed)
+        return self.token_map
 
 
 class Merging:
@@ -85,12 +101,15 @@ class Merging:
         self._step = -1
         self._total: int | None = None
         self._counts_passes = True
-        self._ratio: float | None = None
+        self._ratio = settings.ratio_at(0.0)
         self._latent: Grid | None = None
         self._steps = 0
         self._step_began = self._step_merged = False
         self._merged_steps = 0
         self._partitions: dict[tuple[Grid, int, torch.device], Partition] = {}
+        self._kept: dict[tuple[Any, ...], _Kept] = {}
+        self._pass: tuple[int, ...] = ()
+        """The batch sizes of the UNet passes of this step so far: what tells one pass of a step from another."""
         layers = find_layers(unet)
         finest = finest_level(layers)
         self._most_downsample = max(settings.max_downsample, finest or 1)
@@ -136,7 +155,7 @@ class Merging:
         ):
             notes.append("the model's attention layers did not run: the UNet was replaced")
         layers = [dataclasses.replace(state.report) for state in self._layers]
-        return Report(layers, self._steps, self._merged_steps, self._ratio, notes)
+        return Report(layers, self._steps, self._merged_steps, self._ratio if self._steps else None, notes)
 
     def detach(self) -> None:
         """Removes every hook; once more does no harm."""
@@ -145,8 +164,10 @@ class Merging:
         self._handles.clear()
         self._attached = False
         self._partitions.clear()
+        self._kept.clear()
         for state in self._layers:
-            state.token_map = state.normed = None
+            state.normed = None
+            state.maps.clear()
         for unet in [unet for unet, merging in _attached.items() if merging is self]:
             del _attached[unet]
 
@@ -169,7 +190,13 @@ class Merging:
         ]
 
     def _begin_step(self, step: int, total: int | None) -> None:
+        every = self.settings.reuse_steps
+        # A step that doesn't come after the last one belongs to another run. Without `set_step` a pass may be any part
+        # of a step, so nothing is kept from one to the next.
+        if self._counts_passes or step <= self._step or step // every != self._step // every:
+            self._kept.clear()
         self._step, self._total = max(step, 0), total
+        self._pass = ()
         self._ratio = self.settings.ratio_at(progress_of(self._step, total))
         self._partitions.clear()
         self._step_began = self._step_merged = False
@@ -179,12 +206,15 @@ class Merging:
         self._latent = tuple(latent.shape[-2:]) if isinstance(latent, Tensor) and latent.ndim == 4 else None
         if self._counts_passes:
             self._begin_step(self._step + 1, None)
+        self._pass += (latent.shape[0] if self._latent else 0,)
         if not self._step_began:
             self._step_began = True
             self._steps += 1
         for state in self._layers:
+            state.calls_in_pass = 0
             # Left behind by a pass that raised.
-            state.token_map = state.normed = None
+            state.normed = None
+            state.maps.clear()
 
     def _on_transformer(self, place: _Place) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -214,7 +244,7 @@ class Merging:
 
     def _before_attention(self, state: _LayerState) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            state.token_map = None
+            state.maps.append(None)
             report, place = state.report, state.place
             report.calls += 1
             report.level = place.level
@@ -226,12 +256,14 @@ class Merging:
             report.tokens = y.shape[1]
             source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
             # A call with another tensor than norm1's output (part of the batch, say) is matched by what it was given.
-            token_map = self._token_map(source if normed is y and source is not None else y, place.grid)
-            if token_map is None:
-                report.left_out = "there is nothing to remove at this ratio"
+            token_map = self._token_map(state, source if normed is y and source is not None else y, place.grid)
+            if isinstance(token_map, str):
+                report.left_out = token_map
                 return None
-            state.token_map = token_map
+            state.maps[-1] = token_map
             report.merged_tokens = token_map.merged_tokens
+            report.fewest_tokens = min(report.fewest_tokens or report.merged_tokens, report.merged_tokens)
+            report.most_tokens = max(report.most_tokens, report.merged_tokens)
             report.merged_calls += 1
             if not self._step_merged:
                 self._step_merged = True
@@ -245,7 +277,7 @@ class Merging:
 
     def _after_attention(self, state: _LayerState) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            token_map, state.token_map = state.token_map, None
+            token_map = state.maps.pop() if state.maps else None
             return None if token_map is None else token_map.unmerge(output)
 
         return hook
@@ -264,19 +296,33 @@ class Merging:
             return "its attention is masked token by token"
         return self._leave_out(module) if self._leave_out is not None else None
 
-    def _token_map(self, x: Tensor, grid: Grid) -> TokenMap | None:
-        """The map for this call, by the similarity of x's tokens; None where it would remove none."""
-        settings = self.settings
-        removed = tokens_removed(x.shape[1], self._ratio or 0.0)
+    def _token_map(self, state: _LayerState, x: Tensor, grid: Grid) -> TokenMap | str:
+        """The map for this call, by the similarity of x's tokens, or why there is none."""
+        settings, ratio, (items, tokens, channels) = self.settings, self._ratio, x.shape
+        exact = settings.window is None
+        removed = tokens_removed(tokens, ratio, exact)
         if not removed:
-            return None
-        items = 1 if settings.shared_draw else x.shape[0]
-        key = grid, items, x.device
+            return f"at ratio {ratio:g} there is nothing to remove"
+        if settings.skip_unprofitable and not pays(tokens, channels, ratio, x.device.type):
+            return f"merging {ratio:g} of {tokens} tokens would not save time"
+        number, state.calls_in_pass = state.calls_in_pass, state.calls_in_pass + 1
+        key = (None if settings.share_layers else id(state), self._pass, number, grid, items, x.device)
+        kept = self._kept.get(key)
+        if kept is None:
+            partition = self._partition(grid, 1 if settings.shared_draw else items, x.device)
+            if not partition.most_removed:
+                return f"its {grid[0]}x{grid[1]} grid is smaller than a {settings.stride[0]}x{settings.stride[1]} cell"
+            kept = _Kept(match(x, partition, exact))
+            if settings.reuse_steps > 1 or settings.share_layers:
+                self._kept[key] = kept
+        return kept.map_of(removed)
+
+    def _partition(self, grid: Grid, items: int, device: torch.device) -> Partition:
+        """This step's partition of a grid, made once for all layers on it."""
+        key = grid, items, device
         if key not in self._partitions:
+            settings = self.settings
             self._partitions[key] = make_partition(
-                grid, settings.stride, settings.partition, self._step, settings.window, items, x.device
+                grid, settings.stride, settings.partition, max(self._step, 0), settings.window, items, device
             )
-        partition = self._partitions[key]
-        if not partition.most_removed:
-            return None
-        return match(x, partition, exact=settings.window is None).token_map(removed)
+        return self._partitions[key]

@@ -40,10 +40,25 @@ class Partition:
     most_removed: int
     """How many src can merge, in every batch item."""
 
+    _rows: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
     @property
     def tokens(self) -> int:
         """The number of tokens in the grid."""
         return self.src.shape[1] + self.dst.shape[1]
+
+    def rows(self, items: int) -> tuple[Tensor, Tensor]:
+        """[items·W, S] and [items·W, D]: where the windows' src and dst lie when all items' tokens lie in one row."""
+        if items not in self._rows:
+            first = torch.arange(items, device=self.src.device)[:, None, None] * self.tokens
+
+            def rows_of(part: Tensor, numbers: Tensor) -> Tensor:
+                numbers = numbers.expand(max(part.shape[0], numbers.shape[0]), -1, -1)
+                tokens = part.expand(numbers.shape[0], -1).gather(1, numbers.flatten(1)).view(numbers.shape)
+                return (tokens + first).flatten(0, 1)
+
+            self._rows[items] = rows_of(self.src, self.windows.src), rows_of(self.dst, self.windows.dst)
+        return self._rows[items]
 
 
 def make_partition(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 
 @dataclasses.dataclass
@@ -21,6 +20,15 @@ class LayerReport:
     merged_calls: int = 0
     left_out: str | None = None
     """Why the last call that was not merged was not."""
+    fewest_tokens: int = 0
+    most_tokens: int = 0
+    """Between which numbers `merged_tokens` lay, under a schedule."""
+
+    @property
+    def change(self) -> str:
+        """Tokens before and after, in words."""
+        fewest, most = self.fewest_tokens or self.merged_tokens, self.most_tokens or self.merged_tokens
+        return f"{self.tokens} -> {fewest if fewest == most else f'{fewest} to {most}'} tokens"
 
 
 @dataclasses.dataclass
@@ -49,16 +57,16 @@ class Report:
         if not merged:
             why = "; ".join(self.notes or sorted({layer.left_out for layer in self.layers if layer.left_out}))
             return f"nothing merged{f': {why}' if why else ''}"
-        sizes = Counter((layer.tokens, layer.merged_tokens) for layer in merged)
-        tokens = ", ".join(f"{before} -> {after} tokens" for before, after in sorted(sizes, reverse=True))
-        line = f"{len(merged)} of {len(self.layers)} self-attention layers, {tokens}"
+        # Largest first; a dict keeps one of each.
+        changes = dict.fromkeys(layer.change for layer in sorted(merged, key=lambda layer: -layer.tokens))
+        line = f"{len(merged)} of {len(self.layers)} self-attention layers, {', '.join(changes)}"
         line += f", {self.merged_steps} of {self.steps} steps"
         return "; ".join([line, *self.notes])
 
     def __str__(self) -> str:
         lines = [f"token merging: {self.summary}"]
         for layer in self.layers:
-            what = f"{layer.tokens} -> {layer.merged_tokens} tokens in {layer.merged_calls} of {layer.calls} calls"
+            what = f"{layer.change} in {layer.merged_calls} of {layer.calls} calls"
             if not layer.merged_calls:
                 what = "not merged"
             lines.append(

@@ -69,10 +69,10 @@ class Setting:
 
     def _number(self, name: str, value: Any) -> int | float:
         integer = self.kind != "number"
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
         # Beyond what a float holds, which an int may be: out of any range, and not to be formatted as it is.
         if is_number and abs(value) > sys.float_info.max:
-            value = math.copysign(math.inf, value)
+            value = math.inf if value > 0 else -math.inf
         if not is_number or (integer and math.isfinite(value) and value != int(value)):
             raise SettingsError(
                 f"{name} must be {'an integer' if integer else 'a number'} {self._range()}, got {value!r}"
@@ -159,6 +159,16 @@ class MergeSettings:
         choices=PASSES,
         infotext="ToMe apply to",
     )
+    reuse_steps: int = _setting(
+        1,
+        "integer",
+        "Rematch every",
+        "How many steps a matching is kept for. 1 matches in every step.",
+        minimum=1,
+        maximum=50,
+        step=1,
+        infotext="ToMe rematch every",
+    )
     stride: tuple[int, int] = _setting(
         (2, 2),
         "pair",
@@ -182,6 +192,18 @@ class MergeSettings:
         minimum=1,
         maximum=4096,
         optional=True,
+    )
+    share_layers: bool = _setting(
+        False,
+        "flag",
+        "Share among layers",
+        "One matching for all layers on the same grid within a UNet pass: the first one's.",
+    )
+    skip_unprofitable: bool = _setting(
+        True,
+        "flag",
+        "Skip unprofitable",
+        "Leaves out layers where, by a fixed rule, merging costs more time than it saves.",
     )
     shared_draw: bool = _setting(
         True,
@@ -209,7 +231,7 @@ class MergeSettings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MergeSettings:
-        """Settings from named values, with defaults for missing ones. Raises `SettingsError`, also for unknown names."""
+        """Settings from named values, defaults for missing ones. Raises `SettingsError`, also for unknown names."""
         unknown = [str(name) for name in values if name not in FIELDS]
         if unknown:
             raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(FIELDS)}")

@@ -40,7 +40,7 @@ class TokenMap:
         return self._mean(x.reshape(-1, x.shape[-1])).view(x.shape[0], self.merged_tokens, x.shape[-1])
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Gives each token its slot's value: [B, merged_tokens, C] to [B, N, C]. Raises `ValueError` as `merge` does."""
+        """Each token's slot's value: [B, merged_tokens, C] to [B, N, C]. Raises `ValueError` as `merge` does."""
         self._check(y, self.merged_tokens)
         return y.reshape(-1, y.shape[-1]).index_select(0, self._rows).view(*self.slots.shape, y.shape[-1])
 

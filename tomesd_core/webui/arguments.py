@@ -34,6 +34,8 @@ def effective_fields(settings: MergeSettings, has_hires_pass: bool) -> dict[str,
         unused.add("switch_at")
     if not settings.min_tokens:
         unused.add("min_tokens")
+    if settings.reuse_steps == 1:
+        unused.add("reuse_steps")
     if not has_hires_pass:
         unused.add("apply_to")
     return {

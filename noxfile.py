@@ -1,0 +1,98 @@
+"""The project's commands: `nox -s demo`, `tests`, `webui_pins`, `lint`, `live`, `bench`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import nox
+
+nox.options.sessions = ["tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+# The original ldm code. Its own pins are old and not needed for what is used of it.
+LDM = ("stable-diffusion-sdkit==2.1.5",)
+LDM_NEEDS = ("einops", "omegaconf", "pillow<11", "safetensors", "tqdm")
+
+# gradio 3.41.2, the version that WebUI pins, with the versions around it that it still works with.
+PAGE = (
+    "gradio==3.41.2",
+    "gradio_client==0.5.0",
+    "fastapi==0.94.0",
+    "starlette==0.26.1",
+    "httpx==0.24.1",
+    "httpcore<0.18",
+    "pydantic<2",
+    "huggingface_hub==0.20.3",
+    "websockets<12",
+    "uvicorn<0.30",
+    "anyio<5",
+    "markupsafe<3",
+    "altair<5.5",
+    "pandas<2.3",
+    "matplotlib<3.10",
+    "setuptools<81",
+)
+TESTS = ("pytest", "hypothesis", "tomesd==0.1.3", "playwright", "requests", "webuiapi", "scikit-image")
+
+# What users of WebUI 1.10.1 have.
+WEBUI_PINS = ("torch==2.1.2", "numpy==1.26.2")
+CURRENT = ("torch==2.13.0", "numpy<2")
+
+
+def _install(session: nox.Session, *packages: str) -> None:
+    version = session.run("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True).strip()
+    if version not in ("3.10", "3.11"):
+        session.error(f"Python 3.10 or 3.11 is needed, as for WebUI; this is {version}")
+    pins = WEBUI_PINS if version == "3.10" else CURRENT
+    session.install(*pins, *LDM_NEEDS, *PAGE, *packages)
+    session.install("--no-deps", *LDM)
+
+
+def _test(session: nox.Session) -> None:
+    _install(session, *TESTS)
+    session.run("python", "-m", "pytest", *session.posargs, env={"GRADIO_ANALYTICS_ENABLED": "False"})
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests that need no running WebUI."""
+    _test(session)
+
+
+@nox.session(python="3.10" if sys.version_info[:2] != (3, 10) else None)
+def webui_pins(session: nox.Session) -> None:
+    """The same tests with what users of WebUI 1.10.1 have: Python 3.10, torch 2.1.2, numpy 1.26.2, gradio 3.41.2."""
+    _test(session)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """A picture with and without merging, in a miniature WebUI."""
+    _install(session)
+    session.run("python", "-m", "tomesd_core.demo", *session.posargs, env={"GRADIO_ANALYTICS_ENABLED": "False"})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff check and ruff format."""
+    session.install("ruff==0.17.6")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def live(session: nox.Session) -> None:
+    """Drives the WebUI that WEBUI_URL names, through its API and, with Chromium, its page."""
+    if not os.environ.get("WEBUI_URL"):
+        session.error("WEBUI_URL must name a running WebUI, started with --api: WEBUI_URL=http://127.0.0.1:7860")
+    session.install("pytest", "requests", "webuiapi", "playwright", "pillow")
+    session.run("python", "-m", "pytest", "tests/live", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """A short benchmark of this machine, beside tomesd."""
+    _install(session, "tomesd==0.1.3")
+    session.run("python", "-m", "tomesd_core.bench", *(session.posargs or ("speed", "--quick")))
+

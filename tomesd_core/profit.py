@@ -1,0 +1,23 @@
+"""Where merging pays: a fixed rule, never a timing, so that the same seed gives the same picture."""
+
+from __future__ import annotations
+
+LEAST_GAIN = {"cpu": 128.0}
+OTHER_LEAST_GAIN = 1024.0
+"""How many tokens fewer each token must attend to, per device type. See `pays`."""
+
+LEAST_SIZE = 2**17
+"""Tokens times channels under which the hooks' own time is not small against the attention's."""
+
+
+def pays(tokens: int, channels: int, ratio: float, device_type: str) -> bool:
+    """Whether merging `ratio` of a layer's `tokens` of `channels` saves more time than it takes.
+
+    Attention over N tokens takes N² C operations, of which 1 - (1 - ratio)² are saved; matching inside windows takes
+    a number of operations that grows with N C. So their quotient is N (1 - (1 - ratio)²), the tokens that each token
+    need not attend to, and only where it is over a device's threshold there is a gain. The CPU's threshold was measured
+    with `python -m tomesd_core.bench layer`; the other devices' is an estimate: their attention is faster, and starting
+    a kernel costs them more.
+    """
+    gain = tokens * (1 - (1 - ratio) ** 2)
+    return gain >= LEAST_GAIN.get(device_type, OTHER_LEAST_GAIN) and tokens * channels >= LEAST_SIZE
