@@ -87,7 +87,7 @@ def live(session: nox.Session) -> None:
     if not os.environ.get("WEBUI_URL"):
         session.error("WEBUI_URL must name a running WebUI, started with --api: WEBUI_URL=http://127.0.0.1:7860")
     session.install("pytest", "requests", "webuiapi", "playwright", "pillow")
-    session.run("python", "-m", "pytest", "tests/live", *session.posargs)
+    session.run("python", "-m", "pytest", "--confcutdir=tests/live", "tests/live", *session.posargs)
 
 
 @nox.session

@@ -6,7 +6,7 @@ LEAST_GAIN = {"cpu": 128.0}
 OTHER_LEAST_GAIN = 1024.0
 """How many tokens fewer each token must attend to, per device type. See `pays`."""
 
-LEAST_SIZE = 2**17
+LEAST_SIZE = 2**15
 """Tokens times channels under which the hooks' own time is not small against the attention's."""
 
 

@@ -1,0 +1,130 @@
+"""Small ldm UNets with random weights, and what the tests of the core share."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tomesd_core as tome
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="session")
+def small_settings() -> Callable[..., tome.MergeSettings]:
+    """Settings for small models, in which merging can't pay: never left out for that."""
+
+    def make(**values: object) -> tome.MergeSettings:
+        if "skip_unprofitable" in tome.settings.FIELDS:
+            values.setdefault("skip_unprofitable", False)
+        return tome.MergeSettings(**values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_unet() -> Callable[..., nn.Module]:
+    """Builds an ldm UNet: by default two levels, with attention at both (3 layers at level 1, then 4 at level 2)."""
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    def make(seed: int = 0, **options: object) -> nn.Module:
+        config: dict[str, object] = {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 32,
+            "num_res_blocks": 1,
+            "attention_resolutions": [1, 2],
+            "channel_mult": (1, 1),
+            "num_heads": 2,
+            "use_spatial_transformer": True,
+            "context_dim": 8,
+            "legacy": False,
+            "use_checkpoint": False,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            unet = UNetModel(**{**config, **options})
+            # ldm sets the last layer of each block to zero; with those a merged pass would equal an unmerged one.
+            for parameter in unet.parameters():
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+                else:
+                    parameter.data += 0.05 * torch.randn_like(parameter)
+        return unet.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_inputs() -> Callable[..., Inputs]:
+    """The arguments of a UNet's pass: latent, timesteps and context."""
+
+    def make(size: tuple[int, int] = (16, 16), batch: int = 2, channels: int = 4, seed: int = 1) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        latent = torch.randn(batch, channels, *size, generator=generator)
+        return latent, torch.full((batch,), 500), torch.randn(batch, 5, 8, generator=generator)
+
+    return make
+
+
+@pytest.fixture
+def odd_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets ldm UNets take odd latents as WebUI does: what doesn't fit its skip connection is resized to it."""
+    from ldm.modules.diffusionmodules import openaimodel
+
+    def cat(tensors: list[Tensor], *args: object, **options: object) -> Tensor:
+        h, skip = tensors
+        if h.shape[-2:] != skip.shape[-2:]:
+            h = nn.functional.interpolate(h, skip.shape[-2:], mode="nearest")
+        return torch.cat([h, skip], *args, **options)
+
+    class Torch(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+    proxy = Torch("th")
+    proxy.cat = cat
+    monkeypatch.setattr(openaimodel, "th", proxy)
+
+
+@pytest.fixture(scope="session")
+def blocks_of() -> Callable[[nn.Module], dict[str, nn.Module]]:
+    """The transformer blocks of a UNet by name."""
+    return lambda unet: {name: module for name, module in unet.named_modules() if hasattr(module, "attn1")}
+
+
+@pytest.fixture(scope="session")
+def watch(blocks_of: Callable) -> Callable[..., contextlib.AbstractContextManager]:
+    """Records, per block, every tensor that its self-attention makes queries of."""
+
+    @contextlib.contextmanager
+    def watching(unet: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+        seen: dict[str, list[Tensor]] = {}
+        handles = []
+        for name, block in blocks_of(unet).items():
+            record = seen.setdefault(name, [])
+            handles.append(block.attn1.to_q.register_forward_pre_hook(lambda _, args, to=record: to.append(args[0])))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return watching
+
+
+@pytest.fixture(scope="session")
+def hook_dicts() -> Callable[[nn.Module], dict[str, dict]]:
+    """A copy of every hook dictionary of every module."""
+    return lambda model: {
+        f"{name}.{key}": dict(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if "hooks" in key and isinstance(value, dict)
+    }

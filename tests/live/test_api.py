@@ -1,0 +1,130 @@
+"""The switch, as a user of WebUI's API sees it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+HIRES = {"enable_hr": True, "hr_scale": 1.25, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+
+
+@pytest.fixture(autouse=True)
+def off_is_still_the_baseline(webui, baseline):
+    """Whatever a test does, the next picture without merging is bit for bit what it was before."""
+    yield
+    assert webui.make().pixels == baseline.pixels
+
+
+def test_the_script_is_listed_for_both_tabs(webui):
+    scripts = webui.get("/sdapi/v1/script-info").json()
+    tabs = {script["is_img2img"] for script in scripts if script["name"] == "tome" and script["is_alwayson"]}
+    assert tabs == {False, True}
+
+
+def test_on_changes_the_picture_and_writes_its_parameters(webui, baseline):
+    picture = webui.make([True, 0.5])
+    assert picture.pixels != baseline.pixels
+    assert picture.parameters["ToMe ratio"] == 0.5
+    assert "ToMe ratio: 0.5" in picture.infotext
+    assert "ToMe late ratio" not in picture.infotext
+
+
+def test_the_same_request_gives_the_same_picture(webui):
+    assert webui.make([True, 0.6]).pixels == webui.make([True, 0.6]).pixels
+
+
+def test_off_writes_nothing(webui, baseline):
+    picture = webui.make([False, 0.5])
+    assert picture.pixels == baseline.pixels
+    assert "ToMe" not in picture.infotext
+
+
+def test_a_schedule_differs_from_both_its_ends(webui):
+    linear = webui.make([True, 0.7, 0.1, "linear"])
+    assert linear.parameters["ToMe late ratio"] == 0.1
+    assert linear.parameters["ToMe schedule"] == "linear"
+    assert len({linear.pixels, webui.make([True, 0.7]).pixels, webui.make([True, 0.1]).pixels}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([True, 1.5], ("ratio", "1.5", "[0, 0.75]")),
+        ([True, "abc"], ("ratio", "abc", "[0, 0.75]")),
+        ([True, None], ("ratio", "None", "[0, 0.75]")),
+        ([True, 0.5, 0.2, "zigzag"], ("schedule", "zigzag", "constant, linear, step")),
+        (["yes"], ("enabled", "yes", "true or false")),
+    ],
+)
+def test_a_wrong_value_leaves_the_picture_unmerged_and_says_why(webui, baseline, arguments, words):
+    picture = webui.make(arguments)
+    assert picture.pixels == baseline.pixels
+    assert all(word in picture.parameters["ToMe error"] for word in words)
+    assert "ToMe ratio" not in picture.infotext
+
+
+def test_hires_fix_merges_in_the_chosen_pass_only(webui):
+    def make(apply_to):
+        return webui.make([True, 0.6, 0.2, "constant", 0.5, 1, 0, apply_to], steps=2, **HIRES)
+
+    pictures = {apply_to: make(apply_to) for apply_to in ("both passes", "first pass", "hires pass")}
+    plain = webui.make(steps=2, **HIRES)
+    assert len({plain.pixels, *(picture.pixels for picture in pictures.values())}) == 4
+    for apply_to, picture in pictures.items():
+        assert picture.parameters["ToMe apply to"] == apply_to
+
+
+def test_hires_pass_without_hires_fix_merges_nothing(webui, baseline):
+    picture = webui.make([True, 0.6, 0.2, "constant", 0.5, 1, 0, "hires pass"])
+    assert picture.pixels == baseline.pixels
+    assert "ToMe ratio" not in picture.infotext
+
+
+def test_img2img_merges(webui, baseline):
+    request = {"path": "img2img", "init_images": [baseline.png], "denoising_strength": 0.7}
+    merged, plain = webui.make([True, 0.6], **request), webui.make(**request)
+    assert merged.pixels != plain.pixels
+    assert merged.parameters["ToMe ratio"] == 0.6
+
+
+def test_a_batch_holds_the_pictures_that_are_made_alone(webui):
+    batch = webui.make([True, 0.5], n_iter=2, steps=2)
+    second = webui.make([True, 0.5], seed=2, steps=2)
+    assert batch.images[-1].convert("RGB").tobytes() == second.pixels
+
+
+def test_a_request_that_fails_while_sampling_leaves_nothing_behind(webui):
+    # The second step gets what such a guidance made of the first: WebUI's check for NaN raises in the middle.
+    body = {"prompt": "a cat", "steps": 3, "cfg_scale": 1e38, "sampler_name": "Euler", "width": 512, "height": 512}
+    answer = webui.post("txt2img", {**body, "alwayson_scripts": {"ToMe": {"args": [True]}}})
+    assert answer.status_code >= 400, answer.text[:300]
+
+
+def test_an_interrupted_generation_leaves_nothing_behind(webui):
+    made = threading.Thread(target=webui.make, args=([True, 0.5],), kwargs={"steps": 40})
+    made.start()
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if webui.get("/sdapi/v1/progress").json()["state"]["sampling_step"] > 0:
+            break
+        time.sleep(0.2)
+    webui.post("interrupt", {})
+    made.join(600)
+    assert not made.is_alive()
+
+
+def test_webuis_own_merging_is_left_out_and_stays_as_it_was(webui):
+    options = webui.get("/sdapi/v1/options").json()
+    before = options.get("token_merging_ratio")
+    webui.post("options", {"token_merging_ratio": 0.3})
+    try:
+        with_both = webui.make([True, 0.5])
+        assert "Token merging ratio" not in with_both.infotext
+        own = webui.make([False])
+        assert "Token merging ratio: 0.3" in own.infotext
+        assert webui.get("/sdapi/v1/options").json()["token_merging_ratio"] == 0.3
+    finally:
+        webui.post("options", {"token_merging_ratio": before or 0.0})
+    assert with_both.pixels == webui.make([True, 0.5]).pixels

@@ -1,0 +1,166 @@
+import inspect
+import warnings
+
+import pytest
+import tomesd
+import torch
+from torch import nn
+
+import tomesd_core as tome
+
+
+class Model(nn.Module):
+    """What a script has in its hands: a model with `.model.diffusion_model`."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.diffusion_model = unet
+
+
+@pytest.fixture
+def run(make_unet, make_inputs, watch):
+    """The output of a pass, and the tokens that attention saw, of a UNet patched by `apply_patch`."""
+
+    def running(apply_patch, size=(16, 16), batch=2, unet_options=None, **options):
+        unet = make_unet(**(unet_options or {}))
+        model = Model(unet)
+        assert apply_patch(model, **options) is model
+        with watch(unet) as seen:
+            output = unet(*make_inputs(size, batch))
+        return output, {name: [x.shape[1] for x in inputs] for name, inputs in seen.items()}
+
+    return running
+
+
+def test_names_order_and_defaults_are_tomesds():
+    def names(function):
+        return [(each.name, each.default, each.kind) for each in inspect.signature(function).parameters.values()]
+
+    assert names(tome.apply_patch) == names(tomesd.apply_patch)
+    assert names(tome.remove_patch) == names(tomesd.remove_patch)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((16, 16), {}),
+        ((16, 16), {"ratio": 0.75}),
+        ((16, 16), {"ratio": 0.1, "max_downsample": 2}),
+        ((12, 20), {"ratio": 0.6, "max_downsample": 8}),
+        ((12, 20), {"ratio": 0.4, "sx": 4, "sy": 2}),
+        ((14, 18), {"ratio": 0.3, "sx": 1, "sy": 3, "max_downsample": 2}),
+        ((13, 17), {"max_downsample": 2}),
+        ((16, 16), {"merge_attn": False}),
+    ],
+    ids=str,
+)
+def test_with_corners_a_whole_pass_equals_tomesds(run, odd_sizes, size, options):
+    ours, our_tokens = run(tome.apply_patch, size, use_rand=False, **options)
+    theirs, their_tokens = run(tomesd.apply_patch, size, use_rand=False, **options)
+    assert our_tokens == their_tokens
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+
+
+def test_a_pass_of_an_sd2_unet_equals_tomesds(run):
+    options = {"unet_options": {"use_linear_in_transformer": True}, "use_rand": False, "max_downsample": 2}
+    torch.testing.assert_close(
+        run(tome.apply_patch, **options)[0], run(tomesd.apply_patch, **options)[0], rtol=0, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75])
+def test_with_random_dst_the_token_counts_are_tomesds(run, ratio, batch):
+    options = {"size": (16, 12), "batch": batch, "ratio": ratio, "max_downsample": 2}
+    assert run(tome.apply_patch, **options)[1] == run(tomesd.apply_patch, **options)[1]
+
+
+def test_the_random_choice_stays_on_for_odd_batches(run):
+    assert not torch.equal(run(tome.apply_patch, batch=1)[0], run(tome.apply_patch, batch=1, use_rand=False)[0])
+    assert torch.equal(run(tome.apply_patch, batch=1)[0], run(tome.apply_patch, batch=1)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.9}, "ratio 0.9 is capped to 0.75, the most that a 2×2 stride allows"),
+        ({"ratio": 0.8, "sx": 4, "sy": 1}, "ratio 0.8 is capped to 0.75, the most that a 1×4 stride allows"),
+    ],
+)
+def test_a_ratio_over_the_maximum_is_capped_with_a_warning(run, options, message):
+    with pytest.warns(UserWarning) as caught:
+        ours, tokens = run(tome.apply_patch, use_rand=False, **options)
+    assert [str(warning.message) for warning in caught] == [message]
+    assert caught[0].filename == __file__
+    theirs, their_tokens = run(tomesd.apply_patch, use_rand=False, **options)
+    assert tokens == their_tokens
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+
+
+def test_a_ratio_in_range_warns_of_nothing(make_unet):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tome.apply_patch(make_unet(), ratio=0.75)
+        tome.apply_patch(make_unet(), ratio=0.9, sx=4, sy=4)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, float("nan"), None, "abc"], ids=str)
+def test_a_ratio_that_is_none_is_refused(make_unet, ratio):
+    with pytest.raises((ValueError, TypeError)):
+        tome.apply_patch(make_unet(), ratio=ratio)
+
+
+@pytest.mark.parametrize("name", ["merge_crossattn", "merge_mlp"])
+def test_merging_anything_but_self_attention_is_refused_and_the_error_says_why(make_unet, hook_dicts, name):
+    unet = make_unet()
+    before = hook_dicts(unet)
+    with pytest.raises(ValueError, match=f"^{name} must be False, got True: only self-attention is merged, since"):
+        tome.apply_patch(unet, **{name: True})
+    assert hook_dicts(unet) == before
+
+
+@pytest.mark.parametrize("function", [tome.apply_patch, tome.remove_patch])
+def test_a_diffusers_model_is_refused_and_the_error_says_why(function):
+    diffusers = type("UNet2DConditionModel", (type("ModelMixin", (nn.Module,), {}),), {})
+    with pytest.raises(TypeError, match="UNet2DConditionModel is a diffusers model: only ldm and sgm"):
+        function(diffusers())
+
+
+def test_remove_patch_brings_back_the_unmerged_output_and_does_no_harm_twice(make_unet, make_inputs, hook_dicts):
+    model, inputs = Model(make_unet()), make_inputs()
+    unet, before = model.model.diffusion_model, hook_dicts(model)
+    unmerged = unet(*inputs)
+    tome.apply_patch(model)
+    assert not torch.equal(unet(*inputs), unmerged)
+    assert tome.remove_patch(model) is model
+    assert tome.remove_patch(model) is model
+    assert hook_dicts(model) == before
+    assert torch.equal(unet(*inputs), unmerged)
+
+
+def test_a_second_patch_replaces_the_first(make_unet, make_inputs, hook_dicts):
+    unet, inputs = make_unet(), make_inputs()
+    before = hook_dicts(unet)
+    tome.apply_patch(unet, ratio=0.3)
+    once = unet(*inputs)
+    tome.apply_patch(unet, ratio=0.7)
+    tome.apply_patch(unet, ratio=0.3)
+    assert torch.equal(unet(*inputs), once)
+    tome.remove_patch(unet)
+    assert hook_dicts(unet) == before
+
+
+def test_without_merge_attn_nothing_is_merged_and_what_was_is_removed(make_unet, hook_dicts):
+    unet = make_unet()
+    before = hook_dicts(unet)
+    tome.apply_patch(unet)
+    assert hook_dicts(unet) != before
+    tome.apply_patch(unet, merge_attn=False)
+    assert hook_dicts(unet) == before
+
+
+def test_the_docstring_says_where_it_differs():
+    text = " ".join(tome.apply_patch.__doc__.split())
+    assert "odd batches" in text
+    assert "capped" in text

@@ -1,0 +1,1017 @@
+import contextlib
+import gc
+import random
+import types
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tomesd_core as tome
+from tomesd_core import hooks, token_map
+from tomesd_core.matching import match
+from tomesd_core.partition import make_partition
+
+SD1 = {"attention_resolutions": [1, 2, 4], "channel_mult": (1, 1, 1, 1)}
+FIRST = "input_blocks.1.1.transformer_blocks.0"
+
+
+@pytest.fixture
+def unet(make_unet):
+    return make_unet()
+
+
+@pytest.fixture
+def whole(small_settings):
+    """Settings that search the whole image, in the tokens' own precision."""
+    return lambda **values: small_settings(window=None, **values)
+
+
+@pytest.fixture
+def record(blocks_of):
+    """Records every layer's calls: grid, block input x, norm1's y, what attention saw (q) and what came of it."""
+
+    @contextlib.contextmanager
+    def recording(unet):
+        calls, handles = {}, []
+
+        def tap(call, name, block):
+            transformer = unet.get_submodule(name.rsplit(".transformer_blocks", 1)[0])
+            return [
+                transformer.register_forward_pre_hook(
+                    lambda _, args: vars(call).update(grid=tuple(args[0].shape[-2:]))
+                ),
+                block.norm1.register_forward_hook(lambda _, args, y: vars(call).update(x=args[0], y=y)),
+                block.attn1.to_q.register_forward_pre_hook(lambda _, args: vars(call).update(q=args[0])),
+                block.attn1.register_forward_hook(lambda _, args, output: vars(call).update(output=output)),
+            ]
+
+        for name, block in blocks_of(unet).items():
+            calls[name] = types.SimpleNamespace(attn=block.attn1)
+            handles += tap(calls[name], name, block)
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return recording
+
+
+def assert_merged(call, settings, step=0):
+    """Attention saw norm1's output merged by the map of the block's input; its output was unmerged with that map."""
+    removed = call.y.shape[1] - call.q.shape[1]
+    assert removed > 0
+    if settings.window is None:
+        assert removed == int(call.y.shape[1] * settings.ratio)
+    split = make_partition(
+        call.grid,
+        settings.stride,
+        settings.partition,
+        step,
+        settings.window,
+        1 if settings.shared_draw else call.x.shape[0],
+    )
+    the_map = match(call.x, split, exact=settings.window is None).token_map(removed)
+    assert torch.equal(call.q, the_map.merge(call.y))
+    expected = the_map.unmerge(call.attn.forward(the_map.merge(call.y)))
+    torch.testing.assert_close(call.output, expected, rtol=0, atol=1e-6)
+
+
+def assert_unmerged(call):
+    assert call.q is call.y
+    assert call.output.shape == call.y.shape
+
+
+def alone(attention, y, grid, step=0, ratio=0.5, **options):
+    """What one call of attention gives, merged by its own input."""
+    the_map = tome.match_tokens(y, grid, ratio, step=step, window=None)
+    return the_map.unmerge(attention.forward(the_map.merge(y), **options))
+
+
+# What is left on a model: nothing.
+
+
+def attributes(model):
+    """All that a module is besides its hooks: class, attributes, parameters, children, and its class's own."""
+    return [
+        (
+            module,
+            type(module),
+            {name: value for name, value in vars(module).items() if "hooks" not in name},
+            dict(module._parameters),
+            dict(module._modules),
+            dict(module._buffers),
+            dict(vars(type(module))),
+        )
+        for module in model.modules()
+    ]
+
+
+def same(before, after):
+    return len(before) == len(after) and all(
+        a[0] is b[0]
+        and a[1] is b[1]
+        and all(x.keys() == y.keys() and all(x[key] is y[key] for key in x) for x, y in zip(a[2:], b[2:], strict=True))
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def add_foreign_hooks(unet, blocks_of):
+    """Hooks of other extensions, on modules where merging has its own."""
+    calls = []
+    for block in blocks_of(unet).values():
+        block.attn1.register_forward_pre_hook(lambda module, args, kwargs: calls.append("attn1"), with_kwargs=True)
+        block.attn1.register_forward_hook(lambda module, args, output: calls.append("attn1 out"))
+        block.norm1.register_forward_hook(lambda module, args, output: calls.append("norm1 out"))
+    unet.register_forward_pre_hook(lambda module, args: calls.append("unet"))
+    return calls
+
+
+def test_while_attached_no_class_forward_or_attribute_differs(unet, whole, make_inputs):
+    before = attributes(unet)
+    with tome.attach(unet, whole(max_downsample=2)):
+        assert same(before, attributes(unet))
+        unet(*make_inputs())
+        assert same(before, attributes(unet))
+    assert same(before, attributes(unet))
+
+
+def test_after_detach_every_hook_list_holds_what_it_held(unet, whole, make_inputs, hook_dicts, blocks_of):
+    foreign = add_foreign_hooks(unet, blocks_of)
+    before = hook_dicts(unet)
+    merging = tome.attach(unet, whole())
+    assert hook_dicts(unet) != before
+    later = unet.middle_block.register_forward_hook(lambda *_: None)
+    unet(*make_inputs())
+    assert {"attn1", "attn1 out", "norm1 out", "unet"} == set(foreign)
+    merging.detach()
+    assert later.id in unet.middle_block._forward_hooks
+    later.remove()
+    assert hook_dicts(unet) == before
+
+
+def test_detach_twice_does_no_harm(unet, whole, hook_dicts):
+    before = hook_dicts(unet)
+    with tome.attach(unet, whole()) as merging:
+        merging.detach()
+        assert hook_dicts(unet) == before
+        merging.detach()
+    assert hook_dicts(unet) == before
+
+
+def test_the_output_after_detach_is_bitwise_the_unmerged_one(unet, whole, make_inputs):
+    inputs = make_inputs()
+    unmerged = unet(*inputs)
+    with tome.attach(unet, whole()):
+        assert not torch.equal(unet(*inputs), unmerged)
+    assert torch.equal(unet(*inputs), unmerged)
+
+
+@pytest.mark.parametrize("where", ["attn1", "attn1.to_q", "norm1", "attn2", "ff"])
+def test_an_exception_inside_the_unet_leaves_nothing_behind(unet, whole, make_inputs, hook_dicts, blocks_of, where):
+    inputs = make_inputs()
+    unmerged = unet(*inputs)
+    add_foreign_hooks(unet, blocks_of)
+    blow = blocks_of(unet)[FIRST].get_submodule(where).register_forward_pre_hook(lambda *_: 1 / 0)
+    before = hook_dicts(unet)
+    with pytest.raises(ZeroDivisionError), tome.attach(unet, whole()):
+        unet(*inputs)
+    assert hook_dicts(unet) == before
+    blow.remove()
+    assert torch.equal(unet(*inputs), unmerged)
+
+
+@pytest.mark.parametrize("where", ["attn1", "attn1.to_q", "attn1.to_out", "attn2"])
+def test_the_pass_after_an_exception_is_right(unet, whole, make_inputs, blocks_of, where):
+    inputs, other = make_inputs(), make_inputs((12, 20), batch=1, seed=5)
+    with tome.attach(unet, whole()) as merging:
+        merging.set_step(0)
+        right, right_other = unet(*inputs), unet(*other)
+        blow = blocks_of(unet)[FIRST].get_submodule(where).register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            unet(*inputs)
+        blow.remove()
+        assert torch.equal(unet(*other), right_other)
+        assert torch.equal(unet(*inputs), right)
+
+
+def test_an_exception_in_the_with_block_detaches(unet, whole, hook_dicts):
+    before = hook_dicts(unet)
+    with pytest.raises(ZeroDivisionError), tome.attach(unet, whole()):
+        raise ZeroDivisionError
+    assert hook_dicts(unet) == before
+
+
+def test_a_second_attach_replaces_the_first(unet, whole, make_inputs, hook_dicts):
+    before, inputs = hook_dicts(unet), make_inputs()
+    wrapper = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=unet))
+    first = tome.attach(unet, whole(ratio=0.3))
+    once = {name: len(held) for name, held in hook_dicts(unet).items()}
+    right = unet(*inputs)
+    second = tome.attach(wrapper, whole(ratio=0.6))
+    third = tome.attach(unet, whole(ratio=0.3))
+    assert {name: len(held) for name, held in hook_dicts(unet).items()} == once
+    first.detach()
+    second.detach()
+    assert {name: len(held) for name, held in hook_dicts(unet).items()} == once
+    assert torch.equal(unet(*inputs), right)
+    assert (first.report().steps, second.report().steps, third.report().steps) == (1, 0, 1)
+    third.detach()
+    assert hook_dicts(unet) == before
+
+
+def test_two_unets_merge_side_by_side(make_unet, whole, make_inputs):
+    one, other, inputs = make_unet(1), make_unet(2), make_inputs()
+    with tome.attach(one, whole(ratio=0.3)) as first, tome.attach(other, whole(ratio=0.6)) as second:
+        one(*inputs)
+        other(*inputs)
+    assert (first.report().ratio, second.report().ratio) == (0.3, 0.6)
+    assert {layer.merged_tokens for layer in first.report().merged_layers} == {256 - 76}
+    assert {layer.merged_tokens for layer in second.report().merged_layers} == {256 - 153}
+
+
+def test_detach_of_a_model_without_anything_attached_does_no_harm(unet):
+    hooks.detach(unet)
+
+
+@pytest.mark.parametrize("model", [None, object(), "unet"], ids=str)
+def test_what_is_no_unet_is_refused(model, whole):
+    with pytest.raises(TypeError, match=r"^model must be a UNet module or have \.model\.diffusion_model, got "):
+        tome.attach(model, whole())
+
+
+def test_a_diffusers_model_is_refused(whole):
+    diffusers = type("UNet2DConditionModel", (type("ModelMixin", (nn.Module,), {}),), {})
+    with pytest.raises(TypeError, match="UNet2DConditionModel is a diffusers model"):
+        tome.attach(diffusers(), whole())
+
+
+def test_without_settings_the_defaults_hold(unet):
+    with tome.attach(unet) as merging:
+        assert merging.settings == tome.MergeSettings()
+
+
+def test_the_handle_keeps_neither_the_model_nor_its_activations_alive(make_unet, whole, make_inputs, blocks_of):
+    unet, kept = make_unet(), []
+    merging = tome.attach(unet, whole(max_downsample=2))
+    for block in blocks_of(unet).values():
+        block.norm1.register_forward_hook(lambda _, args, y: kept.extend([weakref.ref(args[0]), weakref.ref(y)]))
+        block.attn1.to_q.register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0])))
+        block.attn1.register_forward_hook(lambda _, args, output: kept.append(weakref.ref(output)))
+    unet(*make_inputs())
+    gc.collect()
+    assert len(kept) == 7 * 4
+    assert not any(ref() is not None for ref in kept)
+    gone = weakref.ref(unet)
+    del unet, block
+    gc.collect()
+    assert gone() is None
+    assert len(merging.report().merged_layers) == 7
+    merging.detach()
+
+
+def test_a_pass_that_failed_keeps_no_activations_alive(unet, whole, make_inputs, blocks_of):
+    kept = []
+    block = blocks_of(unet)[FIRST]
+    block.attn1.to_q.register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0])))
+    block.norm1.register_forward_hook(lambda _, args, y: kept.extend([weakref.ref(args[0]), weakref.ref(y)]))
+    block.attn1.to_out.register_forward_pre_hook(lambda *_: 1 / 0)
+    with tome.attach(unet, whole()):
+        with contextlib.suppress(ZeroDivisionError):
+            unet(*make_inputs())
+        gc.collect()
+        assert len(kept) == 3
+        assert not any(ref() is not None for ref in kept)
+
+
+# What is merged, and by which map.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ratio": 0.75},
+        {"ratio": 0.1},
+        {"stride": (2, 4)},
+        {"stride": (3, 1)},
+        {"partition": "corner"},
+        {"partition": "uniform"},
+        {"partition": "alternating"},
+        {"shared_draw": False},
+        {"window": 4},
+        {"window": 4, "partition": "uniform", "shared_draw": False},
+    ],
+    ids=str,
+)
+def test_attention_sees_the_tokens_merged_by_the_similarity_of_the_blocks_input(
+    unet, small_settings, record, make_inputs, options
+):
+    settings = small_settings(max_downsample=2, **{"window": None, **options})
+    with tome.attach(unet, settings) as merging, record(unet) as calls:
+        merging.set_step(3)
+        unet(*make_inputs((16, 12)))
+    for call in calls.values():
+        assert_merged(call, settings, step=3)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("options", "channels"),
+    [
+        ({}, 4),
+        ({"use_linear_in_transformer": True}, 4),
+        ({"in_channels": 9}, 9),
+        ({"transformer_depth": 2, "context_dim": [8, 8]}, 4),
+    ],
+    ids=["sd1", "sd2", "inpainting", "two blocks"],
+)
+def test_any_unet_and_any_batch(make_unet, whole, record, make_inputs, options, channels, batch):
+    unet, settings = make_unet(**options), whole()
+    if "transformer_depth" in options:
+        latent, timesteps, context = make_inputs(batch=batch)
+        inputs = latent, timesteps, [context, context]
+    else:
+        inputs = make_inputs(batch=batch, channels=channels)
+    with tome.attach(unet, settings) as merging, record(unet) as calls:
+        output = unet(*inputs)
+    assert output.shape == (batch, 4, 16, 16)
+    assert output.isfinite().all()
+    merged = {layer.name for layer in merging.report().merged_layers}
+    assert merged == {layer.name for layer in merging.report().layers if layer.level == 1}
+    for name, call in calls.items():
+        assert_merged(call, settings) if name in merged else assert_unmerged(call)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "batch"), [((512, 768), 1), ((520, 264), 2), ((1000, 600), 1), ((64, 64), 2), ((72, 88), 2)], ids=str
+)
+def test_any_size(make_unet, small_settings, record, make_inputs, odd_sizes, pixels, batch):
+    unet, settings = make_unet(**SD1, num_heads=1), small_settings(ratio=0.7, max_downsample=8)
+    rows, columns = pixels[0] // 8, pixels[1] // 8
+    with tome.attach(unet, settings) as merging, record(unet) as calls:
+        output = unet(*make_inputs((rows, columns), batch))
+    assert output.shape == (batch, 4, rows, columns)
+    assert output.isfinite().all()
+    for layer in merging.report().layers:
+        grid = -(-rows // layer.level), -(-columns // layer.level)
+        assert calls[layer.name].grid == grid
+        if min(grid) > 1:
+            assert_merged(calls[layer.name], settings)
+            assert (layer.tokens, layer.merged_tokens) == (grid[0] * grid[1], calls[layer.name].q.shape[1])
+        else:
+            assert layer.left_out
+            assert_unmerged(calls[layer.name])
+    assert {layer.level for layer in merging.report().layers} == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("size", [(33, 17), (9, 11), (40, 13)])
+@pytest.mark.parametrize("max_downsample", [1, 2, 4, 8])
+def test_layers_merge_up_to_max_downsample_also_at_odd_sizes(
+    make_unet, small_settings, make_inputs, odd_sizes, size, max_downsample
+):
+    unet = make_unet(**SD1)
+    with tome.attach(unet, small_settings(max_downsample=max_downsample)) as merging:
+        unet(*make_inputs(size))
+    report = merging.report()
+    assert [layer.level for layer in report.layers] == [1, 2, 4, 8, 4, 4, 2, 2, 1, 1]
+    for layer in report.layers:
+        assert bool(layer.merged_calls) == (layer.level <= max_downsample)
+        if layer.level > max_downsample:
+            assert layer.left_out == f"level {layer.level} is above max downsample {max_downsample}"
+
+
+def test_layers_with_fewer_than_min_tokens_are_left_alone_and_the_report_says_so(unet, whole, make_inputs):
+    for least, merged in ((64, 7), (65, 3), (256, 3), (257, 0)):
+        with tome.attach(unet, whole(max_downsample=2, min_tokens=least)) as merging:
+            unet(*make_inputs())
+        layers = merging.report().layers
+        assert sum(layer.merged_calls > 0 for layer in layers) == merged
+        assert {layer.left_out for layer in layers if not layer.merged_calls} <= {
+            f"{tokens} tokens are under min tokens {least}" for tokens in (64, 256)
+        }
+        assert all(layer.left_out for layer in layers if not layer.merged_calls)
+
+
+class Resized(nn.Module):
+    """An entry of the UNet that another extension wrapped: it runs at another size and is scaled back."""
+
+    def __init__(self, inner, size):
+        super().__init__()
+        self.inner, self.size = inner, size
+
+    def forward(self, h, emb, context):
+        whole = h.shape[-2:]
+        if self.size is None:
+            return self.inner(h, emb, context)
+        return nn.functional.interpolate(
+            self.inner(nn.functional.interpolate(h, self.size), emb, context), whole, mode="nearest"
+        )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("size", [(8, 8), (8, 10), (7, 9)])
+def test_a_layer_that_something_resizes_is_merged_on_the_grid_that_it_sees(
+    unet, whole, record, make_inputs, size, when
+):
+    settings, wrapped = whole(max_downsample=2), None
+    if when == "before":
+        wrapped = unet.input_blocks[1] = Resized(unet.input_blocks[1], size)
+    with tome.attach(unet, settings) as merging:
+        if when == "after":
+            wrapped = unet.input_blocks[1] = Resized(unet.input_blocks[1], size)
+        with record(unet) as calls:
+            unet(*make_inputs())
+        (call,) = (call for name, call in calls.items() if name.startswith("input_blocks.1."))
+        assert call.grid == size
+        for each in calls.values():
+            assert_merged(each, settings)
+        assert [layer.level for layer in merging.report().layers] == [2, 2, 2, 2, 2, 1, 1]
+        wrapped.size = None
+        with record(unet) as calls:
+            unet(*make_inputs())
+        for each in calls.values():
+            assert_merged(each, settings, step=1)
+        assert [layer.level for layer in merging.report().layers] == [1, 2, 2, 2, 2, 1, 1]
+
+
+def test_a_layer_that_is_resized_to_a_coarser_level_is_left_out_there(unet, whole, make_inputs):
+    unet.input_blocks[1] = Resized(unet.input_blocks[1], (8, 8))
+    with tome.attach(unet, whole(max_downsample=1)) as merging:
+        unet(*make_inputs())
+    first, *others = merging.report().layers
+    assert first.left_out == "level 2 is above max downsample 1"
+    assert sum(layer.merged_calls for layer in others) == 2
+
+
+def test_a_unet_without_attention_at_max_downsample_merges_at_its_finest_level_and_says_so(
+    make_unet, whole, make_inputs
+):
+    unet = make_unet(attention_resolutions=[2, 4], channel_mult=(1, 1, 1))
+    with tome.attach(unet, whole()) as merging:
+        unet(*make_inputs())
+    report = merging.report()
+    assert {layer.level for layer in report.merged_layers} == {2}
+    assert {layer.level for layer in report.layers} == {2, 4}
+    assert report.notes == ["no attention at level 1: merging at level 2, the finest of this model"]
+    assert report.notes[0] in str(report)
+    with tome.attach(unet, whole(max_downsample=4)) as merging:
+        unet(*make_inputs())
+    assert {layer.level for layer in merging.report().merged_layers} == {2, 4}
+    assert merging.report().notes == []
+
+
+def test_a_level_whose_self_attention_is_disabled_is_no_attention_level(make_unet, whole, make_inputs):
+    unet = make_unet(disable_self_attentions=[True, False])
+    with tome.attach(unet, whole()) as merging:
+        unet(*make_inputs())
+    assert {layer.level for layer in merging.report().merged_layers} == {2}
+    assert merging.report().notes
+
+
+def test_a_block_with_disable_self_attn_is_left_alone(make_unet, whole, record, make_inputs):
+    unet = make_unet(disable_self_attentions=[True, False])
+    with tome.attach(unet, whole(max_downsample=2)) as merging, record(unet) as calls:
+        unet(*make_inputs())
+    for layer in merging.report().layers:
+        if layer.level == 1:
+            assert_unmerged(calls[layer.name])
+            assert "disable_self_attn" in layer.left_out
+        else:
+            assert_merged(calls[layer.name], merging.settings)
+
+
+class Joint(nn.Module):
+    """A transformer without SpatialTransformers, as SD3's."""
+
+    def __init__(self):
+        super().__init__()
+        self.joint_blocks = nn.ModuleList([nn.ModuleDict({"x_block": nn.Linear(4, 4)}) for _ in range(2)])
+
+    def forward(self, x, timesteps, context):
+        tokens = x.flatten(2).transpose(1, 2)
+        for block in self.joint_blocks:
+            tokens = tokens + block["x_block"](tokens)
+        return tokens.transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kind", ["joint", "convolution", "unet without attention"])
+def test_a_model_without_such_layers_makes_its_picture_and_the_reason_is_said(
+    make_unet, whole, make_inputs, hook_dicts, kind
+):
+    inputs = make_inputs()
+    if kind == "joint":
+        model = Joint()
+    elif kind == "convolution":
+        model, inputs = nn.Sequential(nn.Conv2d(4, 4, 3)), inputs[:1]
+    else:
+        model = make_unet(use_spatial_transformer=False, context_dim=None)
+        inputs = inputs[:2]
+    unmerged, before = model(*inputs), hook_dicts(model)
+    with tome.attach(model, whole()) as merging:
+        merging.set_step(0, 2)
+        assert torch.equal(model(*inputs), unmerged)
+    report = merging.report()
+    assert report.merged_layers == []
+    assert report.notes == ["this model has no self-attention layers that can be merged"]
+    assert report.notes[0] in report.summary
+    assert hook_dicts(model) == before
+
+
+def test_a_unet_whose_blocks_never_run_makes_its_picture_and_the_reason_is_said(unet, whole, make_inputs, monkeypatch):
+    monkeypatch.setattr(unet, "forward", lambda x, timesteps, context: x + 1)
+    inputs = make_inputs()
+    with tome.attach(unet, whole()) as merging:
+        assert torch.equal(unet(*inputs), inputs[0] + 1)
+    assert merging.report().notes == ["the model's attention layers did not run: the UNet was replaced"]
+
+
+def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, record, make_inputs, blocks_of):
+    chosen = blocks_of(unet)[FIRST].attn1
+    leave_out = {chosen: "another extension tiles it"}.get
+    with tome.attach(unet, whole(), leave_out) as merging, record(unet) as calls:
+        unet(*make_inputs())
+    layers = {layer.name: layer for layer in merging.report().layers}
+    assert layers[FIRST].left_out == "another extension tiles it"
+    assert_unmerged(calls[FIRST])
+    assert len(merging.report().merged_layers) == 2
+
+
+def test_a_ratio_that_removes_nothing_leaves_all_bits_and_says_so(unet, whole, make_inputs):
+    inputs = make_inputs()
+    unmerged = unet(*inputs)
+    with tome.attach(unet, whole(ratio=0)) as merging:
+        assert torch.equal(unet(*inputs), unmerged)
+    assert "nothing" in merging.report().layers[0].left_out
+    assert merging.report().summary.startswith("nothing merged: ")
+
+
+def test_a_unet_called_with_keywords_is_merged_alike(unet, whole, make_inputs):
+    latent, timesteps, context = make_inputs()
+    with tome.attach(unet, whole()) as merging:
+        merging.set_step(1)
+        assert torch.equal(unet(x=latent, timesteps=timesteps, context=context), unet(latent, timesteps, context))
+    assert merging.report().merged_layers
+
+
+def test_a_pass_that_goes_past_the_unets_own_call_is_merged_alike(unet, whole, make_inputs):
+    """An extension may keep the UNet's forward and call that."""
+    inputs, settings = make_inputs(), whole()
+    with tome.attach(unet, settings) as merging:
+        merging.set_step(2)
+        right = unet(*inputs)
+    with tome.attach(unet, settings) as merging:
+        merging.set_step(2)
+        assert torch.equal(unet.forward(*inputs), right)
+    assert len(merging.report().merged_layers) == 3
+    with tome.attach(unet, settings) as merging:
+        unet.forward(*inputs)
+    assert len(merging.report().merged_layers) == 3
+
+
+# What a block may do with its attention.
+
+
+@pytest.fixture
+def drive(unet, whole, make_inputs, blocks_of, monkeypatch):
+    """Runs the UNet, merging, with another `_forward` on one block, as extensions put there."""
+
+    def driving(body, name=FIRST, size=(16, 12), batch=2):
+        block = blocks_of(unet)[name]
+        monkeypatch.setattr(block, "_forward", lambda x, context=None: body(block, x, context))
+        with tome.attach(unet, whole()) as merging:
+            output = unet(*make_inputs(size, batch))
+        assert output.shape == (batch, 4, *size)
+        return next(layer for layer in merging.report().layers if layer.name == name)
+
+    return driving
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 5, 192, 384])
+@pytest.mark.parametrize("keyword", [True, False])
+def test_a_context_of_its_own_is_left_whole(drive, length, keyword):
+    def body(block, x, context):
+        y, other = (
+            block.norm1(x),
+            torch.randn(x.shape[0], length, x.shape[2], generator=torch.Generator().manual_seed(0)),
+        )
+        output = block.attn1(y, context=other) if keyword else block.attn1(y, other)
+        the_map = tome.match_tokens(x, (16, 12), 0.5, window=None)
+        close(output, the_map.unmerge(block.attn1.forward(the_map.merge(y), context=other)))
+        return output + x
+
+    assert drive(body).merged_calls == 1
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+def test_a_context_that_is_the_very_same_tensor_is_self_attention(drive, keyword):
+    def body(block, x, context):
+        y = block.norm1(x)
+        output = block.attn1(y, context=y) if keyword else block.attn1(y, y)
+        the_map = tome.match_tokens(x, (16, 12), 0.5, window=None)
+        close(output, the_map.unmerge(block.attn1.forward(the_map.merge(y))))
+        return output + x
+
+    assert drive(body).merged_calls == 1
+
+
+def test_a_call_on_part_of_the_batch_is_matched_by_its_own_input(drive):
+    def body(block, x, context):
+        y = block.norm1(x)
+        outputs = [block.attn1(part) for part in (y[:1], y[1:])]
+        for output, part in zip(outputs, (y[:1], y[1:]), strict=True):
+            close(output, alone(block.attn1, part, (16, 12)))
+        return torch.cat(outputs) + x
+
+    assert drive(body, batch=3).merged_calls == 2
+
+
+def test_one_of_several_calls_in_a_block_gives_what_it_would_alone(drive):
+    """As with a reference picture: a call as usual, one with a longer context, one on a part with its own tokens."""
+
+    def body(block, x, context):
+        y = block.norm1(x)
+        usual = block.attn1(y)
+        longer = block.attn1(y, context=torch.cat([y, 2 * y], dim=1))
+        part = y[1:]
+        own = block.attn1(part, context=part)
+        again = block.attn1(y)
+        the_map = tome.match_tokens(x, (16, 12), 0.5, window=None)
+        close(usual, the_map.unmerge(block.attn1.forward(the_map.merge(y))))
+        close(longer, the_map.unmerge(block.attn1.forward(the_map.merge(y), context=torch.cat([y, 2 * y], dim=1))))
+        close(own, alone(block.attn1, part, (16, 12)))
+        assert torch.equal(again, usual)
+        return usual + x
+
+    layer = drive(body)
+    assert (layer.calls, layer.merged_calls) == (4, 4)
+
+
+def test_a_block_that_runs_twice_in_a_pass_is_matched_anew(drive):
+    def body(block, x, context):
+        for each in (x, x.flip(1)):
+            y = block.norm1(each)
+            output = block.attn1(y)
+            the_map = tome.match_tokens(each, (16, 12), 0.5, window=None)
+            close(output, the_map.unmerge(block.attn1.forward(the_map.merge(y))))
+        return output + x
+
+    assert drive(body).merged_calls == 2
+
+
+def test_a_call_within_a_call_gives_what_it_would_alone(unet, whole, make_inputs, blocks_of):
+    """A hook of another extension may run attention once more in the middle of it."""
+    block, inner = blocks_of(unet)[FIRST], []
+    y = torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(0))
+
+    def once_more(module, args):
+        if not inner:
+            inner.append(y)
+            inner[0] = block.attn1(y)
+
+    with tome.attach(unet, whole()) as merging:
+        merging.set_step(0)
+        right = unet(*make_inputs())
+        block.attn1.to_out.register_forward_pre_hook(once_more)
+        assert torch.equal(unet(*make_inputs()), right)
+    close(inner[0], alone(block.attn1, y, (16, 16)))
+
+
+def test_where_the_token_count_is_not_the_grids_it_stays_unmerged(drive):
+    """Pictures' tokens laid in one row, and a part of a picture's."""
+
+    def body(block, x, context):
+        y = block.norm1(x)
+        row = y.reshape(1, -1, y.shape[2])
+        output = block.attn1(row)
+        assert torch.equal(output, block.attn1.forward(row))
+        assert torch.equal(block.attn1(y[:, :100]), block.attn1.forward(y[:, :100]))
+        return output.view(x.shape) + x
+
+    layer = drive(body)
+    assert (layer.calls, layer.merged_calls) == (2, 0)
+    assert "100 tokens are not the grid's 16x12" in layer.left_out
+
+
+def test_attention_masked_token_by_token_stays_unmerged(drive):
+    def body(block, x, context):
+        y, mask = block.norm1(x), torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5
+        for output in (block.attn1(y, mask=mask), block.attn1(y, None, mask), block.attn1(y, y, mask)):
+            assert torch.equal(output, block.attn1.forward(y, mask=mask))
+        return output + x
+
+    layer = drive(body)
+    assert layer.merged_calls == 0
+    assert "mask" in layer.left_out
+
+
+def test_a_mask_of_a_context_of_its_own_goes_with_it(drive):
+    def body(block, x, context):
+        y, other = block.norm1(x), x[:, :20].flip(2).contiguous()
+        mask = torch.arange(20).expand(x.shape[0], -1) < 7
+        output = block.attn1(y, context=other, mask=mask)
+        the_map = tome.match_tokens(x, (16, 12), 0.5, window=None)
+        close(output, the_map.unmerge(block.attn1.forward(the_map.merge(y), context=other, mask=mask)))
+        return output + x
+
+    assert drive(body).merged_calls == 1
+
+
+class Attention(nn.Module):
+    """An attention with more arguments, which it notes, as sgm's or another extension's."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, []
+
+    def forward(self, x, context=None, mask=None, *more, **named):
+        self.calls.append((x, context, mask, more, named))
+        return self.inner(x, context=context)
+
+
+def test_extra_arguments_pass_through(unet, whole, make_inputs, blocks_of, monkeypatch):
+    block = blocks_of(unet)[FIRST]
+    block.attn1 = Attention(block.attn1)
+    extra = object()
+
+    def body(x, context=None):
+        y = block.norm1(x)
+        block.attn1(y, None, None, extra, 5, scale=extra)
+        block.attn1(y, context=y, mask=None, shared=y, scale=7)
+        return x
+
+    monkeypatch.setattr(block, "_forward", body)
+    with tome.attach(unet, whole()):
+        unet(*make_inputs())
+    first, second = block.attn1.calls
+    assert first[0].shape == (2, 128, 32)
+    assert first[1:] == (None, None, (extra, 5), {"scale": extra})
+    assert second[0].shape == (2, 128, 32)
+    assert second[1] is second[0]
+    assert second[4]["scale"] == 7
+
+
+def test_an_sgm_block_merges_as_an_ldm_block_does(unet, whole, make_inputs, blocks_of, monkeypatch):
+    """sgm's blocks call `attn1` with two keywords more."""
+    inputs = make_inputs()
+    with tome.attach(unet, whole()):
+        right = unet(*inputs)
+    for block in blocks_of(unet).values():
+        block.attn1 = Attention(block.attn1)
+
+        def body(x, context=None, block=block):
+            more = {"additional_tokens": None, "n_times_crossframe_attn_in_self": 0}
+            x = block.attn1(block.norm1(x), context=context if block.disable_self_attn else None, **more) + x
+            x = block.attn2(block.norm2(x), context=context) + x
+            return block.ff(block.norm3(x)) + x
+
+        monkeypatch.setattr(block, "_forward", body)
+    with tome.attach(unet, whole()) as merging:
+        assert torch.equal(unet(*inputs), right)
+    assert len(merging.report().merged_layers) == 3
+    ((_, _, _, more, named),) = blocks_of(unet)[FIRST].attn1.calls
+    assert (more, named) == ((), {"additional_tokens": None, "n_times_crossframe_attn_in_self": 0})
+
+
+# When: steps, schedules, and the draw.
+
+
+def test_the_ratio_follows_the_schedule(unet, whole, make_inputs, watch):
+    settings = whole(ratio=0.7, late_ratio=0.1, schedule="linear")
+    seen_tokens = []
+    with tome.attach(unet, settings) as merging:
+        for step in (0, 1, 2, 3, 9):
+            merging.set_step(step, total=4)
+            with watch(unet) as seen:
+                unet(*make_inputs())
+            seen_tokens.append(seen[FIRST][0].shape[1])
+            assert merging.report().ratio == pytest.approx([0.7, 0.5, 0.3, 0.1, 0.1][len(seen_tokens) - 1])
+    assert seen_tokens == [256 - int(256 * settings.ratio_at(progress)) for progress in (0, 1 / 3, 2 / 3, 1, 1)]
+
+
+def test_a_step_schedule_changes_over_and_may_switch_merging_off(unet, whole, make_inputs, watch):
+    with (
+        tome.attach(unet, whole(ratio=0.5, late_ratio=0, schedule="step", switch_at=0.5)) as merging,
+        watch(unet) as seen,
+    ):
+        for step in range(5):
+            merging.set_step(step, total=5)
+            unet(*make_inputs())
+    assert [x.shape[1] for x in seen[FIRST]] == [128, 128, 256, 256, 256]
+    assert (merging.report().steps, merging.report().merged_steps) == (5, 2)
+
+
+@pytest.mark.parametrize("total", [None, 1])
+def test_without_a_known_total_and_in_a_single_step_the_ratio_is_the_early_one(unet, whole, make_inputs, watch, total):
+    with tome.attach(unet, whole(ratio=0.5, late_ratio=0.25, schedule="linear")) as merging, watch(unet) as seen:
+        merging.set_step(0, total)
+        unet(*make_inputs())
+    assert seen[FIRST][0].shape[1] == 128
+    with tome.attach(unet, whole(ratio=0.5, late_ratio=0.25, schedule="linear")), watch(unet) as seen:
+        for _ in range(3):
+            unet(*make_inputs())
+    assert [x.shape[1] for x in seen[FIRST]] == [128] * 3
+
+
+def test_without_set_step_every_pass_counts_as_the_next_step(unet, whole, make_inputs):
+    inputs = make_inputs()
+    with tome.attach(unet, whole()) as merging:
+        counted = [unet(*inputs) for _ in range(3)]
+        assert (merging.report().steps, merging.report().merged_steps) == (3, 3)
+    with tome.attach(unet, whole()) as merging:
+        for step in (2, 0, 1):
+            merging.set_step(step)
+            assert torch.equal(unet(*inputs), counted[step])
+    assert not torch.equal(counted[0], counted[1])
+
+
+def test_two_passes_of_one_step_share_its_draw_and_count_once(unet, whole, make_inputs):
+    """A sampler's second evaluation, or a half of guidance, does not begin another step."""
+    inputs = make_inputs()
+    with tome.attach(unet, whole()) as merging:
+        merging.set_step(4, 20)
+        assert torch.equal(unet(*inputs), unet(*inputs))
+        assert (merging.report().steps, merging.report().merged_steps) == (1, 1)
+
+
+def test_the_halves_of_guidance_run_apart_give_what_they_give_together(unet, whole, make_inputs, record):
+    latent, timesteps, context = make_inputs()
+    with tome.attach(unet, whole()) as merging:
+        merging.set_step(7, 20)
+        together = unet(latent, timesteps, context)
+        halves = []
+        for half in (slice(0, 1), slice(1, 2)):
+            with record(unet) as calls:
+                halves.append(unet(latent[half], timesteps[half], context[half]))
+            for layer in merging.report().merged_layers:
+                assert_merged(calls[layer.name], merging.settings, step=7)
+    torch.testing.assert_close(torch.cat(halves), together, rtol=0, atol=1e-4)
+
+
+def test_a_picture_alone_gives_what_it_gives_in_a_batch(unet, whole, make_inputs):
+    latent, timesteps, context = make_inputs(batch=4)
+    with tome.attach(unet, whole(max_downsample=2)) as merging:
+        merging.set_step(2)
+        together = unet(latent, timesteps, context)
+        for item in range(4):
+            one = slice(item, item + 1)
+            torch.testing.assert_close(
+                unet(latent[one], timesteps[one], context[one]), together[one], rtol=0, atol=1e-4
+            )
+
+
+def test_two_runs_give_the_same_bits_whatever_the_random_state(make_unet, small_settings, make_inputs):
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        unet = make_unet()
+        with tome.attach(unet, small_settings(max_downsample=2)) as merging:
+            merging.set_step(5)
+            outputs.append(unet(*make_inputs()))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"partition": "uniform"}, {"shared_draw": False}], ids=str)
+def test_merging_moves_no_random_state(unet, small_settings, make_inputs, options):
+    inputs = make_inputs()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    with tome.attach(unet, small_settings(**options)) as merging:
+        unet(*inputs)
+        merging.set_step(3, 20)
+        unet(*inputs)
+        assert merging.report().merged_steps == 2
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert all(np.array_equal(now, then) for now, then in zip(np.random.get_state(), before[2], strict=True))
+
+
+# On any device, in training, in lower precision.
+
+
+class Operations(TorchDispatchMode):
+    """The operations of a pass that make the host wait for a GPU, or that it lacks there in a fixed order."""
+
+    FORBIDDEN = (
+        "nonzero",
+        "_local_scalar_dense",
+        "item",
+        "masked_select",
+        "unique",
+        "argwhere",
+        "is_nonzero",
+        "equal",
+        "bincount",
+        "repeat_interleave.Tensor",
+        "index_add",
+        "scatter_add",
+        "scatter_reduce",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.found = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        name = str(func).removeprefix("aten.")
+        plain = name.split(".")[0].lstrip("_")
+        if any(plain == word.lstrip("_") or name == word or plain.startswith("unique") for word in self.FORBIDDEN):
+            self.found.append(name)
+        if name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        ):
+            self.found.append(f"{name} by a mask")
+        if func is torch.ops.aten.bitwise_xor.Tensor and isinstance(args[1], int):
+            func = torch.ops.aten.bitwise_xor.Scalar  # torch 2.1 names the wrong one of the two
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["bags", "scan"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": None}, {"window": 4}, {"partition": "corner"}, {"shared_draw": False}, {"schedule": "linear"}],
+    ids=str,
+)
+def test_no_operation_of_a_pass_waits_for_the_device(unet, small_settings, make_inputs, monkeypatch, options, scan):
+    """What a grid's layout needs is made once, before; each later step only draws anew."""
+    if scan:
+        monkeypatch.setattr(token_map, "BAG_DEVICES", frozenset())
+    inputs = make_inputs()
+    with tome.attach(unet, small_settings(max_downsample=2, **options)) as merging:
+        unet(*inputs)
+        merging.set_step(1, 20)
+        # These copy to the host without an operation that could be watched.
+        for name in ("tolist", "numpy", "cpu"):
+            monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} in a pass"))
+        with Operations() as operations:
+            unet(*inputs)
+        monkeypatch.undo()
+        assert len(merging.report().merged_layers) == 7
+    assert operations.count > 100
+    assert operations.found == []
+
+
+def test_a_pass_needs_no_value_of_any_tensor(make_unet, small_settings, make_inputs):
+    """The meta device has shapes alone: whatever reads a value raises there."""
+    unet = make_unet().to("meta")
+    with tome.attach(unet, small_settings(max_downsample=2)) as merging:
+        for step in range(2):
+            merging.set_step(step, 2)
+            output = unet(*(each.to("meta") for each in make_inputs()))
+    assert output.shape == (2, 4, 16, 16)
+    assert len(merging.report().merged_layers) == 7
+
+
+def test_a_device_without_embedding_bags_gives_nearly_the_same(unet, whole, make_inputs, monkeypatch):
+    outputs = []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(token_map, "BAG_DEVICES", devices)
+        with tome.attach(unet, whole(max_downsample=2)) as merging:
+            merging.set_step(0)
+            outputs.append(unet(*make_inputs()))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*autocast.*")
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_gradients_flow_through_a_merged_pass_with_and_without_checkpointing(make_unet, whole, make_inputs):
+    gradients = []
+    for use_checkpoint in (False, True):
+        unet = make_unet(use_checkpoint=use_checkpoint).requires_grad_()
+        with tome.attach(unet, whole()) as merging:
+            merging.set_step(1)
+            unet(*make_inputs()).square().mean().backward()
+        assert merging.report().merged_layers
+        gradients.append([parameter.grad for parameter in unet.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.abs().sum() > 0
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_a_pass_without_gradients_leaves_the_next_one_its_own(make_unet, whole, make_inputs, mode):
+    """What is kept of a grid must not be bound to the mode that it was first seen in."""
+    unet, size = make_unet().requires_grad_(), (18, 14) if mode is torch.no_grad else (14, 18)
+    with tome.attach(unet, whole()) as merging:
+        merging.set_step(0)
+        with mode():
+            output = unet(*make_inputs(size))
+        again = unet(*make_inputs(size))
+        again.mean().backward()
+    assert torch.equal(output, again.detach())
+
+
+def test_a_pass_in_autocast_is_merged_too(unet, whole, make_inputs):
+    with tome.attach(unet, whole()) as merging, torch.autocast("cpu", dtype=torch.bfloat16):
+        output = unet(*make_inputs())
+    assert output.isfinite().all()
+    assert {layer.merged_tokens for layer in merging.report().merged_layers} == {128}

@@ -1,0 +1,372 @@
+import itertools
+import math
+
+import pytest
+import torch
+from tomesd.merge import bipartite_soft_matching_random2d
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tomesd_core as tome
+from tomesd_core import matching
+from tomesd_core.matching import match, tokens_removed
+from tomesd_core.partition import make_partition
+from tomesd_core.settings import PARTITIONS, max_ratio
+
+
+def tokens(grid, channels=6, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, math.prod(grid), channels, generator=generator)
+
+
+def groups(token_map):
+    """For each item, which tokens fall together."""
+    found = []
+    for slots in token_map.slots.tolist():
+        together = {}
+        for token, slot in enumerate(slots):
+            together.setdefault(slot, set()).add(token)
+        assert sorted(together) == list(range(token_map.merged_tokens))
+        found.append({frozenset(tokens) for tokens in together.values()})
+    return found
+
+
+def window_of(token, grid, stride, window):
+    """The window of a token: as many whole cells as fit, spread evenly; what is outside a cell joins the last one."""
+    home = []
+    for place, side, cell in zip(divmod(token, grid[1]), grid, stride, strict=True):
+        cells = side // cell
+        count = 1 if window is None else math.ceil(cells / max(1, window // cell))
+        mine = min(place // cell, cells - 1)
+        home.append(max(number for number in range(count) if number * cells // count <= mine))
+    return tuple(home)
+
+
+def matched_one_by_one(x, split, removed, home):
+    """Bipartite soft matching of one item in plain loops: which tokens fall together."""
+    points, src, dst = x.double().tolist(), split.src[0].tolist(), split.dst[0].tolist()
+    finite = [all(map(math.isfinite, point)) for point in points]
+    norms = [math.sqrt(sum(value * value for value in point)) for point in points]
+
+    def similarity(a, b):
+        if not (finite[a] and finite[b]):
+            return -2.0
+        length = norms[a] * norms[b]
+        return sum(p * q for p, q in zip(points[a], points[b], strict=True)) / length if length else 0.0
+
+    pairs = []
+    for a in src:
+        found = [(similarity(a, b), b) for b in dst if home(a) == home(b)]
+        if found:
+            best = max(found, key=lambda pair: pair[0])
+            pairs.append((best[0], a, best[1]))
+    pairs.sort(key=lambda pair: -pair[0])
+    together = {b: {b} for b in dst}
+    for _, a, b in pairs[:removed]:
+        together[b].add(a)
+    kept = set(src) - {a for _, a, _ in pairs[:removed]}
+    return {frozenset(tokens) for tokens in together.values()} | {frozenset([a]) for a in kept}
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.74])
+@pytest.mark.parametrize("window", [None, 2, 4, 5])
+@pytest.mark.parametrize("grid", [(8, 8), (7, 9), (5, 12)])
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_most_similar_src_of_the_image_fall_into_the_best_dst_of_their_window(partition, grid, window, ratio):
+    x, stride = tokens(grid), (1, 2) if partition == "alternating" else (2, 2)
+    split = make_partition(grid, (2, 2), partition, step=3, window=window)
+    removed = min(tokens_removed(x.shape[1], ratio), split.most_removed)
+    token_map = match(x, split, exact=True).token_map(removed)
+    assert token_map.merged_tokens == x.shape[1] - removed
+    for item, found in zip(x, groups(token_map), strict=True):
+        assert found == matched_one_by_one(item, split, removed, lambda token: window_of(token, grid, stride, window))
+
+
+@pytest.mark.parametrize("stride", [(3, 2), (1, 4), (4, 4)])
+def test_any_stride_is_matched_alike(stride):
+    grid, x = (9, 11), tokens((9, 11))
+    split = make_partition(grid, stride, "random", window=5)
+    found = groups(match(x, split, exact=True).token_map(30))
+    assert found == [matched_one_by_one(item, split, 30, lambda token: window_of(token, grid, stride, 5)) for item in x]
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_match_tokens_is_exact_over_the_whole_image(partition):
+    x, split = tokens((7, 9)), make_partition((7, 9), (2, 2), partition, step=6)
+    ratio = max_ratio((2, 2), partition)
+    token_map = tome.match_tokens(x, (7, 9), ratio, partition=partition, step=6, window=None)
+    removed = min(int(63 * ratio), split.most_removed)
+    assert groups(token_map) == [matched_one_by_one(item, split, removed, lambda token: 0) for item in x]
+
+
+def test_a_draw_that_is_not_shared_is_matched_item_by_item():
+    x = tokens((6, 8), batch=3)
+    token_map = tome.match_tokens(x, (6, 8), 0.5, step=2, window=None, shared_draw=False)
+    draws = make_partition((6, 8), step=2, items=3)
+    for item, found in enumerate(groups(token_map)):
+        draw = make_partition((6, 8), step=2)
+        draw = type(draw)(draws.src[item : item + 1], draws.dst[item : item + 1], draw.windows, draw.most_removed)
+        assert found == matched_one_by_one(x[item], draw, 24, lambda token: 0)
+
+
+def test_what_match_tokens_uses_by_default_is_nearly_as_similar():
+    """In windows a lower precision may be used where that is faster."""
+    grid, x = (16, 16), tokens((16, 16), channels=32, batch=1)
+    split = make_partition(grid, window=8)
+    found = match(x, split)
+    unit = torch.nn.functional.normalize(x[0].double(), dim=-1)
+    homes = [window_of(token, grid, (2, 2), 8) for token in range(256)]
+    src, dst = split.src[0].tolist(), split.dst[0].tolist()
+    best = []
+    for place, a in enumerate(src):
+        inside = [b for b in dst if homes[b] == homes[a]]
+        b = dst[found.best[0, place]]
+        assert b in inside
+        best.append((unit[inside] @ unit[a]).max().item())
+        assert (unit[a] @ unit[b]).item() > best[-1] - 0.02
+    ordered = [best[place] for place in found.order[0].tolist()]
+    assert all(later < earlier + 0.02 for earlier, later in itertools.pairwise(ordered))
+
+
+@pytest.mark.parametrize("window", [2, 4, 7, 32])
+def test_tokens_fall_together_inside_a_window_only(window):
+    grid = (33, 65)
+    token_map = tome.match_tokens(tokens(grid, batch=1), grid, 0.7, window=window)
+    for together in groups(token_map)[0]:
+        assert len({window_of(token, grid, (2, 2), window) for token in together}) == 1
+
+
+@pytest.mark.parametrize("kind", [math.nan, math.inf, -math.inf, 0.0], ids=["nan", "inf", "minus inf", "zero"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.7])
+@pytest.mark.parametrize("bad", [[0], [1], [18, 27], [0, 2, 9]], ids=["dst", "src", "dst and src", "dst, dst and src"])
+def test_a_token_of_zero_norm_or_that_is_not_finite_spoils_no_other(bad, ratio, window, kind):
+    """With corners on 8×8 the tokens 0, 2 and 18 are dst, 1, 9 and 27 src; all are more similar than not."""
+    grid, x = (8, 8), tokens((8, 8)) + 1.5
+    x[0, bad] = kind
+    split = make_partition(grid, (2, 2), "corner", window=window)
+    token_map = match(x, split, exact=True).token_map(int(64 * ratio))
+    assert groups(token_map) == [
+        matched_one_by_one(item, split, int(64 * ratio), lambda token: window_of(token, grid, (2, 2), window))
+        for item in x
+    ]
+    for exact in (True, False):
+        token_map = match(x, split, exact).token_map(int(64 * ratio))
+        back = token_map.unmerge(token_map.merge(x)).isfinite().all(-1)
+        assert back.sum() == back.numel() - (0 if kind == 0 else len(bad))
+
+
+@pytest.mark.parametrize("channel", [0, 5])
+@pytest.mark.parametrize("kind", [math.nan, math.inf])
+def test_one_channel_that_is_not_finite_spoils_no_other_token(channel, kind):
+    x = tokens((8, 8))
+    x[1, 10, channel] = kind
+    token_map = tome.match_tokens(x, (8, 8), 0.6)
+    back = token_map.unmerge(token_map.merge(x)).isfinite()
+    assert back[0].all()
+    assert back[1].all(-1).sum() == 63
+
+
+@pytest.mark.parametrize("kind", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("ratio", [0.3, 0.75])
+def test_an_item_that_is_spoilt_altogether_still_has_a_map_and_leaves_the_others_as_they_were(ratio, kind):
+    x = tokens((7, 9), batch=3)
+    healthy = tome.match_tokens(x, (7, 9), ratio, window=None)
+    x[1] = kind
+    token_map = tome.match_tokens(x, (7, 9), ratio, window=None)
+    groups(token_map)
+    assert torch.equal(token_map.slots[[0, 2]], healthy.slots[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_tiny_token_is_no_more_similar_than_its_direction_says(dtype):
+    """The inverse of its norm is larger than the largest number."""
+    x = tokens((8, 8), batch=1).to(dtype)
+    x[:, 9] = 6e-8 if dtype == torch.float16 else 1e-40
+    split = make_partition((8, 8), (2, 2), "corner")
+    found = match(x, split, exact=True)
+    place = split.src[0].tolist().index(9)
+    assert found.order[0].tolist().index(place) > 0
+    token_map = found.token_map(32)
+    assert token_map.unmerge(token_map.merge(x)).isfinite().all()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "powers"), [(torch.float16, (-3, 12)), (torch.bfloat16, (-60, 60)), (torch.float32, (-60, 60))]
+)
+def test_a_tokens_length_does_not_change_what_it_is_similar_to(dtype, powers, exact):
+    """Powers of two scale without rounding, so the similarities are the very same."""
+    x = tokens((8, 8), channels=16, batch=1).to(dtype)
+    power = torch.randint(*powers, (64, 1), generator=torch.Generator().manual_seed(0))
+    split = make_partition((8, 8), step=1)
+    plain, scaled = (match(each, split, exact) for each in (x, torch.ldexp(x, power).to(dtype)))
+    assert torch.equal(plain.best, scaled.best)
+    assert torch.equal(plain.token_map(20).slots, scaled.token_map(20).slots)
+
+
+class TensorSizes(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bitwise_xor.Tensor and isinstance(args[1], int):
+            func = torch.ops.aten.bitwise_xor.Scalar  # torch 2.1 names the wrong one of the two
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel() * tensor.element_size())
+        return made
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "side", "batch"),
+    [
+        ("cpu", torch.float32, 104, 1),
+        ("meta", torch.float32, 160, 8),
+        ("meta", torch.float16, 256, 2),
+        ("meta", torch.float64, 256, 2),
+    ],
+    ids=str,
+)
+def test_the_similarity_never_takes_more_than_64_mib(device, dtype, side, batch):
+    """The meta device counts bytes as a GPU would, and computes nothing."""
+    x = torch.randn(batch, side**2, 4, dtype=dtype, device=device)
+    whole = (side**2 * 3 / 4) * (side**2 / 4) * x.element_size()
+    with TensorSizes() as sizes:
+        tome.match_tokens(x, (side, side), 0.5, window=None)
+    assert matching.SIMILARITY_BYTES == 64 * 2**20 < whole
+    assert sizes.largest <= matching.SIMILARITY_BYTES
+    with TensorSizes() as sizes:
+        tome.match_tokens(x, (side, side), 0.5, window=32)
+    assert sizes.largest <= matching.SIMILARITY_BYTES
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 2**14, 2**30])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_memory_limit_does_not_change_what_is_found(monkeypatch, window, limit):
+    x, split = tokens((10, 14), batch=3), make_partition((10, 14), window=window)
+    whole = match(x, split, exact=True)
+    monkeypatch.setattr(matching, "CACHED_BYTES", limit)
+    parts = match(x, split, exact=True)
+    assert torch.equal(parts.best, whole.best)
+    assert torch.equal(parts.order, whole.order)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_a_picture_alone_has_the_map_that_it_has_in_a_batch(partition, window):
+    x = tokens((13, 10), channels=16, batch=4)
+    together = tome.match_tokens(x, (13, 10), 0.4, partition=partition, window=window, step=2)
+    for item in range(4):
+        alone = tome.match_tokens(x[item : item + 1], (13, 10), 0.4, partition=partition, window=window, step=2)
+        assert alone.merged_tokens == together.merged_tokens
+        assert torch.equal(alone.slots[0], together.slots[item])
+
+
+def test_the_map_is_the_same_at_every_run_and_moves_no_random_state():
+    x, maps = tokens((32, 20)), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        maps.append(tome.match_tokens(x, (32, 20), 0.6, step=4))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(maps[0].slots, maps[1].slots)
+    assert not torch.equal(maps[0].slots, tome.match_tokens(x, (32, 20), 0.6, step=5).slots)
+
+
+def test_the_slots_are_integers_of_each_items_own_tokens():
+    token_map = tome.match_tokens(tokens((6, 7), batch=3), (6, 7), 0.5)
+    assert token_map.slots.dtype == torch.int64
+    assert token_map.slots.shape == (3, 42)
+    groups(token_map)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (3, 1), (1, 64)])
+@pytest.mark.parametrize("partition", ["random", "corner", "uniform"])
+def test_a_grid_without_a_whole_cell_stays_as_it_is(grid, partition):
+    x = tokens(grid)
+    token_map = tome.match_tokens(x, grid, 0.5, partition=partition)
+    assert token_map.merged_tokens == x.shape[1]
+    assert torch.equal(token_map.unmerge(token_map.merge(x)), x)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+def test_a_ratio_of_0_removes_nothing(stride):
+    x = tokens((7, 9))
+    token_map = tome.match_tokens(x, (7, 9), 0, stride=stride)
+    assert token_map.merged_tokens == 63
+    assert torch.equal(token_map.unmerge(token_map.merge(x)), x)
+
+
+def test_the_map_takes_no_gradient_and_works_in_inference_mode():
+    x = tokens((8, 8)).requires_grad_()
+    with torch.inference_mode():
+        slots = tome.match_tokens(x, (8, 8), 0.5).slots
+    token_map = tome.match_tokens(x, (8, 8), 0.5)
+    assert torch.equal(token_map.slots, slots)
+    token_map.unmerge(token_map.merge(x)).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(2, 63, 4), (64, 4), (2, 8, 8, 4)])
+def test_what_is_not_on_the_grid_is_refused_by_name(shape):
+    with pytest.raises(ValueError, match=r"^x must be \[B, 64, C\] on a grid of 8×8, got \[") as caught:
+        tome.match_tokens(torch.zeros(shape), (8, 8), 0.5)
+    assert str(list(shape)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.9}, "ratio must lie in [0, 0.75] for a 2×2 stride, got 0.9"),
+        (
+            {"ratio": 0.6, "partition": "alternating"},
+            "ratio must lie in [0, 0.5] for the alternating partition, got 0.6",
+        ),
+        ({"stride": (0, 2)}, "stride must lie in [1, 16], got 0"),
+        ({"partition": "best"}, "partition must be one of random, corner, uniform, alternating, got 'best'"),
+        ({"window": 0}, "window must lie in [1, 4096], got 0"),
+        ({"shared_draw": None}, "shared_draw must be true or false, got None"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_as_in_the_settings(options, message):
+    with pytest.raises(tome.SettingsError) as caught:
+        tome.match_tokens(tokens((8, 8)), (8, 8), **{"ratio": 0.5, **options})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4, 0.5, 0.6, 0.75])
+@pytest.mark.parametrize("grid", [(64, 64), (65, 33), (7, 9), (16, 12), (2, 2)], ids=str)
+def test_with_corners_over_the_whole_image_it_equals_tomesd(grid, ratio):
+    x = tokens(grid, channels=24)
+    removed = int(x.shape[1] * ratio)
+    merge, unmerge = bipartite_soft_matching_random2d(x, grid[1], grid[0], 2, 2, removed, no_rand=True)
+    token_map = tome.match_tokens(x, grid, ratio, partition="corner", window=None)
+    assert token_map.merged_tokens == merge(x).shape[1]
+    torch.testing.assert_close(token_map.unmerge(token_map.merge(x)), unmerge(merge(x)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [(1, 2), (3, 2), (4, 4)])
+def test_with_another_stride_it_equals_tomesd_too(stride):
+    grid, x = (13, 18), tokens((13, 18), channels=24)
+    merge, unmerge = bipartite_soft_matching_random2d(x, 18, 13, stride[1], stride[0], 117, no_rand=True)
+    token_map = tome.match_tokens(x, grid, 0.5, stride=stride, partition="corner", window=None)
+    assert token_map.merged_tokens == merge(x).shape[1]
+    torch.testing.assert_close(token_map.unmerge(token_map.merge(x)), unmerge(merge(x)), rtol=0, atol=1e-5)
+
+
+def test_autocast_does_not_lower_the_precision_of_an_exact_matching():
+    x = tokens((24, 24), channels=16)
+    expected = tome.match_tokens(x, (24, 24), 0.5, window=None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tome.match_tokens(x, (24, 24), 0.5, window=None).slots, expected.slots)
+
+
+def test_a_grid_may_be_any_pair():
+    x = tokens((7, 9))
+    expected = tome.match_tokens(x, (7, 9), 0.5).slots
+    assert torch.equal(tome.match_tokens(x, [7, 9], 0.5).slots, expected)
+    assert torch.equal(tome.match_tokens(x, torch.Size([7, 9]), 0.5).slots, expected)

@@ -1,0 +1,219 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tomesd_core.partition import make_partition
+from tomesd_core.settings import PARTITIONS
+
+GRIDS = [(8, 8), (65, 33), (7, 9), (1, 5), (2, 1), (6, 40)]
+STRIDES = [(2, 2), (3, 2), (1, 4), (1, 1)]
+GOLDEN = {
+    ("random", 0): [[0, 2, 4, 19, 9, 10, 37, 26, 40, 30, 45, 46]],
+    ("random", 7): [[1, 14, 17, 7, 20, 23, 25, 39, 41, 42, 45, 34]],
+    ("uniform", 7): [[0, 4, 7, 9, 16, 19, 20, 23, 26, 35, 37, 44]],
+}
+
+
+def cells_of(grid, stride):
+    """The tokens of each whole cell, in row order."""
+    (rows, columns), (down, across) = grid, stride
+    return [
+        [(top + y) * columns + left + x for y in range(down) for x in range(across)]
+        for top in range(0, rows - down + 1, down)
+        for left in range(0, columns - across + 1, across)
+    ]
+
+
+def dst_of(*args, **options):
+    return make_partition(*args, **options).dst
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_src_and_dst_are_disjoint_and_complete(grid, stride, window, partition):
+    split = make_partition(grid, stride, partition, step=5, window=window, items=2)
+    assert split.tokens == grid[0] * grid[1]
+    for src, dst in zip(split.src, split.dst, strict=True):
+        assert sorted(src.tolist() + dst.tolist()) == list(range(split.tokens))
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_random_has_exactly_one_dst_in_each_cell(grid, stride):
+    cells = cells_of(grid, stride)
+    for step in range(3):
+        (dst,) = dst_of(grid, stride, "random", step).tolist()
+        assert len(dst) == len(cells)
+        assert all(token in cell for token, cell in zip(dst, cells, strict=True))
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_corner_takes_each_cells_first_token_in_every_step(grid, stride):
+    corners = [cell[0] for cell in cells_of(grid, stride)]
+    assert dst_of(grid, stride, "corner").tolist() == [corners]
+    assert dst_of(grid, stride, "corner", step=9).tolist() == [corners]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_alternating_takes_every_other_token_along_the_row_whatever_the_stride(grid):
+    rows, columns = grid
+    expected = [row * columns + column for row in range(rows) for column in range(0, columns - 1, 2)]
+    for stride in STRIDES:
+        assert dst_of(grid, stride, "alternating").tolist() == [expected]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_uniform_takes_as_many_dst_as_there_are_cells(grid, stride):
+    assert dst_of(grid, stride, "uniform").shape == (1, len(cells_of(grid, stride)))
+
+
+def test_uniform_leaves_some_cells_without_a_dst():
+    dst = set(dst_of((16, 16), (2, 2), "uniform")[0].tolist())
+    found = {len(dst & set(cell)) for cell in cells_of((16, 16), (2, 2))}
+    assert {0, 1, 2} <= found
+
+
+@pytest.mark.parametrize("partition", ["random", "corner", "alternating"])
+@pytest.mark.parametrize("grid", [(65, 33), (7, 9), (1, 5), (3, 3)])
+def test_tokens_outside_a_whole_cell_are_src(grid, partition):
+    stride = (1, 2) if partition == "alternating" else (2, 2)
+    inside = {token for cell in cells_of(grid, stride) for token in cell}
+    outside = set(range(grid[0] * grid[1])) - inside
+    assert outside
+    for step in range(5):
+        assert outside <= set(make_partition(grid, (2, 2), partition, step).src[0].tolist())
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_draw_is_the_same_at_every_call_whatever_the_random_state(partition):
+    draws = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        draws.append(make_partition((13, 10), (2, 2), partition, step=3, window=4))
+    assert torch.equal(draws[0].dst, draws[1].dst)
+    assert torch.equal(draws[0].src, draws[1].src)
+    assert torch.equal(draws[0].windows.dst, draws[1].windows.dst)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_draw_moves_no_random_state(partition):
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    make_partition((31, 17), (2, 2), partition, step=1, window=8, items=3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert all(np.array_equal(now, then) for now, then in zip(np.random.get_state(), before[2], strict=True))
+
+
+def test_the_draw_is_the_same_on_every_machine():
+    """A change of these numbers changes the picture of every seed."""
+    assert dst_of((4, 12), (2, 2), "random", step=0).tolist() == GOLDEN["random", 0]
+    assert dst_of((4, 12), (2, 2), "random", step=7).tolist() == GOLDEN["random", 7]
+    assert dst_of((4, 12), (2, 2), "uniform", step=7).tolist() == GOLDEN["uniform", 7]
+
+
+@pytest.mark.parametrize("partition", ["random", "uniform"])
+def test_every_step_has_another_draw(partition):
+    draws = {tuple(dst_of((16, 16), (2, 2), partition, step)[0].tolist()) for step in range(50)}
+    assert len(draws) == 50
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (3, 2), (1, 4)])
+def test_the_draw_is_uniform_over_a_cell(stride):
+    cells, size = cells_of((48, 48), stride), stride[0] * stride[1]
+    counts = [0] * size
+    for step in range(30):
+        for token, cell in zip(dst_of((48, 48), stride, "random", step)[0].tolist(), cells, strict=True):
+            counts[cell.index(token)] += 1
+    expected = 30 * len(cells) / size
+    assert all(0.95 * expected < count < 1.05 * expected for count in counts)
+
+
+def test_draws_of_neighbouring_steps_items_and_cells_are_independent():
+    """Independent draws from 4 tokens agree in a quarter of the cells."""
+    corner = dst_of((64, 64), (2, 2), "corner")
+    place = torch.stack([dst_of((64, 64), (2, 2), "random", step, items=2) - corner for step in range(20)])
+    assert (place[1:] == place[:-1]).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert (place[:, 0] == place[:, 1]).float().mean().item() == pytest.approx(0.25, abs=0.015)
+    assert (place[..., 1:] == place[..., :-1]).float().mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_a_shared_draw_is_one_for_all_items(partition):
+    assert dst_of((8, 8), (2, 2), partition).shape[0] == 1
+
+
+@pytest.mark.parametrize("partition", ["random", "uniform"])
+def test_a_draw_that_is_not_shared_differs_between_items_and_not_with_their_number(partition):
+    three = dst_of((8, 8), (2, 2), partition, step=4, items=3)
+    assert len({tuple(dst.tolist()) for dst in three}) == 3
+    assert torch.equal(dst_of((8, 8), (2, 2), partition, step=4, items=2), three[:2])
+    assert torch.equal(dst_of((8, 8), (2, 2), partition, step=4), three[:1])
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 8, 100])
+@pytest.mark.parametrize("grid", [(8, 8), (65, 33), (7, 9), (1, 5), (13, 24)])
+def test_the_windows_hold_each_src_and_each_dst_once(grid, window, partition):
+    split = make_partition(grid, (2, 2), partition, step=2, window=window)
+    windows = split.windows
+    sources, destinations = split.src.shape[1], split.dst.shape[1]
+    for number in range(sources):
+        assert windows.src[0].flatten()[windows.src_place[0, number]] == number
+    held = [set(window.tolist()) for window in windows.dst[0]]
+    if destinations:
+        assert set.union(*held) == set(range(destinations))
+    if windows.stranded is None:
+        assert sum(len(window) for window in held) == destinations
+    homes = (windows.src_place[0] // max(1, windows.src.shape[2])).tolist()
+    for number, window in enumerate(windows.src[0].tolist()):
+        assert {place for place in window if homes[place] == number} == {
+            place for place in range(sources) if homes[place] == number
+        }
+
+
+@pytest.mark.parametrize("window", [2, 4, 5, 8])
+def test_a_window_is_a_rectangle_of_whole_cells_no_wider_than_asked_for(window):
+    split = make_partition((12, 20), (2, 2), "corner", window=window)
+    tokens_of = [
+        set(split.src[0, src].tolist()) | set(split.dst[0, dst].tolist())
+        for src, dst in zip(split.windows.src[0], split.windows.dst[0], strict=True)
+    ]
+    assert sorted(token for tokens in tokens_of for token in tokens) == list(range(12 * 20))
+    for tokens in tokens_of:
+        rows, columns = {token // 20 for token in tokens}, {token % 20 for token in tokens}
+        assert len(tokens) == len(rows) * len(columns)
+        assert len(rows) == max(rows) - min(rows) + 1 <= window
+        assert len(columns) == max(columns) - min(columns) + 1 <= window
+
+
+def test_no_window_is_one_window():
+    assert make_partition((65, 33), (2, 2), "random", window=None).windows.dst.shape == (1, 1, 32 * 16)
+
+
+def test_only_a_uniform_draw_can_leave_a_window_without_a_dst():
+    uniform = make_partition((16, 16), (2, 2), "uniform", window=2)
+    stranded = uniform.windows.stranded
+    dst_windows = {(token // 16 // 2, token % 16 // 2) for token in uniform.dst[0].tolist()}
+    lonely = [(token // 16 // 2, token % 16 // 2) not in dst_windows for token in uniform.src[0].tolist()]
+    assert any(lonely)
+    assert stranded[0].tolist() == lonely
+    assert uniform.most_removed == len(lonely) - sum(lonely)
+    for partition in ("random", "corner", "alternating"):
+        split = make_partition((17, 15), (2, 2), partition, window=2)
+        assert split.windows.stranded is None
+        assert split.most_removed == split.src.shape[1]
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_a_grid_without_a_whole_cell_has_nothing_to_remove(partition):
+    split = make_partition((3, 1), (2, 2), partition)
+    assert split.dst.shape == (1, 0)
+    assert split.most_removed == 0

@@ -1,0 +1,123 @@
+"""Laws that hold for any grid, stride, ratio and batch."""
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tomesd_core as tome
+from tomesd_core.matching import tokens_removed
+from tomesd_core.partition import make_partition
+from tomesd_core.settings import PARTITIONS, max_ratio
+
+ROUNDING = 64
+"""With windows the number of tokens left may be rounded to what is faster, by so many at most."""
+
+NO_WINDOW, SOME_WINDOW = st.none(), st.integers(1, 40)
+WINDOWS = NO_WINDOW | SOME_WINDOW
+
+quick = settings(max_examples=120, deadline=None, derandomize=True)
+
+
+@st.composite
+def matchings(draw, windows=WINDOWS):
+    """A token map, the tokens that it was made of, and the options of its making."""
+    grid = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    options = {
+        "stride": draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
+        "partition": draw(st.sampled_from(PARTITIONS)),
+        "step": draw(st.integers(0, 1000)),
+        "window": draw(windows),
+        "shared_draw": draw(st.booleans()),
+    }
+    ratio = draw(st.floats(0, max_ratio(options["stride"], options["partition"])))
+    batch, channels = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    x = torch.randn(batch, math.prod(grid), channels, generator=generator)
+    return tome.match_tokens(x, grid, ratio, **options), x, grid, ratio, options
+
+
+def most_removed(grid, options, batch):
+    return make_partition(
+        grid,
+        options["stride"],
+        options["partition"],
+        options["step"],
+        options["window"],
+        1 if options["shared_draw"] else batch,
+    ).most_removed
+
+
+@quick
+@given(matchings())
+def test_the_slots_are_onto_the_merged_tokens(case):
+    token_map, x, *_ = case
+    assert token_map.slots.shape == x.shape[:2]
+    for slots in token_map.slots:
+        assert torch.equal(slots.unique(), torch.arange(token_map.merged_tokens))
+
+
+@quick
+@given(matchings())
+def test_each_slots_mean_is_right(case):
+    token_map, x, *_ = case
+    batch, tokens, _ = x.shape
+    share = torch.zeros(batch, token_map.merged_tokens, tokens, dtype=torch.double)
+    share.scatter_(1, token_map.slots[:, None], 1)
+    assert torch.equal(share.sum(-1).long(), token_map.counts)
+    exact = share @ x.double() / share.sum(-1, keepdim=True)
+    torch.testing.assert_close(token_map.merge(x).double(), exact, rtol=0, atol=1e-5)
+
+
+@quick
+@given(matchings())
+def test_unmerge_of_merge_is_the_identity_on_what_is_constant_over_slots(case):
+    token_map, x, *_ = case
+    # Small integers: their means are exact.
+    y = (x[:, : token_map.merged_tokens] * 8).round()
+    constant = token_map.unmerge(y)
+    assert torch.equal(token_map.merge(constant), y)
+    assert torch.equal(token_map.unmerge(token_map.merge(constant)), constant)
+
+
+@quick
+@given(matchings(windows=NO_WINDOW))
+def test_over_the_whole_image_the_ratio_is_removed_as_far_as_there_are_sources(case):
+    token_map, x, grid, ratio, options = case
+    tokens = x.shape[1]
+    assert tokens_removed(tokens, ratio) == int(tokens * ratio)
+    most = most_removed(grid, options, x.shape[0])
+    stride = (1, 2) if options["partition"] == "alternating" else options["stride"]
+    cells = math.prod(side // cell for side, cell in zip(grid, stride, strict=True))
+    assert most == (tokens - cells if cells else 0)
+    assert token_map.merged_tokens == tokens - min(int(tokens * ratio), most)
+
+
+@quick
+@given(matchings(windows=SOME_WINDOW))
+def test_in_windows_the_ratio_is_removed_as_far_as_sources_find_a_destination_up_to_rounding(case):
+    token_map, x, grid, ratio, options = case
+    removed = x.shape[1] - token_map.merged_tokens
+    most = most_removed(grid, options, x.shape[0])
+    assert 0 <= removed <= most
+    assert abs(removed - min(int(x.shape[1] * ratio), most)) <= ROUNDING
+
+
+@quick
+@given(matchings())
+def test_a_slot_holds_one_destination_and_what_fell_into_it_or_a_token_alone(case):
+    token_map, x, grid, _, options = case
+    split = make_partition(
+        grid,
+        options["stride"],
+        options["partition"],
+        options["step"],
+        options["window"],
+        1 if options["shared_draw"] else x.shape[0],
+    )
+    dst = split.dst.expand(x.shape[0], -1)
+    is_dst = torch.zeros(x.shape[:2], dtype=torch.long).scatter_(1, dst, 1)
+    dst_in_slot = torch.zeros_like(token_map.counts).scatter_add_(1, token_map.slots, is_dst)
+    assert (dst_in_slot <= 1).all()
+    assert ((dst_in_slot == 1) | (token_map.counts == 1)).all()

@@ -1,0 +1,95 @@
+import pytest
+from torch import nn
+
+import tomesd_core as tome
+from tomesd_core.report import LayerReport, Report
+
+
+def layer(name="input_blocks.1.1", level=1, tokens=0, merged_tokens=0, calls=0, merged_calls=0, left_out=None):
+    return LayerReport(name, level, tokens, merged_tokens, calls, merged_calls, left_out)
+
+
+def test_the_summary_names_layers_tokens_and_steps():
+    layers = [
+        layer("a", 1, 4096, 2048, 20, 15),
+        layer("b", 1, 4096, 2048, 20, 15),
+        layer("c", 2, 1024, 512, 20, 15),
+        layer("d", 4, 256, 0, 20, 0, "level 4 is above max downsample 2"),
+    ]
+    report = Report(layers, 20, 15, 0.5, [])
+    assert report.merged_layers == layers[:3]
+    assert "3 of 4 self-attention layers" in report.summary
+    assert "4096 -> 2048 tokens" in report.summary
+    assert "1024 -> 512 tokens" in report.summary
+    assert "15 of 20 steps" in report.summary
+    assert "\n" not in report.summary
+
+
+def test_a_note_is_in_the_summary():
+    report = Report([layer("a", 2, 1024, 512, 20, 20)], 20, 20, 0.5, ["no attention at level 1"])
+    assert "no attention at level 1" in report.summary
+    assert "1024 -> 512" in report.summary
+
+
+def test_on_is_never_silently_nothing():
+    reasons = "level 2 is above max downsample 1", "64 tokens are under min tokens 100"
+    report = Report([layer(calls=1, left_out=reasons[0]), layer(calls=1, left_out=reasons[1])], 1, 0, 0.5, [])
+    assert "nothing merged" in report.summary
+    assert all(reason in report.summary for reason in reasons)
+    assert "this model has no layers" in Report([], 1, 0, 0.5, ["this model has no layers"]).summary
+
+
+def test_the_whole_report_names_every_layer_and_why_it_was_left_out():
+    layers = [
+        layer("input_blocks.1.1", 1, 4096, 2048, 20, 15),
+        layer("middle_block.1", 8, 64, 0, 20, 0, "level 8 is above max downsample 1"),
+    ]
+    text = str(Report(layers, 20, 15, 0.5, []))
+    first, second = (line for line in text.splitlines() if line.startswith(" "))
+    assert "input_blocks.1.1 (level 1)" in first
+    assert "4096 -> 2048" in first
+    assert "15 of 20" in first
+    assert "middle_block.1 (level 8)" in second
+    assert "not merged" in second
+    assert "level 8 is above max downsample 1" in second
+
+
+def test_a_report_can_be_read_before_during_and_after(make_unet, make_inputs, small_settings):
+    unet = make_unet()
+    merging = tome.attach(unet, small_settings(window=None))
+    before = merging.report()
+    assert (before.steps, before.merged_steps, before.ratio) == (0, 0, None)
+    assert "nothing merged" in str(before)
+    during = []
+    handle = unet.middle_block.register_forward_hook(lambda *_: during.append(merging.report()))
+    unet(*make_inputs())
+    handle.remove()
+    assert [len(report.merged_layers) for report in during] == [1]
+    assert len(merging.report().merged_layers) == 3
+    merging.detach()
+    after = merging.report()
+    assert len(after.merged_layers) == 3
+    assert (after.steps, after.merged_steps, after.ratio) == (1, 1, 0.5)
+    assert len(before.merged_layers) == 0, "a report read earlier does not change"
+
+
+def test_a_report_says_tokens_before_and_after(make_unet, make_inputs, small_settings):
+    unet = make_unet()
+    with tome.attach(unet, small_settings(ratio=0.3, window=None, max_downsample=2)) as merging:
+        unet(*make_inputs((16, 12)))
+        unet(*make_inputs((16, 12)))
+    sizes = {
+        (each.level, each.tokens, each.merged_tokens, each.calls, each.merged_calls) for each in merging.report().layers
+    }
+    assert sizes == {(1, 192, 192 - 57, 2, 2), (2, 48, 48 - 14, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_downsample": 8}, {"min_tokens": 1000}, {"ratio": 0}, {"schedule": "step"}], ids=str
+)
+def test_any_console_can_print_a_report(make_unet, make_inputs, small_settings, settings):
+    for model in (make_unet(), make_unet(attention_resolutions=[2]), nn.Sequential(nn.Conv2d(4, 4, 1))):
+        with tome.attach(model, small_settings(**settings)) as merging:
+            model(*make_inputs()[: 1 if isinstance(model, nn.Sequential) else 3])
+            str(merging.report()).encode("ascii")
+            merging.report().summary.encode("ascii")

@@ -1,0 +1,179 @@
+import math
+
+import pytest
+import torch
+
+import tomesd_core as tome
+from tomesd_core import token_map as module
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=["bags", "scan"], autouse=True)
+def way(request, monkeypatch):
+    """Every law holds for both ways to take the mean: `embedding_bag`, and the fallback for devices without it."""
+    if request.param == "scan":
+        monkeypatch.setattr(module, "BAG_DEVICES", frozenset())
+    return request.param
+
+
+def random_map(tokens=63, merged=20, items=2, seed=0):
+    """A map in which every slot has at least one token."""
+    generator = torch.Generator().manual_seed(seed)
+    slots = [
+        torch.cat([torch.arange(merged), torch.randint(merged, (tokens - merged,), generator=generator)])[
+            torch.randperm(tokens, generator=generator)
+        ]
+        for _ in range(items)
+    ]
+    return tome.TokenMap(torch.stack(slots), merged)
+
+
+def noise(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_means(token_map, x):
+    """The mean over each slot in float64, slot by slot."""
+    return torch.stack(
+        [
+            torch.stack([item[slots == slot].double().mean(0) for slot in range(token_map.merged_tokens)])
+            for item, slots in zip(x, token_map.slots, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 320])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge_is_the_mean_over_each_slot_rounded_once(dtype, channels):
+    token_map, x = random_map(), noise(2, 63, channels).to(dtype)
+    merged, exact = token_map.merge(x), exact_means(random_map(), x)
+    assert merged.dtype == dtype
+    assert merged.shape == (2, 20, channels)
+    half_a_place = torch.finfo(dtype).eps / 2 * torch.exp2(torch.frexp(exact).exponent - 1.0)
+    # Sums are made in fp32 at least: its own rounding comes on top.
+    slack = 4 * torch.finfo(torch.float32).eps * x.double().abs().amax()
+    assert ((merged.double() - exact).abs() <= half_a_place + slack).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_large_slot_loses_no_precision(dtype):
+    """In fp16 a sum of these would overflow, in bf16 it would stand still at 256 times the value."""
+    token_map = tome.TokenMap(torch.zeros(1, 4096, dtype=torch.long), 1)
+    assert token_map.merge(torch.full((1, 4096, 3), 100.0, dtype=dtype)).tolist() == [[[100.0] * 3]]
+    x = (1 + noise(1, 4096, 8) / 4).to(dtype)
+    exact = x.double().mean(1, keepdim=True)
+    torch.testing.assert_close(token_map.merge(x).double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 320])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_unmerge_gives_every_token_its_slots_value(dtype, channels):
+    token_map, y = random_map(), noise(2, 20, channels).to(dtype)
+    back = token_map.unmerge(y)
+    assert back.dtype == dtype
+    assert back.shape == (2, 63, channels)
+    for item in range(2):
+        for token, slot in enumerate(token_map.slots[item].tolist()):
+            assert torch.equal(back[item, token], y[item, slot])
+
+
+def test_a_token_alone_in_its_slot_keeps_its_bits():
+    token_map, x = random_map(), noise(2, 63, 5)
+    alone = token_map.counts.gather(1, token_map.slots) == 1
+    assert alone.any()
+    assert torch.equal(token_map.unmerge(token_map.merge(x))[alone], x[alone])
+
+
+def test_the_counts_are_the_tokens_of_each_slot():
+    token_map = random_map(items=3)
+    assert token_map.counts.dtype == torch.int64
+    assert token_map.counts.tolist() == [slots.bincount().tolist() for slots in token_map.slots]
+    assert token_map.tokens == 63
+    assert token_map.merged_tokens == 20
+
+
+def test_two_ways_to_the_mean_agree(monkeypatch):
+    token_map, x = random_map(tokens=500, merged=40), noise(2, 500, 7)
+    results = []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(module, "BAG_DEVICES", devices)
+        results.append(token_map.merge(x))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_slot(kind):
+    token_map, x = random_map(), noise(2, 63, 4)
+    healthy = token_map.merge(x)
+    x[0, 7] = kind
+    merged, spoilt = token_map.merge(x), token_map.slots[0, 7]
+    assert not merged[0, spoilt].isfinite().any()
+    healthy[0, spoilt] = merged[0, spoilt] = 0
+    assert torch.equal(merged, healthy)
+
+
+def test_both_give_the_same_bits_at_every_run_and_with_any_number_of_threads():
+    token_map, x = random_map(tokens=1000, merged=30), noise(2, 1000, 64)
+    merged, threads = token_map.merge(x), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = random_map(tokens=1000, merged=30)
+            assert torch.equal(again.merge(x), merged)
+            assert torch.equal(again.unmerge(merged), token_map.unmerge(merged))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_item_alone_has_the_bits_that_it_has_in_a_batch():
+    token_map, x = random_map(items=3), noise(3, 63, 16)
+    together = token_map.merge(x)
+    for item in range(3):
+        alone = tome.TokenMap(token_map.slots[item : item + 1], 20)
+        assert torch.equal(alone.merge(x[item : item + 1])[0], together[item])
+
+
+def test_the_gradients_are_right():
+    token_map = random_map(tokens=12, merged=5)
+    x = noise(2, 12, 3).double().requires_grad_()
+    y = noise(2, 5, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(token_map.merge, (x,))
+    assert torch.autograd.gradcheck(token_map.unmerge, (y,))
+    assert torch.autograd.gradcheck(lambda x: token_map.unmerge(token_map.merge(x).sin()), (x,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_comes_in_the_dtype_of_the_tokens(dtype):
+    token_map, x = random_map(), noise(2, 63, 4).to(dtype).requires_grad_()
+    token_map.unmerge(token_map.merge(x)).sum().backward()
+    # Each token's share of the sum: its slot's value counts once for each of the slot's tokens.
+    assert x.grad.dtype == dtype
+    torch.testing.assert_close(x.grad, torch.ones_like(x), rtol=0.02, atol=0)
+
+
+def test_a_map_serves_any_tensor_on_its_grid():
+    token_map = random_map()
+    for x in (noise(2, 63, 1), noise(2, 63, 6), noise(2, 6, 63).transpose(1, 2), noise(2, 63, 12)[..., ::2].half()):
+        torch.testing.assert_close(token_map.merge(x).double(), exact_means(token_map, x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 62, 4), (3, 63, 4), (63, 4), (2, 63, 4, 1)])
+def test_merge_refuses_what_is_not_of_its_grid_and_names_both_shapes(shape):
+    with pytest.raises(ValueError) as caught:
+        random_map().merge(torch.zeros(shape))
+    assert str(caught.value) == f"x must be [2, 63, C] for this map, got {list(shape)}"
+
+
+@pytest.mark.parametrize("shape", [(2, 63, 4), (1, 20, 4), (20, 4), (2, 20, 4, 1)])
+def test_unmerge_refuses_what_is_not_merged_and_names_both_shapes(shape):
+    with pytest.raises(ValueError, match=r" must be \[2, 20, C\] for this map, got \[") as caught:
+        random_map().unmerge(torch.zeros(shape))
+    assert str(list(shape)) in str(caught.value)
+
+
+def test_a_map_of_one_token_and_one_that_merges_nothing():
+    one = tome.TokenMap(torch.zeros(1, 1, dtype=torch.long), 1)
+    assert torch.equal(one.merge(noise(1, 1, 3)), noise(1, 1, 3))
+    none = tome.TokenMap(torch.arange(9).expand(2, -1), 9)
+    assert torch.equal(none.merge(noise(2, 9, 3)), noise(2, 9, 3))

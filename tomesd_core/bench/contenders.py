@@ -1,0 +1,204 @@
+"""What is measured beside each other: a way to put it on a UNet and to take it off again, and its matching alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..hooks import attach
+from ..matching import match_tokens, tokens_removed
+from ..settings import FIELDS, MergeSettings
+from ..unet import Layer, find_layers, finest_level
+from .packages import INSTALL, MissingPackage, require
+
+UNMERGED, OURS, CORNER, RANDOM, LIMIT = "unmerged", "ours", "tomesd corner", "tomesd random", "limit"
+
+OVER_PEERS = {"over_tomesd_corner": CORNER, "over_tomesd_random": RANDOM}
+OVER_OTHERS = {**OVER_PEERS, "over_limit": LIMIT}
+"""Columns that hold a contender's measure over another's."""
+
+PEER_BYTES = 4e9
+"""Where `tomesd`'s similarities alone would take more than this, it is left out."""
+
+WHOLE_IMAGE_SIDE = 128
+"""Up to this side of a grid, in tokens, our own matching over the whole image is measured too: its time is N²."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A contender that is on a UNet."""
+
+    begin_step: Callable[[int], None] = lambda step: None
+    """Says that the UNet's next pass belongs to this step, from 0."""
+    describe: Callable[[], str] = str
+    """What was merged, for people; may be empty."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to run a UNet."""
+
+    name: str
+    put_on: Callable[[nn.Module, float], contextlib.AbstractContextManager[Running]]
+    """(UNet, ratio): while open, the UNet runs so; nothing is left behind."""
+
+
+Apply = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Matcher:
+    """One way to match tokens."""
+
+    name: str
+    match: Callable[[Tensor, tuple[int, int], float, int], tuple[Apply, Apply]]
+    """(x [B, N, C], grid (rows, columns), ratio, step) to merge [B, N, C] to [B, M, C], and unmerge, its reverse."""
+    steps: int = 1
+    """For how many steps a matching is kept."""
+
+
+def contenders(
+    tokens: int, dtype: torch.dtype, force: bool = False, reuse_steps: int = FIELDS["reuse_steps"].default
+) -> tuple[list[Contender], list[str]]:
+    """What can run on a UNet whose finest self-attention sees `tokens`, at batch 2; and notes on what is left out.
+
+    Ours runs with the defaults; `force` merges also where the rule says that it can't pay.
+    """
+    peers, notes = _peers(tokens, dtype)
+    ours = functools.partial(_ours, skip_unprofitable=not force, reuse_steps=reuse_steps)
+    return [
+        Contender(UNMERGED, _unmerged),
+        Contender(OURS, ours),
+        *(Contender(name, functools.partial(_tomesd, use_rand=use_rand)) for name, use_rand in peers.items()),
+        Contender(LIMIT, _limit),
+    ], notes
+
+
+def matchers(side: int, dtype: torch.dtype, reuse_steps: int = 1) -> tuple[list[Matcher], list[str]]:
+    """What can match a grid of `side`×`side` tokens at batch 2, and notes on what is left out.
+
+    `reuse_steps` above 1 adds ours with a matching kept for so many steps.
+    """
+    windowed = functools.partial(_match_ours, window=FIELDS["window"].default)
+    found = [Matcher(OURS, windowed)]
+    if reuse_steps > 1:
+        found.append(Matcher(f"{OURS}, kept for {reuse_steps} steps", windowed, reuse_steps))
+    notes = []
+    if side <= WHOLE_IMAGE_SIDE:
+        found.append(Matcher(f"{OURS}, whole image", functools.partial(_match_ours, window=None)))
+    else:
+        notes.append(f"{OURS}, whole image: left out at {side}x{side} tokens, its time grows with their square")
+    peers, peer_notes = _peers(side * side, dtype)
+    found += [Matcher(name, functools.partial(_match_tomesd, use_rand=use_rand)) for name, use_rand in peers.items()]
+    return found, notes + peer_notes
+
+
+def merged_layers(unet: nn.Module) -> list[Layer]:
+    """The layers that the default settings merge in."""
+    layers = find_layers(unet)
+    most = max(FIELDS["max_downsample"].default, finest_level(layers) or 1)
+    return [layer for layer in layers if layer.is_self_attention and layer.level is not None and layer.level <= most]
+
+
+def peer_versions() -> str:
+    """The peers that are installed, for people."""
+    try:
+        return f"tomesd {importlib.metadata.version('tomesd')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "tomesd not installed"
+
+
+def similarity_bytes(tokens: int, dtype: torch.dtype) -> int:
+    """What `tomesd`'s similarities of every src (three quarters) and every dst (the rest) take, at batch 2."""
+    return 2 * (tokens - tokens // 4) * (tokens // 4) * torch.finfo(dtype).bits // 8
+
+
+def _peers(tokens: int, dtype: torch.dtype) -> tuple[dict[str, bool], list[str]]:
+    """By name: `tomesd`'s use_rand."""
+    try:
+        require("tomesd")
+    except MissingPackage:
+        return {}, [f"tomesd is left out, since it is not installed: {INSTALL['tomesd']}"]
+    needed = similarity_bytes(tokens, dtype)
+    if needed > PEER_BYTES:
+        return {}, [
+            f"tomesd is left out at {tokens} tokens: its similarities alone take {needed / 1e9:.1f} GB, "
+            f"above {PEER_BYTES / 1e9:.0f} GB"
+        ]
+    return {CORNER: False, RANDOM: True}, []
+
+
+@contextlib.contextmanager
+def _unmerged(unet: nn.Module, ratio: float) -> Iterator[Running]:
+    yield Running()
+
+
+@contextlib.contextmanager
+def _ours(unet: nn.Module, ratio: float, skip_unprofitable: bool, reuse_steps: int) -> Iterator[Running]:
+    settings = MergeSettings(ratio=ratio, skip_unprofitable=skip_unprofitable, reuse_steps=reuse_steps)
+    with attach(unet, settings) as merging:
+        yield Running(merging.set_step, lambda: merging.report().summary)
+
+
+@contextlib.contextmanager
+def _tomesd(unet: nn.Module, ratio: float, use_rand: bool) -> Iterator[Running]:
+    tomesd = require("tomesd")
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.diffusion_model = unet
+    tomesd.apply_patch(model, ratio=ratio, use_rand=use_rand)
+    try:
+        yield Running()
+    finally:
+        tomesd.remove_patch(model)
+        for module in unet.modules():
+            vars(module).pop("_tome_info", None)
+
+
+@contextlib.contextmanager
+def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
+    """Attention over N(1-r) tokens, at no other cost: what no merging can beat.
+
+    The fewer tokens are the first rows of the contiguous input, taken as a view, and each token's output is a view of
+    the first row of what comes out. So nothing is computed or copied besides the attention itself, and nothing is
+    allocated: the two hooks are a few µs of Python. The picture is nonsense; its time is not. The number of tokens is
+    rounded as ours is: over an odd length attention is slower, and this would not be the limit.
+    """
+    whole: dict[nn.Module, int] = {}
+
+    def fewer(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> tuple[object, object]:
+        y, *others = args
+        items, whole[module], channels = y.shape
+        kept = whole[module] - tokens_removed(whole[module], ratio, exact=False)
+        # Not y[:, :kept], which is not contiguous: each of the three projections would copy it.
+        return (y.view(-1, channels)[: items * kept].view(items, kept, channels), *others), kwargs
+
+    def widened(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output[:, :1].expand(-1, whole[module], -1)
+
+    with contextlib.ExitStack() as handles:
+        for layer in merged_layers(unet) if ratio else []:
+            attn1 = layer.block.attn1
+            handles.callback(attn1.register_forward_pre_hook(fewer, with_kwargs=True).remove)
+            handles.callback(attn1.register_forward_hook(widened).remove)
+        yield Running()
+
+
+def _match_ours(x: Tensor, grid: tuple[int, int], ratio: float, step: int, window: int | None) -> tuple[Apply, Apply]:
+    token_map = match_tokens(x, grid, ratio, step=step, window=window)
+    return token_map.merge, token_map.unmerge
+
+
+def _match_tomesd(x: Tensor, grid: tuple[int, int], ratio: float, step: int, use_rand: bool) -> tuple[Apply, Apply]:
+    tomesd = require("tomesd")
+    rows, columns = grid
+    generator = torch.Generator(x.device).manual_seed(step) if use_rand else None
+    return tomesd.merge.bipartite_soft_matching_random2d(
+        x, columns, rows, 2, 2, int(x.shape[1] * ratio), no_rand=not use_rand, generator=generator
+    )

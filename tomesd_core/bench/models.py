@@ -1,0 +1,223 @@
+"""The UNets that are measured: SD 1.5's own shape, a real checkpoint's, or a tiny one; and their inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .options import Size
+from .packages import require
+
+SD1: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": 2,
+    "attention_resolutions": [4, 2, 1],
+    "channel_mult": [1, 2, 4, 4],
+    "num_heads": 8,
+    "context_dim": 768,
+    "transformer_depth": 1,
+}
+"""Stable Diffusion 1's UNet, as ldm's `UNetModel` takes it."""
+
+TINY: dict[str, Any] = {
+    **SD1,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [1, 2],
+    "channel_mult": [1, 2],
+}
+"""A UNet of the same kind that runs in milliseconds."""
+
+PREFIX = "model.diffusion_model."
+"""Where a checkpoint keeps its UNet."""
+
+CONTEXT_TOKENS = 77
+LATENT_FACTOR = 8
+"""Pixels of a picture along one of its latent's."""
+
+Weights = dict[str, Tensor]
+
+
+def build_unet(
+    config: Mapping[str, Any], device: torch.device, dtype: torch.dtype, weights: Weights | None = None
+) -> nn.Module:
+    """ldm's `UNetModel` of this shape, with `weights` or random ones. Raises `MissingPackage` without ldm."""
+    attention = require("ldm.modules.attention")
+    kind = require("ldm.modules.diffusionmodules.openaimodel").UNetModel
+    rest = {"image_size": 32, "use_spatial_transformer": True, "use_checkpoint": False, "legacy": False}
+    # Where xformers is installed ldm takes its attention; both of what is measured here start from ldm's own.
+    with _replaced(attention, "XFORMERS_IS_AVAILBLE", False), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = kind(**config, **rest)
+        if weights is None:
+            _fill_zeros(unet)
+        else:
+            unet.load_state_dict(weights, strict=True)
+    unet = unet.to(device, dtype).eval().requires_grad_(False)
+    for module in unet.modules():
+        if type(module).__name__ == "GroupNorm32":
+            # It casts its input to fp32, whatever the UNet's dtype: its weights must be of the same.
+            module.float()
+    return unet
+
+
+def _fill_zeros(unet: nn.Module) -> None:
+    # ldm sets the last layer of each block to zero; subnormal or zero activations could run at another speed.
+    for parameter in unet.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
+@contextlib.contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], Weights]:
+    """The UNet's shape and weights of a Stable Diffusion 1 or 2 checkpoint (`.safetensors`).
+
+    Raises `ValueError` where the file is of another kind, `MissingPackage` without safetensors.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(f"checkpoint must be a .safetensors file, got {path}")
+    with require("safetensors").safe_open(str(path), framework="pt") as stored:
+        names = [name for name in list(stored.keys()) if name.startswith(PREFIX)]
+        weights = {name.removeprefix(PREFIX): stored.get_tensor(name) for name in names}
+    try:
+        return config_of({name: tuple(tensor.shape) for name, tensor in weights.items()}), weights
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The arguments of `UNetModel` that weights of these shapes, by name, were made with.
+
+    What the shapes don't tell, the heads, follows from the version, and that from the context's channels. Raises
+    `ValueError` for what is neither Stable Diffusion 1 nor 2.
+    """
+    keys = [name for name in shapes if name.endswith("attn2.to_k.weight")]
+    if not keys or "input_blocks.0.0.weight" not in shapes or "out.2.weight" not in shapes:
+        raise ValueError(f"there is no UNet with cross-attention under {PREFIX}*")
+    context_dim = shapes[keys[0]][1]
+    if context_dim not in (768, 1024):
+        raise ValueError(
+            f"context of {context_dim} channels: only Stable Diffusion 1 (768) and 2 (1024) can be measured"
+        )
+    base, in_channels = shapes["input_blocks.0.0.weight"][:2]
+    widths, blocks, resolutions, depth, factor = [0], [0], set(), 0, 1
+    number = 1
+    while any(name.startswith(f"input_blocks.{number}.") for name in shapes):
+        block = f"input_blocks.{number}"
+        if f"{block}.0.op.weight" in shapes:
+            factor *= 2
+            widths.append(0)
+            blocks.append(0)
+        else:
+            widths[-1] = shapes[f"{block}.0.in_layers.2.weight"][0]
+            blocks[-1] += 1
+            depth_here = _count(rf"{re.escape(block)}\.1\.transformer_blocks\.(\d+)\.", shapes)
+            if depth_here:
+                resolutions.add(factor)
+                depth = depth_here
+        number += 1
+    second = context_dim == 1024
+    heads = {"num_head_channels": 64, "use_linear_in_transformer": True} if second else {"num_heads": 8}
+    return {
+        "in_channels": in_channels,
+        "out_channels": shapes["out.2.weight"][0],
+        "model_channels": base,
+        "num_res_blocks": blocks,
+        "attention_resolutions": sorted(resolutions, reverse=True),
+        "channel_mult": [width // base for width in widths],
+        "context_dim": context_dim,
+        "transformer_depth": depth,
+        **heads,
+    }
+
+
+def _count(pattern: str, names: Mapping[str, object]) -> int:
+    return len({found[1] for found in (re.match(pattern, name) for name in names) if found})
+
+
+def one_step(unet: nn.Module, config: Mapping[str, Any], size: Size) -> Callable[[], Tensor]:
+    """One pass of classifier-free guidance, batch 2, for a picture of `size`, to be run as often as one likes.
+
+    A dtype other than float32 runs under autocast, as in WebUI.
+    """
+    weight = next(unet.parameters())
+    width, height = size
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+
+    latent = random(2, config["in_channels"], height // LATENT_FACTOR, width // LATENT_FACTOR)
+    context = random(2, CONTEXT_TOKENS, config["context_dim"])
+    timesteps = torch.full((2,), 500, device=weight.device)
+
+    def step() -> Tensor:
+        with torch.no_grad(), _autocast(weight):
+            return unet(latent, timesteps, context=context)
+
+    return step
+
+
+def _autocast(weight: Tensor) -> contextlib.AbstractContextManager[object]:
+    if weight.dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(weight.device.type, weight.dtype)
+
+
+def attention_layer(channels: int, heads: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """ldm's own attention alone, with random weights."""
+    kind = require("ldm.modules.attention").CrossAttention
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = kind(channels, heads=heads, dim_head=channels // heads)
+    return layer.to(device, dtype).eval().requires_grad_(False)
+
+
+def attend(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """Self-attention of `attention_layer` over tokens, [B, N, C]."""
+    with torch.no_grad(), _autocast(tokens):
+        return layer(tokens)
+
+
+@contextlib.contextmanager
+def attention(model: nn.Module, kind: str) -> Iterator[None]:
+    """While open, every attention in `model` runs as `kind`: `plain` is ldm's own, `sdp` torch's fused one."""
+    layers = (
+        [module for module in model.modules() if type(module).__name__ == "CrossAttention"] if kind == "sdp" else []
+    )
+    for layer in layers:
+        # On the instance, for the benchmark alone: what it stands for is what the user's WebUI has chosen.
+        layer.forward = types.MethodType(_fused_attention, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _fused_attention(layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
+    context = x if context is None else context
+    q, k, v = (
+        projected.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+        for projected in (layer.to_q(x), layer.to_k(context), layer.to_v(context))
+    )
+    return layer.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

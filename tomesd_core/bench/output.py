@@ -1,0 +1,158 @@
+"""What every subcommand writes: a table on the screen, a CSV, a plot; each says on which machine it was made."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .contenders import peer_versions
+from .packages import require
+
+Row = Mapping[str, object]
+"""One line of a table and of a CSV, by column; None is a value that was not measured."""
+
+Columns = Mapping[str, tuple[str, Callable[[object], str]]]
+"""Of a table: by the rows' key, the title and how a value is written."""
+
+PAPER = "paper (RTX 4090, fp16, 512x512)"
+PAPER_SECONDS = {0.0: 3.09, 0.1: 2.56, 0.2: 2.29, 0.3: 2.06, 0.4: 1.85, 0.5: 1.65, 0.6: 1.52}
+PAPER_GIGABYTES = {0.0: 3.41, 0.1: 2.99, 0.2: 2.17, 0.3: 1.71, 0.4: 1.26, 0.5: 0.89, 0.6: 0.60}
+"""Seconds and GB an image, by ratio: SD 1.5, 50 PLMS steps, plain attention (arXiv 2303.17604, table 4)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where and when something was measured."""
+
+    machine: str
+    """Processor, cores and threads, and the GPU where one was used, in words."""
+    versions: str
+    date: str
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.machine}; {self.versions}; {self.date}\n$ {self.command}"
+
+
+def this_machine(device: torch.device, dtype: str, command: str) -> Machine:
+    """This machine, as it is now."""
+    threads = torch.get_num_threads()
+    words = f"{_processor()}, {_cores()} cores, {threads} thread{'s' if threads > 1 else ''}"
+    if device.type == "cuda":
+        words = f"{torch.cuda.get_device_name(device)}; {words}"
+    elif device.type != "cpu":
+        words = f"{device.type}; {words}"
+    versions = f"torch {torch.__version__}, {dtype}, {peer_versions()}"
+    return Machine(words, versions, datetime.date.today().isoformat(), command)
+
+
+def _cores() -> int:
+    # Those that this process may use, where the system tells; a container's are fewer than the machine's.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def number(digits: int) -> Callable[[object], str]:
+    """Writes a value with so many digits after the point."""
+    return lambda value: f"{value:.{digits}f}"
+
+
+def scaled(factor: float, digits: int) -> Callable[[object], str]:
+    """Writes a value times `factor`, to show ms of s or MB of bytes."""
+    return lambda value: f"{value * factor:.{digits}f}"
+
+
+def table(columns: Columns, rows: Sequence[Row]) -> str:
+    """The rows under their titles, every column as wide as it must be, numbers to the right."""
+    cells = [[title for title, _ in columns.values()]]
+    cells += [["-" if row.get(key) is None else write(row[key]) for key, (_, write) in columns.items()] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
+    text = [all(isinstance(row.get(key), str) for row in rows) for key in columns]
+    aligned = [
+        "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(line, widths, text, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join([aligned[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *aligned[1:]])
+
+
+def write_csv(path: Path, rows: Sequence[Row], machine: Machine) -> None:
+    """The rows as measured, in SI units, with the machine's columns behind them. The folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made_on = dataclasses.asdict(machine)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *made_on])
+        writer.writeheader()
+        writer.writerows({**row, **made_on} for row in rows)
+
+
+@dataclasses.dataclass
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    across: str
+    up: str
+    lines: dict[str, list[tuple[float, float]]] = dataclasses.field(default_factory=dict)
+    """By name: the points (x, y)."""
+    reference: str | None = None
+    """The line that was not measured here."""
+    logarithmic: bool = False
+
+    def add(self, name: str, x: float, y: float | None) -> None:
+        """Adds a point, if it was measured, to the line of that name."""
+        if y is not None:
+            self.lines.setdefault(name, []).append((x, y))
+
+
+def paper_line(measured: Mapping[float, float]) -> list[tuple[float, float]]:
+    """The paper's values as times better than its unmerged one, by ratio."""
+    return [(ratio, measured[0.0] / value) for ratio, value in measured.items()]
+
+
+def plot(path: Path, panels: Sequence[Panel], machine: Machine) -> None:
+    """Draws the panels beside each other into a PNG."""
+    require("matplotlib").use("Agg")
+    pyplot = require("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False, layout="constrained")
+    for panel, axis in zip(panels, axes[0], strict=True):
+        for name, points in panel.lines.items():
+            style = {"linestyle": "--", "color": "grey"} if name == panel.reference else {"marker": "o"}
+            axis.plot(*zip(*points, strict=True), label=name, **style)
+        axis.set(title=panel.title, xlabel=panel.across, ylabel=panel.up)
+        if panel.logarithmic:
+            axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"{machine.machine}; {machine.versions}; {machine.date}", fontsize="small", wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def show(columns: Columns, rows: Sequence[Row], machine: Machine, notes: Sequence[str], files: Sequence[Path]) -> None:
+    """Prints machine, table, notes (each once) and where the files are."""
+    print(f"\n{machine}\n")
+    print(table(columns, rows))
+    for note in dict.fromkeys(notes):
+        print(f"* {note}")
+    print(f"written: {', '.join(map(str, files))}")

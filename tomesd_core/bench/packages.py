@@ -1,0 +1,28 @@
+"""The packages that the benchmark needs and the library doesn't."""
+
+from __future__ import annotations
+
+import importlib
+import types
+
+INSTALL = {
+    "ldm": "pip install einops omegaconf pillow tqdm && pip install --no-deps stable-diffusion-sdkit==2.1.5",
+    "matplotlib": "pip install matplotlib",
+    "safetensors": "pip install safetensors",
+    "tomesd": "pip install tomesd==0.1.3",
+    "tqdm": "pip install tqdm",
+}
+"""By top-level module: the command that installs it."""
+
+
+class MissingPackage(RuntimeError):
+    """A package is not installed; the message says how to install it."""
+
+
+def require(name: str) -> types.ModuleType:
+    """Imports a module of a package in `INSTALL`. Raises `MissingPackage` where it, or what it needs, is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise MissingPackage(f"{error}. {package} is needed: {INSTALL[package]}") from error
