@@ -95,4 +95,3 @@ def bench(session: nox.Session) -> None:
     """A short benchmark of this machine, beside tomesd."""
     _install(session, "tomesd==0.1.3")
     session.run("python", "-m", "tomesd_core.bench", *(session.posargs or ("speed", "--quick")))
-
