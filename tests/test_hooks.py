@@ -499,6 +499,7 @@ class Joint(nn.Module):
         return tokens.transpose(1, 2).reshape(x.shape)
 
 
+@pytest.mark.filterwarnings("ignore:.*autocast.*")
 @pytest.mark.parametrize("kind", ["joint", "convolution", "unet without attention"])
 def test_a_model_without_such_layers_makes_its_picture_and_the_reason_is_said(
     make_unet, whole, make_inputs, hook_dicts, kind
@@ -982,7 +983,6 @@ def test_a_device_without_embedding_bags_gives_nearly_the_same(unet, whole, make
 
 
 @pytest.mark.filterwarnings("ignore:.*autocast.*")
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 def test_gradients_flow_through_a_merged_pass_with_and_without_checkpointing(make_unet, whole, make_inputs):
     gradients = []
     for use_checkpoint in (False, True):

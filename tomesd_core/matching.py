@@ -48,7 +48,7 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
 
     A token of zero norm is similar to none. A token that is not finite is no one's destination where its window has
     another, and merges last: only at the highest ratio, where every src must merge, it spoils the slot it falls into.
-    `exact` keeps x's own precision; else a lower one may be used where that is faster (see `similarity_dtype`).
+    `exact` keeps at least x's own precision; else a lower one may be used where that is faster (see `similarity_dtype`).
     """
     (items, _, _), windows = x.shape, partition.windows
     if not partition.most_removed:
@@ -59,7 +59,7 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     # In norm's own precision: in a half type the inverse of a small norm is infinite.
     scale = torch.where(finite & norm.reciprocal().isfinite(), norm.reciprocal(), torch.zeros_like(norm)).flatten()
     with _own_precision(x) if exact else contextlib.nullcontext():
-        dtype = x.dtype if exact else similarity_dtype(x)
+        dtype = similarity_dtype(x, exact)
         similarity, best = _best_in_windows(x, partition, scale, dtype, exact)
 
     # A src may have found a dst that is not finite, where all others are dissimilar: it goes to one that is, and last.
@@ -83,12 +83,15 @@ def _own_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     )
 
 
-def similarity_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which x's similarities are computed: x's own, but on the CPU the one that it multiplies fastest."""
+def similarity_dtype(x: Tensor, exact: bool = False) -> torch.dtype:
+    """The dtype in which x's similarities are computed: x's own, but on the CPU the one that it multiplies fastest.
+
+    `exact` is never less precise than x.
+    """
     if x.device.type != "cpu":
         return x.dtype
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if has_bf16() else torch.promote_types(x.dtype, torch.float32)
+    return torch.bfloat16 if not exact and has_bf16() else torch.promote_types(x.dtype, torch.float32)
 
 
 def _best_in_windows(
