@@ -12,7 +12,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 # The original ldm code. Its own pins are old and not needed for what is used of it.
 LDM = ("stable-diffusion-sdkit==2.1.5",)
-LDM_NEEDS = ("einops", "omegaconf", "pillow<11", "safetensors", "tqdm")
+LDM_NEEDS = ("einops", "omegaconf", "safetensors", "tqdm")
 
 # gradio 3.41.2, the version that WebUI pins, with the versions around it that it still works with.
 PAGE = (
@@ -20,18 +20,19 @@ PAGE = (
     "gradio_client==0.5.0",
     "fastapi==0.94.0",
     "starlette==0.26.1",
+    "pydantic==1.10.26",
     "httpx==0.24.1",
-    "httpcore<0.18",
-    "pydantic<2",
+    "httpcore==0.17.3",
     "huggingface_hub==0.20.3",
-    "websockets<12",
-    "uvicorn<0.30",
-    "anyio<5",
-    "markupsafe<3",
-    "altair<5.5",
-    "pandas<2.3",
-    "matplotlib<3.10",
-    "setuptools<81",
+    "websockets==11.0.3",
+    "uvicorn==0.29.0",
+    "h11==0.14.0",
+    "anyio==4.16.0",
+    "markupsafe==2.1.5",
+    "pillow==10.4.0",
+    "altair==5.4.1",
+    "pandas==2.2.3",
+    "matplotlib==3.9.4",
 )
 TESTS = ("pytest", "hypothesis", "tomesd==0.1.3", "playwright", "requests", "webuiapi", "scikit-image")
 

@@ -1,0 +1,1 @@
+onUiLoaded(() => gradioApp().setAttribute("data-recorder", "loaded"));

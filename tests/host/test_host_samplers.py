@@ -1,0 +1,83 @@
+"""The samplers, on data whose every score is known: x0 ~ N(0, I), where a perfect model's path is a mere scaling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tomesd_core.demo import samplers
+
+
+class GaussianModel(nn.Module):
+    """The perfect noise predictor for standard normal data: E[eps | x_t] = sqrt(1 - alpha) x_t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0).float()
+        self.calls = 0
+
+    def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+        self.calls += 1
+        low, high = self.alphas_cumprod[t.floor().long()], self.alphas_cumprod[t.ceil().long()]
+        alpha = torch.lerp(low, high, t - t.floor())
+        return (1 - alpha).sqrt()[:, None, None, None] * x
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "calls", "error"),
+    [
+        (samplers.sample_euler, 200, 200, 0.05),
+        (samplers.sample_heun, 50, 99, 0.02),
+        (samplers.sample_dpmpp_2m, 50, 50, 0.02),
+    ],
+)
+def test_ends_where_the_exact_path_ends(sampler, steps, calls, error):
+    model = GaussianModel()
+    denoiser = samplers.EpsDenoiser(model)
+    sigmas = denoiser.get_sigmas(steps)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * sigmas[0]
+    exact = x / (1 + sigmas[0] ** 2).sqrt()
+    seen = []
+    end = sampler(denoiser, x, sigmas, {"cond": None}, lambda d: seen.append(d["i"]))
+    assert (end - exact).abs().max() < error * exact.abs().max()
+    assert model.calls == calls
+    assert seen == list(range(steps))
+
+
+def test_ancestral_steps_keep_the_spread_and_ask_for_noise_once_a_step_but_in_the_last():
+    denoiser = samplers.EpsDenoiser(GaussianModel())
+    sigmas, generator = denoiser.get_sigmas(100), torch.Generator().manual_seed(0)
+    drawn = []
+
+    def noise():
+        drawn.append(1)
+        return torch.randn(1, 3, 32, 32, generator=generator)
+
+    x = torch.randn(1, 3, 32, 32, generator=generator) * sigmas[0]
+    end = samplers.sample_euler_ancestral(denoiser, x, sigmas, {"cond": None}, noise_sampler=noise)
+    assert abs(end.std() - 1) < 0.1
+    assert len(drawn) == 99
+
+
+@pytest.mark.parametrize(
+    ("sampler", "extra_calls", "error"), [(samplers.sample_ddim, 0, 0.05), (samplers.sample_plms, 1, 0.01)]
+)
+def test_timestep_samplers_keep_standard_normal_data_as_it_is(sampler, extra_calls, error):
+    model = GaussianModel()
+    timesteps = torch.arange(0, 1000, 20) + 1
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    end = sampler(lambda x, t, cond: model.apply_model(x, t, cond), x, timesteps, model.alphas_cumprod, {"cond": None})
+    assert (end - x).abs().max() < error * x.abs().max()
+    assert model.calls == len(timesteps) - 1 + extra_calls
+
+
+def test_sigmas_and_timesteps_are_each_others_inverse():
+    denoiser = samplers.EpsDenoiser(GaussianModel())
+    t = torch.tensor([0.0, 0.5, 1.0, 17.25, 500.0, 998.5, 999.0])
+    torch.testing.assert_close(denoiser.sigma_to_t(denoiser.t_to_sigma(t)), t, atol=2e-2, rtol=0)
+    sigmas = denoiser.get_sigmas(7)
+    assert len(sigmas) == 8
+    assert sigmas[-1] == 0
+    assert (sigmas.diff() < 0).all()
+    torch.testing.assert_close(sigmas[0], denoiser.sigmas[-1])

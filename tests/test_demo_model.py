@@ -1,0 +1,196 @@
+"""The tiny model: its words, its shapes, what the samplers ask of it, and the shipped weights."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("ldm")
+
+from tomesd_core.demo.model import WEIGHTS, FeatureNet, TinyModel, rgb_tensor, split_words
+
+SMALL = {"image_size": 8, "channel_mult": [1, 1], "attention_resolutions": [1, 2], "context_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def small():
+    return TinyModel.random(1, words=("cat", "face", "red", "apple"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return TinyModel.load()
+
+
+def test_words_are_split_without_punctuation_or_case():
+    assert split_words("  Cat-FACE, t_rex & café! ") == ["cat", "face", "t", "rex", "café"]
+    assert split_words(" ,. ") == []
+
+
+def test_an_unknown_word_is_said_and_left_out(small):
+    assert small.unknown_words("A red DRAGON, a cat") == ["a", "dragon"]
+    assert small.unknown_words("red apple") == small.unknown_words("") == []
+    with_unknown, without = small.encode_prompts(["red dragon cat", "red cat"])
+    assert torch.equal(with_unknown, without)
+
+
+def test_prompts_are_told_apart(small):
+    prompts = ["cat", "face", "cat face", "face cat", ""]
+    context = small.encode_prompts(prompts)
+    assert context.shape == (5, small.shape["prompt_length"], 32)
+    for i in range(5):
+        for j in range(i):
+            assert (context[i] - context[j]).abs().max() > 1e-3, (prompts[i], prompts[j])
+    # Alone or in a batch: the same.
+    assert torch.allclose(small.encode_prompts(["cat face"])[0], context[2], atol=1e-6)
+
+
+def test_a_prompt_that_is_too_long_keeps_its_first_words(small):
+    length = small.shape["prompt_length"]
+    assert small.tokenize(["cat " * length + "apple"]).tolist() == [[1] * length]
+
+
+def test_one_string_in_place_of_a_list_is_refused(small):
+    with pytest.raises(TypeError, match="list of strings"):
+        small.encode_prompts("cat")
+
+
+def test_the_prediction_depends_on_picture_step_and_prompt(small):
+    x = torch.randn(2, *small.image_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([10, 900])
+    context = small.encode_prompts(["cat", "apple"])
+    eps = small.apply_model(x, t, context)
+    assert eps.shape == x.shape
+    assert torch.isfinite(eps).all()
+    for other in (
+        small.apply_model(x.flip(-1), t, context),
+        small.apply_model(x, t.flip(0), context),
+        small.apply_model(x, t, context.flip(0)),
+    ):
+        assert (other - eps).abs().max() > 1e-4
+    assert torch.equal(small.apply_model(x, t, {"c_crossattn": [context]}), eps)
+    assert torch.equal(small.apply_model(x, t, [context]), eps)
+
+
+def test_between_two_steps_the_noise_level_is_k_diffusions(small):
+    """Its samplers hand over fractional steps; whole ones must give the same either way."""
+    x, context = torch.ones(3, *small.image_shape), small.encode_prompts(["cat"] * 3)
+    whole = torch.tensor([0, 400, 999])
+    assert torch.allclose(small.apply_model(x, whole.float(), context), small.apply_model(x, whole, context), atol=1e-4)
+    sigma = ((1 - small.alphas_cumprod) / small.alphas_cumprod).sqrt()
+    alpha = small._alpha(torch.tensor([400.25]))
+    expected = sigma[400].log() * 0.75 + sigma[401].log() * 0.25
+    assert torch.allclose(((1 - alpha) / alpha).sqrt().log(), expected, atol=1e-5)
+    assert not torch.isclose(expected, sigma[400].log(), atol=1e-4)
+
+
+def test_random_is_a_function_of_its_seed_and_leaves_the_global_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, other = (TinyModel.random(seed, **SMALL).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["text.word.weight"], other["text.word.weight"])
+    # ldm's zero layers would make every test of merging pass.
+    assert all(value.any() for name, value in first.items() if value.ndim > 1)
+
+
+def test_an_unknown_entry_of_the_shape_is_refused():
+    with pytest.raises(ValueError, match="channels"):
+        TinyModel(["cat"], shape={"channels": 3})
+
+
+def test_pictures_survive_the_way_there_and_back(small):
+    image = Image.effect_noise((8, 8), 80).convert("RGB")
+    assert small.to_images(small.from_images([image, image]))[1].tobytes() == image.tobytes()
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert small.to_images(small.from_images([clear]))[0].getpixel((3, 3)) == (255, 255, 255)
+    assert small.to_images(torch.full((1, 3, 8, 8), 99.0))[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_ldms_own_samplers_run(small, sampler):
+    if sampler == "ddim":
+        from ldm.models.diffusion.ddim import DDIMSampler as Sampler
+    else:
+        from ldm.models.diffusion.plms import PLMSSampler as Sampler
+    x, _ = Sampler(small).sample(
+        S=4,
+        batch_size=1,
+        shape=small.image_shape,
+        conditioning=small.encode_prompts(["cat"]),
+        unconditional_conditioning=small.encode_prompts([""]),
+        unconditional_guidance_scale=2.0,
+        x_T=torch.randn(1, *small.image_shape, generator=torch.Generator().manual_seed(0)),
+        verbose=False,
+    )
+    assert x.shape == (1, *small.image_shape)
+    assert torch.isfinite(x).all()
+
+
+def test_saved_and_loaded_it_predicts_the_same(small, tmp_path):
+    small.save(tmp_path / "m.safetensors", steps=7)
+    loaded = TinyModel.load(tmp_path / "m.safetensors")
+    assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["steps"] == 7
+    assert loaded.words == small.words
+    assert loaded.shape == small.shape
+    assert not loaded.training
+    x, t = torch.ones(1, *small.image_shape), torch.tensor([500])
+    prompt = ["red apple"]
+    expected = small.apply_model(x, t, small.encode_prompts(prompt))
+    got = loaded.apply_model(x, t, loaded.encode_prompts(prompt))
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() < 0.02 * expected.abs().max()  # fp16 on disk
+    (tmp_path / "m.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"m\.json"):
+        TinyModel.load(tmp_path / "m.safetensors")
+
+
+def test_shipped_files_are_small_and_attributed():
+    sizes = {file.name: file.stat().st_size for file in WEIGHTS.iterdir()}
+    assert sizes["tiny.safetensors"] <= 10_000_000
+    assert sizes["features.safetensors"] <= 1_000_000
+    assert {"tiny.json", "LICENSE", "train.log"} <= set(sizes)
+    text = (WEIGHTS / "LICENSE").read_text(encoding="utf-8")
+    assert "Microsoft" in text
+    assert "emoji-data" in text
+
+
+def test_shipped_model_knows_its_captions(shipped):
+    assert {"cat face", "red apple", "green apple"} <= set(shipped.captions)
+    assert not [word for caption in shipped.captions for word in shipped.unknown_words(caption)]
+    assert max(len(split_words(caption)) for caption in shipped.captions) <= shipped.shape["prompt_length"]
+    assert shipped.unknown_words("a cat on a skateboard") == ["a", "on", "skateboard"]
+
+
+def test_shipped_model_has_attention_at_three_levels(shipped):
+    channels = {
+        module.in_channels
+        for module in shipped.model.diffusion_model.modules()
+        if type(module).__name__ == "SpatialTransformer"
+    }
+    assert channels == {32, 64, 128}
+
+
+def test_a_cat_and_an_apple_are_recognised(shipped):
+    """What the model draws for a prompt is what the classifier of the training pictures takes it for."""
+    from tomesd_core.demo.train import ddim
+
+    prompts = ["cat face", "red apple", "green apple"]
+    rgb = shipped.to_rgb(ddim(shipped, prompts, steps=12))
+    guesses = [shipped.captions[i] for i in FeatureNet.load()(rgb).argmax(1)]
+    assert guesses == prompts
+
+
+def test_features_tell_pictures_from_noise():
+    net = FeatureNet.load()
+    assert net.reference.shape[1] == FeatureNet.width
+    assert net.reference.std() > 0.01
+    noise = [Image.effect_noise((32, 32), 120).convert("RGB") for _ in range(3)]
+    features = net.features(noise)
+    assert features.shape == (3, FeatureNet.width)
+    assert torch.equal(features, net.features(rgb_tensor(noise)))
+    among = torch.cdist(net.reference, net.reference).fill_diagonal_(float("inf")).amin(1)
+    assert torch.cdist(features, net.reference).amin() > among.median()

@@ -1,0 +1,35 @@
+"""`python -m tomesd_core.demo.host --port 7860 [--api-auth user:password]`: the page and the API, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+
+from tomesd_core.demo.host import start
+from tomesd_core.demo.model import TinyModel
+
+
+def main() -> None:
+    """Starts the host with the tiny model."""
+    parser = argparse.ArgumentParser(prog="python -m tomesd_core.demo.host", description="A miniature WebUI.")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page and of the API (default: 7860)")
+    parser.add_argument("--api-auth", metavar="USER:PASSWORD", help="credentials that the API asks for")
+    parser.add_argument("--data-dir", help="where settings go (default: a temporary folder)")
+    parser.add_argument("--theme", choices=["light", "dark"], help="the page's colours (default: the browser's)")
+    parser.add_argument("--extension", action="append", help="an extension's folder (default: this project)")
+    parser.add_argument("--random", action="store_true", help="random weights in place of the trained ones")
+    args = parser.parse_args()
+    try:
+        model = TinyModel.random() if args.random else TinyModel.load()
+    except FileNotFoundError as e:
+        print(f"No trained model ({e}); going on with random weights.")
+        model = TinyModel.random()
+    with start(model, args.extension, args.data_dir, api_auth=args.api_auth, theme=args.theme) as host:
+        print(f"API: {host.serve(args.port)}docs. Ctrl-C ends the miniature host.", flush=True)
+        try:
+            host.wait()
+        except KeyboardInterrupt:
+            print("Stopping.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,532 @@
+"""Trains the tiny text-to-image model on a few hundred emoji, on a CPU, in an hour or two.
+
+    python -m tomesd_core.demo.train --data DIR --out DIR --steps 5000       (again with --resume, to go on)
+    python -m tomesd_core.demo.train --data DIR --out DIR --resume --finish-in 800
+    python -m tomesd_core.demo.train --data DIR --out DIR --export           (into weights/)
+
+The pictures are the npm package ``@lobehub/fluent-emoji-3d``, their names come from ``emoji-datasource`` (both MIT);
+where they are not in the ``--data`` folder yet, ``npm pack`` fetches them. Whatever is random in a step is drawn from
+the seed and the step's number, so a run that was interrupted goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from .model import WEIGHTS, FeatureNet, TinyModel, on_white, split_words
+
+PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
+NAMES = "emoji-datasource@16.0.0"
+
+#: The pictures trained on: emoji-datasource's short names, with a caption of our own where its name is not what one
+#: would type. Things that are told apart at 32×32; no flags, no people, no signs with writing on them.
+PICKED = """
+rat cow2 tiger2 leopard rabbit2 black_cat cat2 racehorse goat sheep monkey dog2 pig2 elephant koala camel=camel
+mouse cow tiger rabbit cat horse monkey_face dog pig hamster wolf polar_bear bear panda_face lion_face unicorn_face bat
+fox_face deer gorilla rhinoceros giraffe_face zebra_face hedgehog kangaroo hippopotamus raccoon sloth beaver moose
+rooster chicken hatching_chick baby_chick bird penguin dove_of_peace eagle duck owl peacock parrot swan flamingo
+frog crocodile snake turtle dragon_face sauropod=dinosaur t-rex
+octopus shell fish tropical_fish blowfish dolphin whale=whale crab shark shrimp lobster jellyfish
+snail bug=caterpillar bee=bee ladybug=ladybug spider scorpion butterfly beetle
+tulip cherry_blossom rose hibiscus sunflower blossom=white~flower bouquet lotus
+seedling evergreen_tree deciduous_tree=tree palm_tree cactus four_leaf_clover maple_leaf mushroom potted_plant
+tomato grapes melon watermelon tangerine=orange lemon banana pineapple apple green_apple pear peach cherries strawberry
+kiwifruit=kiwi coconut mango blueberries olive
+hot_pepper corn=corn eggplant avocado cucumber potato carrot broccoli onion bell_pepper
+hotdog taco hamburger pizza=pizza meat_on_bone=meat poultry_leg=chicken~leg bread fries=fries fried_egg=fried~egg
+popcorn croissant egg pancakes pretzel sandwich cheese_wedge=cheese waffle rice_ball ramen=noodles spaghetti sushi
+ice_cream icecream=ice~cream~cone doughnut cookie chocolate_bar=chocolate candy lollipop honey_pot cake=cake
+birthday=birthday~cake cupcake
+tea=tea wine_glass cocktail=cocktail beer=beer cup_with_straw=cup ice_cube teapot coffee=coffee
+rainbow full_moon=moon crescent_moon sun_with_face star=star droplet=drop fire ringed_planet=planet sunny=sun cloud
+umbrella snowman zap=lightning snowflake earth_americas=earth volcano mountain
+house=house tent
+car=red~car racing_car taxi police_car ambulance fire_engine bus tractor truck=truck bike=bicycle
+steam_locomotive=locomotive rocket helicopter airplane flying_saucer boat ship anchor traffic_light=traffic~light wheel
+soccer=soccer~ball basketball=basketball baseball tennis=tennis volleyball football=football 8ball=billiard~ball
+boxing_glove trophy dart=target game_die=die teddy_bear
+guitar violin trumpet saxophone maracas drum_with_drumsticks=drum
+heart=red~heart orange_heart yellow_heart green_heart blue_heart purple_heart black_heart broken_heart
+red_circle=red~circle large_blue_circle=blue~circle large_green_circle=green~circle large_yellow_circle=yellow~circle
+large_red_square=red~square large_blue_square=blue~square large_green_square=green~square
+large_yellow_square=yellow~square large_orange_diamond=orange~diamond large_blue_diamond=blue~diamond
+balloon gift=present ribbon jack_o_lantern=pumpkin christmas_tree crown tophat womans_hat=hat dark_sunglasses necktie
+shirt=shirt jeans dress socks gloves athletic_shoe=shoe high_heel=red~shoe ring gem=diamond
+bell key lock bulb=light~bulb candle camera tv radio alarm_clock hourglass pencil2 book=book envelope package hammer
+magnet bomb shield chair bed bathtub bucket
+ghost alien=alien robot_face moneybag coin
+"""
+
+SAMPLE_PROMPTS = ("cat face", "red apple", "green apple", "dog face", "fish", "red car", "banana", "blue heart")
+
+
+# --- The pictures -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is trained on: ``captions`` and ``rgb``, a uint8 tensor [N, 3, H, W], in the same order."""
+
+    captions: list[str]
+    rgb: Tensor
+
+    @property
+    def words(self) -> list[str]:
+        """The captions' words, each once, sorted."""
+        return sorted({word for caption in self.captions for word in split_words(caption)})
+
+
+def npm_pack(package: str, folder: Path) -> Path:
+    """The tarball of ``package`` (``name@version``) in ``folder``; fetched with ``npm pack`` when it is not there.
+
+    Raises `RuntimeError` when npm is missing or fails.
+    """
+    tarball = folder / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
+    if not tarball.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # The npm on Windows is a .cmd file, which only a shell finds.
+            subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True, shell=os.name == "nt")
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or str(error).encode()
+            raise RuntimeError(f"npm pack {package} failed: {reason.decode(errors='replace').strip()}") from error
+    return tarball
+
+
+def load_pictures(folder: Path, size: int = 32, margin: int = 1, picked: str = PICKED) -> Pictures:
+    """The ``picked`` emoji on white, ``size`` pixels wide and high, ``margin`` of them white on each side.
+
+    Raises `ValueError` when two of them have the same caption.
+    """
+    with tarfile.open(npm_pack(NAMES, folder)) as tar:
+        known = json.load(tar.extractfile("package/emoji.json"))  # type: ignore[arg-type]
+    by_name = {name: emoji for emoji in known for name in emoji["short_names"]}
+    captions, tensors = [], []
+    with tarfile.open(npm_pack(PICTURES, folder)) as tar:
+        files = {Path(member.name).stem: member for member in tar.getmembers() if "/assets/" in member.name}
+        for entry in picked.split():
+            name, _, caption = entry.partition("=")
+            emoji = by_name[name]
+            codes = (emoji["unified"], emoji["non_qualified"] or "")
+            member = next(files[code.lower()] for code in codes if code.lower() in files)
+            picture = on_white(Image.open(BytesIO(tar.extractfile(member).read())))  # type: ignore[union-attr]
+            small = Image.new("RGB", (size, size), "white")
+            small.paste(picture.resize((size - 2 * margin,) * 2, Image.Resampling.LANCZOS), (margin, margin))
+            captions.append(" ".join(split_words(caption.replace("~", " ") or emoji["name"])))
+            tensors.append(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(size, size, 3))
+    if len(set(captions)) < len(captions):
+        raise ValueError(f"two pictures share a caption: {sorted({c for c in captions if captions.count(c) > 1})}")
+    return Pictures(captions, torch.stack(tensors).permute(0, 3, 1, 2).contiguous())
+
+
+def sheet(images: Sequence[Image.Image], labels: Sequence[str], columns: int, zoom: int = 2) -> Image.Image:
+    """One picture of all ``images``, each with its label under it."""
+    width, height = (side * zoom for side in images[0].size)
+    page = Image.new("RGB", (columns * (width + 6), -(-len(images) // columns) * (height + 16)), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = i % columns * (width + 6), i // columns * (height + 16)
+        page.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + height), label[: max(1, width // 6)], fill="black")
+    return page
+
+
+# --- One step ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run's result depends on, besides the pictures. A resumed run keeps the one it was started with."""
+
+    seed: int = 0
+    batch: int = 16
+    shards: int = 2  # each on a thread of its own; part of the recipe because sums round differently
+    lr: float = 1e-3
+    warmup: int = 200
+    decay_part: float = 0.35  # the last part of the run, in which the learning rate falls to 0
+    weight_decay: float = 0.01
+    ema: float = 0.999
+    drop_prompt: float = 0.12
+    drop_words: float = 0.1
+    shift: int = 1  # pixels
+    snr_limit: float = 5.0
+    bf16: bool = True
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int, finish: tuple[int, int] | None = None) -> float:
+    """Warm-up, then level, then down to 0 along half a cosine over the run's last part.
+
+    Level first, so that a run can be brought to its end at any time: ``finish`` is (first, last) step of such an end.
+    """
+    start, end = finish or (int(steps * (1 - recipe.decay_part)), steps)
+    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def draw_batch(pictures: Pictures, model: TinyModel, recipe: Recipe, step: int) -> tuple[Tensor, ...]:
+    """What step ``step`` trains on: pictures, word numbers, diffusion steps, noise. A function of seed and step."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    chance = random.Random(recipe.seed * 1_000_003 + step)
+    count, size, n = len(pictures.captions), pictures.rgb.shape[-1], recipe.batch
+
+    # Every picture once an epoch: position i of the endless sequence lies in epoch i // count.
+    chosen, epochs = [], {}
+    for i in range(step * n, (step + 1) * n):
+        if i // count not in epochs:
+            epochs[i // count] = torch.randperm(
+                count, generator=torch.Generator().manual_seed(recipe.seed * 7_919 + i // count)
+            )
+        chosen.append(int(epochs[i // count][i % count]))
+
+    rgb, prompts = [], []
+    for i in chosen:
+        picture = pictures.rgb[i]
+        if chance.random() < 0.5:
+            picture = picture.flip(-1)
+        padded = F.pad(picture, (recipe.shift,) * 4, value=255)
+        top, left = chance.randint(0, 2 * recipe.shift), chance.randint(0, 2 * recipe.shift)
+        rgb.append(padded[:, top : top + size, left : left + size])
+        words = split_words(pictures.captions[i])
+        draw = chance.random()
+        if draw < recipe.drop_prompt:
+            words = []
+        elif draw < recipe.drop_prompt + recipe.drop_words:
+            # So that a part of a caption means something too: "apple" is a red or a green one.
+            words = [word for word in words if chance.random() < 0.5] or [chance.choice(words)]
+        prompts.append(" ".join(words))
+    x = (torch.stack(rgb).float() / 255 - model.shape["pixel_offset"]) / model.shape["pixel_scale"]
+    # Spread evenly over all diffusion steps, not drawn one by one: the loss, and so the gradient, is much less noisy.
+    spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    t = (spread * model.num_timesteps).long().clamp(max=model.num_timesteps - 1)
+    return x, model.tokenize(prompts), t, torch.randn(x.shape, generator=generator)
+
+
+def shard_gradients(
+    model: TinyModel, parameters: Sequence[nn.Parameter], shard: Sequence[Tensor], recipe: Recipe, share: float
+) -> tuple[float, tuple[Tensor, ...]]:
+    """Error of the predicted noise, and the gradients, of one part of a batch; ``share`` is its part of the whole."""
+    x, ids, t, noise = shard
+    alpha = model.alphas_cumprod[t]
+    # Min-SNR weighting (arXiv 2303.09556) for a model that predicts the velocity.
+    snr = alpha / (1 - alpha)
+    weight = snr.clamp(max=recipe.snr_limit) / (snr + 1)
+    noisy = model.q_sample(x, t, noise)
+    velocity = alpha.sqrt().view(-1, 1, 1, 1) * noise - (1 - alpha).sqrt().view(-1, 1, 1, 1) * x
+    # The weight cache is shared by all threads and would tie their graphs together.
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16, cache_enabled=False):
+        error = model.velocity(noisy, t, model.text(ids)) - velocity
+    each = error.square().mean(dim=(1, 2, 3))
+    gradients = torch.autograd.grad((each * weight).mean() * share, parameters)
+    return float((each.detach() * alpha).mean()) * share, gradients
+
+
+def fast_attention(model: nn.Module) -> None:
+    """Gives ldm's attention layers torch's fused attention, as WebUI's optimisations do: the same result, sooner."""
+    from ldm.modules.attention import CrossAttention
+
+    def fused(layer: nn.Module):
+        def forward(x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+            if mask is not None:
+                raise NotImplementedError("this model uses no attention masks")
+            source = x if context is None else context
+            split = [
+                y.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+                for y in (layer.to_q(x), layer.to_k(source), layer.to_v(source))
+            ]
+            return layer.to_out(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
+
+        return forward
+
+    for layer in model.modules():
+        if isinstance(layer, CrossAttention):
+            layer.forward = fused(layer)
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A run: model, its moving average, optimiser and step; what is saved and resumed."""
+
+    def __init__(self, pictures: Pictures, recipe: Recipe, shape: dict[str, Any] | None = None) -> None:
+        self.pictures = pictures
+        self.recipe = recipe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.model = TinyModel(pictures.words, pictures.captions, shape)
+        fast_attention(self.model)
+        self.parameters = list(self.model.parameters())
+        self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+        )
+        # One thread a shard, not each operation on all threads: on a busy machine, threads that wait for each other at
+        # every operation take many times as long. (torch's number of threads belongs to the thread that sets it.)
+        self.pool = ThreadPoolExecutor(recipe.shards, initializer=torch.set_num_threads, initargs=(1,))
+        self.step = 0
+        self.elapsed = 0.0
+        self.finish: tuple[int, int] | None = None
+
+    def train_step(self, lr: float) -> float:
+        """One optimiser step at learning rate ``lr``; returns the mean squared error of the predicted noise."""
+        self.model.train()
+        batch = draw_batch(self.pictures, self.model, self.recipe, self.step)
+        shards = list(zip(*(part.chunk(self.recipe.shards) for part in batch), strict=True))
+        jobs = [
+            self.pool.submit(
+                shard_gradients, self.model, self.parameters, shard, self.recipe, len(shard[0]) / self.recipe.batch
+            )
+            for shard in shards
+        ]
+        results = [job.result() for job in jobs]
+        for parameter, *gradients in zip(self.parameters, *(gradients for _, gradients in results), strict=True):
+            parameter.grad = sum(gradients[1:], gradients[0])
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.step += 1
+        # Short memory at first, so that an early average is not mostly the random start.
+        keep = min(self.recipe.ema, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                self.average[name].lerp_(value, 1 - keep)
+        return sum(loss for loss, _ in results)
+
+    def averaged(self) -> TinyModel:
+        """The model with the averaged weights, in eval mode, as it would be shipped (but in fp32)."""
+        model = TinyModel(self.model.words, self.model.captions, self.model.shape)
+        model.load_state_dict(self.average)
+        return model.eval().requires_grad_(False)
+
+    def save(self, path: Path) -> None:
+        """Everything that resuming needs, to ``path``, which is replaced only once the whole is written."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "finish": self.finish,
+            "recipe": vars(self.recipe),
+            "shape": self.model.shape,
+            "captions": self.pictures.captions,
+        }
+        torch.save(state, path.with_suffix(".partial"))
+        os.replace(path.with_suffix(".partial"), path)
+
+    @classmethod
+    def resume(cls, path: Path, pictures: Pictures) -> Training:
+        """The run saved in ``path``. Raises `ValueError` when it was trained on other pictures."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["captions"] != pictures.captions:
+            raise ValueError(f"{path.name} was trained on other pictures: its captions differ")
+        training = cls(pictures, Recipe(**state["recipe"]), state["shape"])
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.average = state["average"]
+        training.step, training.elapsed, training.finish = state["step"], state["elapsed"], state["finish"]
+        return training
+
+
+@torch.no_grad()
+def ddim(model: TinyModel, prompts: Sequence[str], steps: int = 25, scale: float = 3.0, seed: int = 0) -> Tensor:
+    """Pictures for ``prompts`` by deterministic DDIM (arXiv 2010.02502) with classifier-free guidance.
+
+    Picture i starts from the noise of seed ``seed + i``. Returns [B, 3, H, W].
+    """
+    context = torch.cat([model.encode_prompts([""] * len(prompts)), model.encode_prompts(prompts)])
+    x = torch.stack(
+        [torch.randn(model.image_shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
+    )
+    times = torch.linspace(model.num_timesteps - 1, 0, steps + 1).long()
+    for t, following in itertools.pairwise(times):
+        plain, prompted = model.apply_model(torch.cat([x, x]), t.expand(2 * len(x)), context).chunk(2)
+        noise = plain + scale * (prompted - plain)
+        alpha, target = model.alphas_cumprod[t], model.alphas_cumprod[following]
+        x = target.sqrt() * (x - (1 - alpha).sqrt() * noise) / alpha.sqrt() + (1 - target).sqrt() * noise
+    return x
+
+
+def write_samples(training: Training, path: Path) -> None:
+    """A sheet of the averaged model's pictures of `SAMPLE_PROMPTS` and of some of its captions."""
+    model = training.averaged()
+    fast_attention(model)
+    prompts = [p for p in SAMPLE_PROMPTS if not model.unknown_words(p)] or training.pictures.captions[:4]
+    prompts = prompts + training.pictures.captions[:: max(1, len(training.pictures.captions) // 8)][:8]
+    images = model.to_images(ddim(model, prompts, steps=20))
+    sheet(images, prompts, columns=8).save(path)
+
+
+def run(training: Training, out: Path, steps: int, minutes: float | None = None, every: float = 300.0) -> bool:
+    """Trains until ``steps`` (or the early finish) is reached, and saves to ``out`` on the way.
+
+    Args:
+        minutes: where given, how long the run takes in all; the number of steps follows from the speed seen so far.
+        every: seconds between two checkpoints; a sheet of samples comes with every third one.
+
+    Returns:
+        Whether the run has come to its end; not so after SIGTERM or SIGINT, which end it after the step in hand.
+    """
+    stopped: list[int] = []
+    previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    losses: list[float] = []
+    saved, checkpoints = time.monotonic(), 0
+    try:
+        with open(out / "train.log", "a", encoding="utf-8", buffering=1) as log:
+            while not stopped:
+                if minutes is not None:
+                    # Until a speed is known: far away.
+                    rate = training.elapsed / training.step if training.step >= 20 else 0
+                    steps = max(training.step, round(minutes * 60 / rate)) if rate else 10**9
+                last = training.finish[1] if training.finish else steps
+                if training.step >= last:
+                    break
+                began = time.monotonic()
+                lr = learning_rate(training.recipe, training.step, steps, training.finish)
+                losses.append(training.train_step(lr))
+                # A process that was halted for a while has not been training.
+                training.elapsed += min(60.0, time.monotonic() - began)
+                if training.step % 50 == 0 or training.step >= last:
+                    mean, losses = sum(losses) / len(losses), []
+                    pace = training.elapsed / training.step
+                    line = f"step {training.step}/{last}  loss {mean:.4f}  lr {lr:.2e}  {pace:.2f} s/step"
+                    print(f"{line}  {training.elapsed / 60:.1f} min", file=log)
+                if time.monotonic() - saved > every:
+                    training.save(out / "checkpoint.pt")
+                    checkpoints += 1
+                    if checkpoints % 3 == 0:
+                        write_samples(training, out / f"samples-{training.step:06}.png")
+                    saved = time.monotonic()
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    training.save(out / "checkpoint.pt")
+    write_samples(training, out / f"samples-{training.step:06}.png")
+    return not stopped
+
+
+# --- What is shipped --------------------------------------------------------------------------------------------------
+
+
+def vary(rgb: Tensor, generator: torch.Generator) -> Tensor:
+    """``rgb`` [B, 3, H, W] in [0, 1], each one turned, scaled, shifted, mirrored, tinted and made a little noisy."""
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(rgb), generator=generator)
+
+    angle, scale = between(-0.35, 0.35), between(0.85, 1.3)
+    mirror = torch.where(between(0, 1) < 0.5, 1.0, -1.0)
+    across, down = between(-0.25, 0.25), between(-0.25, 0.25)
+    upper = [scale * mirror * angle.cos(), -scale * angle.sin(), across]
+    lower = [scale * mirror * angle.sin(), scale * angle.cos(), down]
+    grid = F.affine_grid(torch.stack(upper + lower, 1).view(-1, 2, 3), list(rgb.shape), align_corners=False)
+    moved = 1 - F.grid_sample(1 - rgb, grid, align_corners=False)  # white outside
+    tint = 1 + 0.15 * (2 * torch.rand(len(rgb), 3, 1, 1, generator=generator) - 1)
+    noise = torch.randn(moved.shape, generator=generator) * between(0, 0.08).view(-1, 1, 1, 1)
+    return (moved * tint + noise).clamp(0, 1)
+
+
+def train_features(pictures: Pictures, steps: int = 700, batch: int = 64, seed: int = 0) -> tuple[FeatureNet, float]:
+    """A `FeatureNet` trained to name varied ``pictures``, and the part of other variations that it names rightly.
+
+    Takes less than a minute on two idle cores.
+    """
+    rgb = pictures.rgb.float() / 255
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = FeatureNet(len(rgb), 2 * len(rgb))
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        label = torch.randint(len(rgb), (batch,), generator=generator)
+        loss = F.cross_entropy(net(vary(rgb[label], generator)), label, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval().requires_grad_(False)
+    net.reference.copy_(net.features(torch.cat([rgb, rgb.flip(-1)])))
+    guess = net(vary(rgb, generator)).argmax(1)
+    return net, float((guess == torch.arange(len(rgb))).float().mean())
+
+
+def export(training: Training, folder: Path, log: Path) -> None:
+    """Writes what is shipped to ``folder``: averaged model, log's end, and the feature classifier if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remarks = {"pictures": PICTURES, "names": NAMES, "recipe": vars(training.recipe), "steps": training.step}
+    training.averaged().save(folder / "tiny.safetensors", training=remarks)
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    (folder / "train.log").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")
+    if not (folder / "features.safetensors").is_file():
+        net, right = train_features(training.pictures)
+        net.save(folder / "features.safetensors")
+        print(f"feature classifier: {right:.1%} of varied training pictures named rightly")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tomesd_core.demo.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the two npm packages; fetched when missing")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and the samples")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=5000, help="optimiser steps in all (default: %(default)s)")
+    length.add_argument("--minutes", type=float, help="train for about this long in all, in place of --steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument(
+        "--finish-in", type=int, metavar="STEPS", help="on --resume: end after so many more steps, learning rate to 0"
+    )
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--batch", type=int, default=Recipe.batch)
+    parser.add_argument("--lr", type=float, default=Recipe.lr)
+    parser.add_argument("--export", action="store_true", help="train nothing; write the averaged weights to weights/")
+    args = parser.parse_args(arguments)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / "checkpoint.pt"
+    pictures = load_pictures(args.data)
+    if args.resume or args.export:
+        if not checkpoint.is_file():
+            parser.error(f"there is no checkpoint.pt in {args.out}")
+        training = Training.resume(checkpoint, pictures)
+    else:
+        if checkpoint.is_file():
+            parser.error(f"{args.out} holds a checkpoint already: give --resume, or another --out")
+        training = Training(pictures, Recipe(seed=args.seed, batch=args.batch, lr=args.lr))
+    if args.finish_in is not None:
+        training.finish = (training.step, training.step + args.finish_in)
+    if args.export:
+        export(training, WEIGHTS, args.out / "train.log")
+        print(f"step {training.step} written to {WEIGHTS}")
+        return 0
+    ended = run(training, args.out, args.steps, args.minutes)
+    print(f"{'ended' if ended else 'stopped'} at step {training.step}; {checkpoint}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
