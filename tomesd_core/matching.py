@@ -48,7 +48,7 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
 
     A token of zero norm is similar to none. A token that is not finite is no one's destination where its window has
     another, and merges last: only at the highest ratio, where every src must merge, it spoils the slot it falls into.
-    `exact` keeps at least x's own precision; else a lower one may be used where that is faster (see `similarity_dtype`).
+    `exact` keeps at least x's own precision; else a lower one may be used where that is faster: `similarity_dtype`.
     """
     (items, _, _), windows = x.shape, partition.windows
     if not partition.most_removed:
