@@ -27,9 +27,11 @@ def _forget_old_package() -> None:
 
 _forget_old_package()
 
-from tomesd_core.webui import generation, infotext, log, panel  # noqa: E402
+from tomesd_core.settings import PANEL_FIELDS  # noqa: E402
+from tomesd_core.webui import axes, generation, infotext, log, options, panel, routes  # noqa: E402
 
 log.set_up()
+options.apply_log_level()
 
 
 class ToMe(scripts.Script):
@@ -42,9 +44,9 @@ class ToMe(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        controls = panel.build(self.elem_id)
+        controls = panel.build("img2img" if is_img2img else "txt2img", self.elem_id)
         self.infotext_fields = infotext.paste_fields(controls)
-        self.paste_field_names = [setting.infotext for setting in panel.PANEL_FIELDS.values()]
+        self.paste_field_names = [setting.infotext for setting in PANEL_FIELDS.values()]
         return list(controls.values())
 
     def before_process(self, p: Any, *args: Any) -> None:
@@ -56,5 +58,8 @@ class ToMe(scripts.Script):
 
 # "Reload custom script bodies" executes this file again without clearing the callbacks.
 script_callbacks.remove_current_script_callbacks()
+script_callbacks.on_before_ui(axes.add_axes)
+script_callbacks.on_ui_settings(options.add_options)
+script_callbacks.on_app_started(routes.add_routes)
 script_callbacks.on_cfg_denoiser(generation.on_denoise)
 script_callbacks.on_script_unloaded(generation.stop)

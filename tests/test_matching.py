@@ -155,6 +155,19 @@ def test_a_token_of_zero_norm_or_that_is_not_finite_spoils_no_other(bad, ratio, 
         assert back.sum() == back.numel() - (0 if kind == 0 else len(bad))
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kind", [math.nan, math.inf])
+def test_a_dst_that_is_not_finite_is_not_taken_for_want_of_a_similar_one(kind, window):
+    """All src must merge, and all are the opposite of every dst."""
+    split = make_partition((8, 8), (2, 2), "corner", window=window)
+    x = tokens((8, 8), batch=1) / 10 + 1
+    x[:, split.dst[0]] *= -1
+    x[0, 0] = kind
+    token_map = match(x, split, exact=True).token_map(48)
+    back = token_map.unmerge(token_map.merge(x)).isfinite().all(-1)
+    assert back[0].tolist() == [False] + [True] * 63
+
+
 @pytest.mark.parametrize("channel", [0, 5])
 @pytest.mark.parametrize("kind", [math.nan, math.inf])
 def test_one_channel_that_is_not_finite_spoils_no_other_token(channel, kind):

@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tomesd_core import presets
-from tomesd_core.presets import BUILT_IN, MAX_NAME, PRESET_FIELDS, VERSION, PresetError, PresetFile, clean_name
-from tomesd_core.settings import FIELDS, MergeSettings
+from tomesd_core.presets import BUILT_IN, MAX_NAME, VERSION, PresetError, PresetFile, clean_name
+from tomesd_core.settings import FIELDS, PANEL_FIELDS, MergeSettings
 
 NAMES = ["Quality", "Balanced", "Fast", "Hires only", "Paper (60 %)"]
 MINE = MergeSettings(ratio=0.4, schedule="linear", late_ratio=0.1, max_downsample=4, min_tokens=512)
@@ -106,7 +106,7 @@ def test_the_module_needs_nothing_but_the_settings():
 def test_a_preset_holds_every_field_of_the_panel_and_not_the_switch(file, path):
     file.save("mine", MINE)
     panel = [name for name, setting in FIELDS.items() if setting.infotext]
-    assert list(stored(path)["presets"]["mine"]) == panel == list(PRESET_FIELDS)
+    assert list(stored(path)["presets"]["mine"]) == panel == list(PANEL_FIELDS)
     assert "enabled" not in panel and "ratio" in panel
     assert file.get("mine") == MINE
 

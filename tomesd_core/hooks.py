@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .matching import Matching, match, tokens_removed
+from .matching import Matching, match
 from .partition import Partition, make_partition
-from .profit import pays
+from .plan import coarsest_level, removed_or_why_not, why_left_out
 from .report import LayerReport, Report
 from .schedule import progress_of
 from .settings import MergeSettings
 from .token_map import TokenMap
-from .unet import Layer, find_layers, find_unet, finest_level, measured_level
+from .unet import Layer, find_layers, find_unet, measured_level
 
 Grid = tuple[int, int]
 LeaveOut = Callable[[nn.Module], "str | None"]
@@ -111,9 +111,7 @@ class Merging:
         self._pass: tuple[int, ...] = ()
         """The batch sizes of the UNet passes of this step so far: what tells one pass of a step from another."""
         layers = find_layers(unet)
-        finest = finest_level(layers)
-        self._most_downsample = max(settings.max_downsample, finest or 1)
-        self._falls_back = finest is not None and finest > settings.max_downsample
+        self._coarsest = coarsest_level(settings, layers)
         self._layers: list[_LayerState] = []
         self._handles = [unet.register_forward_pre_hook(self._on_unet, with_kwargs=True)] if layers else []
         places: dict[nn.Module, _Place] = {}
@@ -143,9 +141,9 @@ class Merging:
         notes = []
         if not self._layers:
             notes.append("this model has no self-attention layers that can be merged")
-        elif self._falls_back:
+        elif self._coarsest > self.settings.max_downsample:
             notes.append(
-                f"no attention at level {self.settings.max_downsample}: merging at level {self._most_downsample}, "
+                f"no attention at level {self.settings.max_downsample}: merging at level {self._coarsest}, "
                 "the finest of this model"
             )
         if (
@@ -225,13 +223,7 @@ class Merging:
             rows, columns = place.grid = tuple(x.shape[-2:])
             if self._latent is not None:
                 place.level = measured_level(self._latent, place.grid, place.built_level)
-            level = place.level
-            if level is not None and level > self._most_downsample:
-                place.why_not = f"level {level} is above max downsample {self.settings.max_downsample}"
-            elif rows * columns < self.settings.min_tokens:
-                place.why_not = f"{rows * columns} tokens are under min tokens {self.settings.min_tokens}"
-            else:
-                place.why_not = None
+            place.why_not = why_left_out(self.settings, place.level, rows * columns, self._coarsest)
 
         return hook
 
@@ -299,12 +291,9 @@ class Merging:
     def _token_map(self, state: _LayerState, x: Tensor, grid: Grid) -> TokenMap | str:
         """The map for this call, by the similarity of x's tokens, or why there is none."""
         settings, ratio, (items, tokens, channels) = self.settings, self._ratio, x.shape
-        exact = settings.window is None
-        removed = tokens_removed(tokens, ratio, exact)
-        if not removed:
-            return f"at ratio {ratio:g} there is nothing to remove"
-        if settings.skip_unprofitable and not pays(tokens, channels, ratio, x.device.type):
-            return f"merging {ratio:g} of {tokens} tokens would not save time"
+        removed = removed_or_why_not(settings, tokens, channels, ratio, x.device.type)
+        if isinstance(removed, str):
+            return removed
         number, state.calls_in_pass = state.calls_in_pass, state.calls_in_pass + 1
         key = (None if settings.share_layers else id(state), self._pass, number, grid, items, x.device)
         kept = self._kept.get(key)
@@ -312,7 +301,7 @@ class Merging:
             partition = self._partition(grid, 1 if settings.shared_draw else items, x.device)
             if not partition.most_removed:
                 return f"its {grid[0]}x{grid[1]} grid is smaller than a {settings.stride[0]}x{settings.stride[1]} cell"
-            kept = _Kept(match(x, partition, exact))
+            kept = _Kept(match(x, partition, exact=settings.window is None))
             if settings.reuse_steps > 1 or settings.share_layers:
                 self._kept[key] = kept
         return kept.map_of(removed)

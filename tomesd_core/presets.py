@@ -18,15 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .settings import FIELDS, MergeSettings, SettingsError
+from .settings import PANEL_FIELDS, MergeSettings, SettingsError
 
 VERSION = 1
 MAX_NAME, MAX_DEPTH = 100, 50
 MAX_IMPORT_BYTES, MAX_IMPORT_PRESETS = 1_000_000, 200
 LOCK_SECONDS, BUSY_SECONDS = 10.0, 1.0
-
-PRESET_FIELDS = tuple(name for name, setting in FIELDS.items() if setting.infotext)
-"""What a preset holds: the panel's fields, without the switch that turns merging on."""
 
 BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
     "Quality": ({"ratio": 0.3}, "Stays closest to the picture without merging; a little faster."),
@@ -94,7 +91,11 @@ class PresetFile:
         fields = _fields(self.get(name))
         if built_in := _built_in(name):
             return BUILT_IN[built_in][1]
-        own = [f"{FIELDS[key].label.lower()} {value}" for key, value in fields.items() if value != FIELDS[key].default]
+        own = [
+            f"{PANEL_FIELDS[key].label.lower()} {value}"
+            for key, value in fields.items()
+            if value != PANEL_FIELDS[key].default
+        ]
         return f"Your own: {', '.join(own) or 'the default settings'}."
 
     def save(self, name: str, settings: MergeSettings) -> str:
@@ -282,7 +283,7 @@ def _free_name(presets: dict[str, Any], name: str, entry: Any) -> str:
 
 
 def _fields(settings: MergeSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in PRESET_FIELDS}
+    return {name: getattr(settings, name) for name in PANEL_FIELDS}
 
 
 def _settings(entry: Any) -> MergeSettings:
@@ -290,14 +291,14 @@ def _settings(entry: Any) -> MergeSettings:
     if not isinstance(entry, dict):
         raise PresetError(f"a preset must be an object of settings, got {_clip(entry)}")
     try:
-        return MergeSettings(**{name: entry[name] for name in PRESET_FIELDS if name in entry})
+        return MergeSettings(**{name: entry[name] for name in PANEL_FIELDS if name in entry})
     except SettingsError as error:
         raise PresetError(_clip(error)) from error
 
 
 def _complete(entry: Any) -> dict[str, Any]:
     """The preset with its defaults written out, and with what isn't known in it."""
-    return _fields(_settings(entry)) | {key: value for key, value in entry.items() if key not in PRESET_FIELDS}
+    return _fields(_settings(entry)) | {key: value for key, value in entry.items() if key not in PANEL_FIELDS}
 
 
 def _empty() -> dict[str, Any]:

@@ -22,7 +22,8 @@ def ratio_at(progress: float, schedule: str, ratio: float, late_ratio: float, sw
     """
     progress = min(max(progress, 0.0), 1.0)
     if schedule == "linear":
-        return ratio + (late_ratio - ratio) * progress
+        # Exact at both ends, where a rounding error could cost a token.
+        return ratio * (1 - progress) + late_ratio * progress
     if schedule == "step" and progress >= switch_at:
         return late_ratio
     return ratio

@@ -247,6 +247,9 @@ FIELDS: dict[str, Setting] = {
 }
 """Every setting by name, in order."""
 
+PANEL_FIELDS: dict[str, Setting] = {name: setting for name, setting in FIELDS.items() if setting.infotext}
+"""The settings of a generation: those that the panel shows and a preset holds. The others are for experts."""
+
 
 def max_ratio(stride: tuple[int, int], partition: str) -> float:
     """The highest ratio that a partition allows: the share of tokens that are sources.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -20,6 +20,11 @@ class Layer:
     block: nn.Module
     level: int | None
     """The downsample factor that the UNet's structure gives this layer; None where that can't be read off."""
+
+    @property
+    def channels(self) -> int:
+        """How many channels the block's tokens have."""
+        return self.block.norm1.weight.shape[0]
 
     @property
     def is_self_attention(self) -> bool:
@@ -56,7 +61,7 @@ def find_layers(unet: nn.Module) -> list[Layer]:
     ]
 
 
-def finest_level(layers: list[Layer]) -> int | None:
+def finest_level(layers: Sequence[Layer]) -> int | None:
     """The finest level at which the structure has self-attention; None where it can't be read off."""
     return min((layer.level for layer in layers if layer.level is not None and layer.is_self_attention), default=None)
 

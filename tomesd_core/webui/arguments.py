@@ -1,48 +1,76 @@
-"""From the script's arguments, as a page or the API sends them, to settings."""
+"""From what a page, the API or a plot sends to settings."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..settings import FIELDS, MergeSettings, Setting, SettingsError
+from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
 
 ENABLED = Setting(False, "flag", "ToMe", "Merge tokens in this generation.")
 
-PANEL_FIELDS: dict[str, Setting] = {name: setting for name, setting in FIELDS.items() if setting.infotext}
-"""The fields that a generation has, by name, in the order of the script's arguments after `enabled`."""
+PresetReader = Callable[[str], MergeSettings]
 
 
-def read_arguments(args: Sequence[Any]) -> MergeSettings | None:
+def read_arguments(
+    args: Sequence[Any], overrides: Mapping[str, Any] | None = None, preset: PresetReader | None = None
+) -> MergeSettings | None:
     """The settings of a generation, or None where merging is off.
 
-    `args` are positional: `enabled`, then `PANEL_FIELDS`; missing ones get their defaults. While `enabled` is false the
-    others don't matter. Raises `SettingsError` for a value that its field can't have.
+    `args` are positional, `enabled` and then `PANEL_FIELDS`, or one mapping of any of them and `preset`. Missing ones
+    get their defaults, with a preset the preset's. While `enabled` is false the others don't matter. `overrides` is a
+    mapping too, and wins over the arguments. A mapping switches merging on unless it says `enabled` itself.
+
+    Raises `SettingsError` for a value that its field can't have, an unknown name and an unknown preset.
     """
-    if not ENABLED.check("enabled", args[0] if args else ENABLED.default):
-        return None
-    return MergeSettings(**dict(zip(PANEL_FIELDS, args[1:], strict=False)))
+    first = args[0] if args else ENABLED.default
+    if isinstance(first, Mapping):
+        enabled, values = _merged({}, first, preset)
+    else:
+        enabled, values = ENABLED.check("enabled", first), dict(zip(PANEL_FIELDS, args[1:], strict=False))
+    if overrides:
+        enabled, values = _merged(values, overrides, preset)
+    return MergeSettings(**values) if enabled else None
 
 
-def effective_fields(settings: MergeSettings, has_hires_pass: bool) -> dict[str, Any]:
-    """The panel's fields that have an effect on this generation, by name."""
-    unused = set()
-    if settings.schedule == "constant":
-        unused |= {"late_ratio", "switch_at"}
-    elif settings.schedule == "linear":
-        unused.add("switch_at")
-    if not settings.min_tokens:
-        unused.add("min_tokens")
-    if settings.reuse_steps == 1:
-        unused.add("reuse_steps")
-    if not has_hires_pass:
-        unused.add("apply_to")
-    return {
-        name: value
-        for name, value in dataclasses.asdict(settings).items()
-        if name in PANEL_FIELDS and name not in unused
+def _merged(
+    values: dict[str, Any], named: Mapping[str, Any], preset: PresetReader | None
+) -> tuple[bool, dict[str, Any]]:
+    """Whether merging is on, and `values` with those of `named` in their place."""
+    unknown = [repr(name) for name in named if name not in ("enabled", "preset", *PANEL_FIELDS)]
+    if unknown:
+        raise SettingsError(
+            f"unknown setting {', '.join(unknown)}: the settings are enabled, preset, {', '.join(PANEL_FIELDS)}"
+        )
+    enabled = ENABLED.check("enabled", named.get("enabled", True))
+    if "preset" in named and preset is not None:
+        values = panel_values(preset(named["preset"]))
+    values = values | {name: value for name, value in named.items() if name in PANEL_FIELDS}
+    # Who gives a late ratio wants it reached.
+    if "late_ratio" in named and "schedule" not in named and values.get("schedule", "constant") == "constant":
+        values["schedule"] = "linear"
+    return enabled, values
+
+
+def panel_values(settings: MergeSettings) -> dict[str, Any]:
+    """The panel's fields of settings, by name."""
+    return {name: getattr(settings, name) for name in PANEL_FIELDS}
+
+
+def unused_fields(settings: MergeSettings, has_hires_pass: bool) -> set[str]:
+    """The panel's fields that have no effect on a generation with these settings, by name."""
+    unused = {
+        "late_ratio": settings.schedule == "constant",
+        "switch_at": settings.schedule != "step",
+        "min_tokens": not settings.min_tokens,
+        "apply_to": not has_hires_pass,
+        "reuse_steps": settings.reuse_steps == 1,
     }
+    return {name for name, has_none in unused.items() if has_none}
 
 
-__all__ = ["ENABLED", "PANEL_FIELDS", "SettingsError", "effective_fields", "read_arguments"]
+def shown_fields(schedule: str) -> set[str]:
+    """The panel's fields that a person needs to see with this schedule."""
+    settings = dataclasses.replace(MergeSettings(), schedule=schedule, min_tokens=1, reuse_steps=2)
+    return set(PANEL_FIELDS) - unused_fields(settings, has_hires_pass=True)

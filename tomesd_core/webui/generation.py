@@ -6,18 +6,34 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from modules import sd_models
 from torch import nn
 
 from ..hooks import Merging, attach
-from ..settings import MergeSettings, SettingsError
-from .arguments import PANEL_FIELDS, effective_fields, read_arguments
+from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
+from . import options, store
+from .arguments import panel_values, read_arguments, unused_fields
+from .axes import OVERRIDES
 from .log import log
+from .model import hypertile_of, loaded_unet
 
 ERROR_KEY = "ToMe error"
-BUILT_IN_RATIO = "get_token_merging_ratio"
+COMMENT = "ToMe: "
 
 _running: Sampling | None = None
+_last: tuple[MergeSettings, str] | None = None
+"""The settings of the last sampling, and what they merged."""
+
+
+def settings_in_use() -> MergeSettings | None:
+    """The settings of the sampling that is running, or of the last one."""
+    if _running is not None:
+        return _running.settings
+    return _last[0] if _last else None
+
+
+def last_summary() -> str | None:
+    """What the last sampling merged, in one line; None before the first."""
+    return _last[1] if _last else None
 
 
 def prepare(p: Any, args: Sequence[Any]) -> None:
@@ -25,14 +41,9 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
 
     A wrong value switches merging off for this generation, and says so there, under the picture and in the log.
     """
-    # Plot cells and loops share these dicts, or reuse p: what an earlier one left doesn't belong here.
-    for key in [ERROR_KEY, *(setting.infotext for setting in PANEL_FIELDS.values())]:
-        p.extra_generation_params.pop(key, None)
-    if getattr(vars(p).get(BUILT_IN_RATIO), "is_tome", False):
-        delattr(p, BUILT_IN_RATIO)
-
+    _forget(p)
     try:
-        settings = read_arguments(args)
+        settings = _settings(p, args)
     except SettingsError as error:
         p.extra_generation_params[ERROR_KEY] = str(error)
         _say(p, f"nothing merged: {error}")
@@ -40,23 +51,29 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
     if settings is None:
         return
     if not _has_pass(p, settings):
-        where = "img2img" if not hasattr(p, "enable_hr") else "a picture without hires fix"
+        where = "a picture without hires fix" if hasattr(p, "enable_hr") else "img2img"
         _say(p, f"nothing merged: apply to is {settings.apply_to!r}, and {where} has none")
         return
-    fields = effective_fields(settings, has_hires_pass=bool(getattr(p, "enable_hr", False)))
-    p.extra_generation_params.update({PANEL_FIELDS[name].infotext: value for name, value in fields.items()})
-    if p.get_token_merging_ratio() or p.get_token_merging_ratio(for_hr=True):
+    if _built_in_is_on(p):
+        if not options.option(options.OVERRULE_BUILT_IN, True):
+            _say(p, "nothing merged: WebUI's own token merging is on, and the settings say not to overrule it")
+            return
         _say(p, "WebUI's own token merging is left out of this generation")
+    unused = unused_fields(settings, has_hires_pass=bool(getattr(p, "enable_hr", False)))
+    for name, value in panel_values(settings).items():
+        if name not in unused:
+            p.extra_generation_params[PANEL_FIELDS[name].infotext] = value
     p.get_token_merging_ratio = _no_built_in_merging
 
 
 def bind(p: Any, args: Sequence[Any], first_batch: bool = True) -> None:
     """Binds merging to the coming `p.sample`, whichever way it ends: done, failed, interrupted or skipped."""
-    try:
-        settings = read_arguments(args)
-    except SettingsError:
+    _unwrap(p)
+    if vars(p).get("get_token_merging_ratio") is not _no_built_in_merging:
+        # `prepare` said that this generation doesn't merge, and why.
         return
-    if settings is None or not _has_pass(p, settings):
+    settings = _settings(p, args)
+    if settings is None:
         return
     before, own = p.sample, vars(p).get("sample")
     spent = False
@@ -65,24 +82,44 @@ def bind(p: Any, args: Sequence[Any], first_batch: bool = True) -> None:
     def sample(*args: Any, **kwargs: Any) -> Any:
         nonlocal spent
         if spent:
+            # Whoever wrapped this one in the meantime put it back.
             return before(*args, **kwargs)
         spent = True
-        with Sampling(p, settings) as sampling:
-            try:
+        sampling = Sampling(p, settings)
+        try:
+            with sampling:
                 return before(*args, **kwargs)
-            finally:
-                # Whoever wrapped this one in the meantime still calls it: leave theirs, and be spent.
-                if vars(p).get("sample") is sample:
-                    if own is None:
-                        del p.sample
-                    else:
-                        p.sample = own
-                sampling.stop()
-                p.comment(f"ToMe: {sampling.summary}")
-                if first_batch:
-                    log.info(sampling.summary)
+        finally:
+            _unwrap(p)
+            sampling.tell(in_log=first_batch)
 
+    sample.tome_wraps = own  # type: ignore[attr-defined]
     p.sample = sample
+
+
+def _forget(p: Any) -> None:
+    """Takes what an earlier generation left off p: plot cells share its dicts with it, and loops reuse it."""
+    _unwrap(p)
+    if vars(p).get("get_token_merging_ratio") is _no_built_in_merging:
+        del p.get_token_merging_ratio
+    for key in (ERROR_KEY, *(setting.infotext for setting in PANEL_FIELDS.values())):
+        p.extra_generation_params.pop(key, None)
+    for line in [line for line in p.comments if line.startswith(COMMENT)]:
+        del p.comments[line]
+
+
+def _unwrap(p: Any) -> None:
+    """Takes our wrapper off `p.sample`, if it is the outermost one, and puts back what was there."""
+    sample = vars(p).get("sample")
+    if hasattr(sample, "tome_wraps"):
+        if sample.tome_wraps is None:
+            del p.sample
+        else:
+            p.sample = sample.tome_wraps
+
+
+def _settings(p: Any, args: Sequence[Any]) -> MergeSettings | None:
+    return read_arguments(args, getattr(p, OVERRIDES, None), store.preset_settings)
 
 
 def on_denoise(params: Any) -> None:
@@ -120,34 +157,45 @@ class Sampling:
         _running = self._outer
         self.stop()
 
-    @property
-    def summary(self) -> str:
-        """What was merged, in one line."""
-        return "; ".join(self._summaries) or "nothing merged: no step reached the UNet"
-
     def follow(self, params: Any) -> None:
         """Hooks the UNet that is about to run, if it is this sampling's and its pass merges; unhooks any other."""
-        denoiser = self._p.sampler.model_wrap_cfg
+        sampler = self._p.sampler
+        denoiser = sampler.model_wrap_cfg
         is_hires = bool(getattr(self._p, "is_hr_pass", False))
         # Another extension's generation may run inside this one. WebUI before 1.8 doesn't say whose the call is.
         is_ours = getattr(params, "denoiser", denoiser) is denoiser
         if self.settings is None or not is_ours or not _merges_in(self.settings, is_hires):
             self.stop()
             return
-        unet = sd_models.model_data.sd_model.model.diffusion_model
+        unet = loaded_unet()
         if self._merging is None or not self._merging.attached or self._unet is not unet or self._is_hires != is_hires:
             self.stop()
-            self._merging, self._unet, self._is_hires = attach(unet, self.settings), unet, is_hires
-        self._merging.set_step(denoiser.step, denoiser.total_steps)
+            self._merging, self._unet, self._is_hires = attach(unet, self.settings, hypertile_of), unet, is_hires
+        # Samplers that run the model twice a step run it once in the last; WebUI's total counts that one twice too.
+        twice_a_step = bool(sampler.config.options.get("second_order"))
+        self._merging.set_step(denoiser.step, denoiser.total_steps - twice_a_step)
 
     def stop(self) -> None:
         """Leaves nothing on the model, and keeps no reference to it."""
         if self._merging is not None:
-            summary = self._merging.report().summary
+            report = self._merging.report()
             has_two = bool(getattr(self._p, "enable_hr", False))
-            self._summaries[f"{'hires' if self._is_hires else 'first'} pass: {summary}" if has_two else summary] = None
+            where = f"{'hires' if self._is_hires else 'first'} pass: " if has_two else ""
+            self._summaries[where + report.summary] = None
+            if options.option(options.LOG_LAYERS, False):
+                log.info(str(report))
             self._merging.detach()
         self._merging = self._unet = None
+
+    def tell(self, in_log: bool) -> None:
+        """Says what was merged, under the picture and, once a generation, in the log."""
+        global _last
+        summary = "; ".join(self._summaries) or "nothing merged: no step reached the UNet"
+        if self.settings is not None:
+            _last = self.settings, summary
+        self._p.comment(COMMENT + summary)
+        if in_log:
+            log.info(summary)
 
 
 def _no_built_in_merging(for_hr: bool = False) -> float:
@@ -155,7 +203,8 @@ def _no_built_in_merging(for_hr: bool = False) -> float:
     return 0
 
 
-_no_built_in_merging.is_tome = True  # type: ignore[attr-defined]
+def _built_in_is_on(p: Any) -> bool:
+    return bool(p.get_token_merging_ratio() or p.get_token_merging_ratio(for_hr=True))
 
 
 def _has_pass(p: Any, settings: MergeSettings) -> bool:
@@ -167,5 +216,5 @@ def _merges_in(settings: MergeSettings, is_hires: bool) -> bool:
 
 
 def _say(p: Any, line: str) -> None:
-    p.comment(f"ToMe: {line}")
+    p.comment(COMMENT + line)
     log.warning(line)

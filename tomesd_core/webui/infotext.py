@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..settings import Setting, SettingsError
-from .arguments import PANEL_FIELDS
+from ..settings import PANEL_FIELDS, Setting, SettingsError
 from .log import log
 
 

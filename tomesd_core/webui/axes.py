@@ -1,0 +1,71 @@
+"""Axes for WebUI's X/Y/Z plot: one for each setting, the switch and the preset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from modules import scripts
+
+from ..settings import PANEL_FIELDS, Setting
+from . import store
+from .arguments import ENABLED
+
+OVERRIDES = "tome_overrides"
+"""The attribute of `p` in which an axis leaves its value: a mapping as the API takes it."""
+
+
+def add_axes() -> None:
+    """Appends the axes to the plot's list, unless they are there: Reload UI makes the list anew, but not every time."""
+    grids = [found.module for found in scripts.scripts_data if found.script_class.__module__ == "xyz_grid.py"]
+    for grid in grids:
+        present = {option.label for option in grid.axis_options}
+        grid.axis_options.extend(axis for axis in _axes(grid.AxisOption) if axis.label not in present)
+
+
+def _axes(axis_option: Callable[..., Any]) -> list[Any]:
+    flags = ["True", "False"]
+    axes = [
+        axis_option(
+            "[ToMe] Enabled",
+            str,
+            lambda p, x, xs: _override(p, "enabled", x.lower() == "true"),
+            confirm=_refuse(lambda x: ENABLED.check("enabled", {"true": True, "false": False}.get(x.lower(), x))),
+            choices=lambda: flags,
+        ),
+        axis_option(
+            "[ToMe] Preset",
+            str,
+            lambda p, x, xs: _override(p, "preset", x),
+            confirm=_refuse(store.preset_settings),
+            choices=store.presets.names,
+        ),
+    ]
+    return axes + [_axis(axis_option, name, setting) for name, setting in PANEL_FIELDS.items()]
+
+
+def _axis(axis_option: Callable[..., Any], name: str, setting: Setting) -> Any:
+    number = float if setting.kind == "number" else int
+    kind = str if setting.choices and isinstance(setting.choices[0], str) else number
+    return axis_option(
+        f"[ToMe] {setting.label}",
+        kind,
+        lambda p, x, xs: _override(p, name, x),
+        confirm=_refuse(lambda x: setting.check(name, x)),
+        choices=(lambda: [str(choice) for choice in setting.choices]) if setting.choices else None,
+    )
+
+
+def _refuse(check: Callable[[Any], Any]) -> Callable[[Any, Sequence[Any]], None]:
+    """A plot's `confirm`: wrong values are refused before the first picture is made."""
+
+    def confirm(p: Any, xs: Sequence[Any]) -> None:
+        for x in xs:
+            check(x)
+
+    return confirm
+
+
+def _override(p: Any, name: str, value: Any) -> None:
+    # A new mapping each time: a cell's p is a shallow copy.
+    setattr(p, OVERRIDES, {**getattr(p, OVERRIDES, {}), name: value})

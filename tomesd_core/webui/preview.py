@@ -1,0 +1,80 @@
+"""What will happen, before anything is generated: a small chart of the ratio over the steps, and one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..plan import coarsest_level, removed_or_why_not, why_left_out
+from ..schedule import progress_of
+from ..settings import MergeSettings
+from ..unet import Layer
+
+WIDTH, HEIGHT = 120, 28
+
+
+def title(settings: MergeSettings | None) -> str:
+    """The panel's title: the state in a few words."""
+    if settings is None:
+        return "ToMe"
+    ratios = [f"{settings.ratio_at(progress):.0%}".replace("%", " %") for progress in (0.0, 1.0)]
+    return f"ToMe: {' → '.join(dict.fromkeys(ratios))}, level {settings.max_downsample}"
+
+
+def ratios_over_steps(settings: MergeSettings, steps: int) -> list[float]:
+    """The ratio in each of `steps` steps."""
+    return [settings.ratio_at(progress_of(step, steps)) for step in range(max(steps, 1))]
+
+
+def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tuple[int, int], device_type: str) -> str:
+    """One line: how many layers will merge, and how many tokens; `latent` is (rows, columns)."""
+    if layers is None:
+        return "no model loaded"
+    if not layers:
+        return "this model has no self-attention layers that can be merged"
+    coarsest = coarsest_level(settings, layers)
+    changes: dict[str, int] = {}
+    for layer in layers:
+        change = _change(settings, layer, latent, coarsest, device_type)
+        if change is not None:
+            changes[change] = changes.get(change, 0) + 1
+    if not changes:
+        return f"0 of {len(layers)} self-attention layers: nothing would be merged"
+    merged = ", ".join(
+        f"{change} tokens each" if len(changes) == 1 else f"{count}× {change}" for change, count in changes.items()
+    )
+    line = f"{sum(changes.values())} of {len(layers)} self-attention layers, {merged}"
+    if coarsest > settings.max_downsample:
+        line += f" (level {coarsest}, this model's finest)"
+    return line
+
+
+def _change(
+    settings: MergeSettings, layer: Layer, latent: tuple[int, int], coarsest: int, device_type: str
+) -> str | None:
+    """Tokens before and after in one layer, or None where it won't merge."""
+    tokens = math.prod(math.ceil(side / (layer.level or 1)) for side in latent)
+    if not layer.is_self_attention or why_left_out(settings, layer.level, tokens, coarsest):
+        return None
+    left = []
+    for progress in (0.0, 1.0):
+        removed = removed_or_why_not(settings, tokens, layer.channels, settings.ratio_at(progress), device_type)
+        left.append(tokens if isinstance(removed, str) else tokens - removed)
+    if left == [tokens, tokens]:
+        return None
+    return f"{tokens} → {' to '.join(str(count) for count in dict.fromkeys(left))}"
+
+
+def chart(ratios: Sequence[float], highest: float = 0.75) -> str:
+    """An SVG of the ratio over the steps, a bar a step; drawn in the text's colour, so it fits any theme."""
+    width = WIDTH / len(ratios)
+    bars = "".join(
+        f'<rect x="{number * width:.2f}" y="{HEIGHT - HEIGHT * ratio / highest:.2f}" '
+        f'width="{max(width * 0.85, 0.5):.2f}" height="{HEIGHT * ratio / highest:.2f}"/>'
+        for number, ratio in enumerate(ratios)
+    )
+    label = f"ratio over {len(ratios)} steps: {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    return (
+        f'<svg class="tome-chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"<title>{label}</title>{bars}</svg>"
+    )

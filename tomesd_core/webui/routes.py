@@ -1,0 +1,54 @@
+"""`GET /tome/presets` and `GET /tome/status`."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
+from modules import shared
+
+from ..version import VERSION
+from . import generation, store
+from .arguments import panel_values
+from .model import loaded_layers
+
+
+def add_routes(demo: Any, app: FastAPI) -> None:
+    """Adds the routes to WebUI's app, under the credentials of `--api-auth` if there are any."""
+    guard = [Depends(_check_credentials)] if shared.cmd_opts.api_auth else []
+    app.add_api_route("/tome/presets", get_presets, methods=["GET"], dependencies=guard)
+    app.add_api_route("/tome/status", get_status, methods=["GET"], dependencies=guard)
+
+
+def get_presets() -> list[dict[str, Any]]:
+    """Every preset that can be used: name, description and settings."""
+    return [
+        {
+            "name": name,
+            "description": store.presets.describe(name),
+            "settings": panel_values(store.presets.get(name)),
+        }
+        for name in store.presets.names()
+    ]
+
+
+def get_status() -> dict[str, Any]:
+    """The version, the loaded model's self-attention layers (None: no model is loaded) and the settings in use."""
+    layers = loaded_layers()
+    settings = generation.settings_in_use()
+    return {
+        "version": VERSION,
+        "layers": None if layers is None else [{"name": layer.name, "level": layer.level} for layer in layers],
+        "settings": None if settings is None else panel_values(settings),
+    }
+
+
+def _check_credentials(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
+    for pair in str(shared.cmd_opts.api_auth).split(","):
+        user, _, password = pair.partition(":")
+        right_user = secrets.compare_digest(given.username.encode(), user.encode())
+        if secrets.compare_digest(given.password.encode(), password.encode()) and right_user:
+            return
+    raise HTTPException(401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"})
