@@ -10,14 +10,20 @@ from modules import script_callbacks, scripts
 
 
 def _forget_old_package() -> None:
-    """Makes the imports below read the files as they are now.
+    """Makes the imports below read the files as they are now, where they have changed.
 
     "Reload UI" executes this file anew but keeps imported packages, so that after an update new code would run on old.
+    "Reload custom script bodies" also keeps the running scripts: there the package that they use must stay.
     """
-    folder = Path(scripts.basedir()) / "tomesd_core"
+    extension = Path(__file__).resolve().parents[1]
+    folder = extension / "tomesd_core"
     stamp = sorted((str(file), file.stat().st_mtime_ns) for file in folder.rglob("*.py"))
     imported = sys.modules.get("tomesd_core")
     if imported is not None and getattr(imported, "files_stamp", stamp) != stamp:
+        # WebUI says whose file it executes only while it makes the scripts.
+        if Path(scripts.basedir()).resolve() != extension:
+            print("ToMe: the extension's files have changed: Reload UI to use them", file=sys.stderr)
+            return
         for name in [name for name in sys.modules if name.split(".")[0] == "tomesd_core"]:
             del sys.modules[name]
     import tomesd_core
