@@ -99,7 +99,6 @@ class Merging:
         self._leave_out = leave_out
         self._attached = True
         self._step = -1
-        self._total: int | None = None
         self._counts_passes = True
         self._ratio = settings.ratio_at(0.0)
         self._latent: Grid | None = None
@@ -193,7 +192,7 @@ class Merging:
         # of a step, so nothing is kept from one to the next.
         if self._counts_passes or step <= self._step or step // every != self._step // every:
             self._kept.clear()
-        self._step, self._total = max(step, 0), total
+        self._step = max(step, 0)
         self._pass = ()
         self._ratio = self.settings.ratio_at(progress_of(self._step, total))
         self._partitions.clear()

@@ -1,11 +1,20 @@
-"""A running WebUI, named by WEBUI_URL and started with --api. Without it every test here is skipped, saying so."""
+"""The WebUI that WEBUI_URL names, started with --api; without one, the miniature host with its tiny model.
+
+So anyone can point these tests at their own WebUI, and CI takes the same steps without one.
+"""
 
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +22,8 @@ import pytest
 URL = os.environ.get("WEBUI_URL", "").rstrip("/")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not URL:
-        for item in items:
-            if "live" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason="WEBUI_URL names no running WebUI"))
-
-
 class Picture:
-    """One answer of the API: the first picture's pixels, its parameters and the answer itself."""
+    """One answer of the API: the pictures, the first one's pixels and parameters."""
 
     def __init__(self, answer: dict[str, Any]) -> None:
         from PIL import Image
@@ -35,39 +37,90 @@ class Picture:
 
 
 class WebUI:
-    """WebUI's API, as far as these tests need it."""
+    """A WebUI's API, as far as these tests need it."""
+
+    def __init__(self, url: str, side: int) -> None:
+        self.url = url
+        self.side = side
+        """Width and height of the pictures: what gives the finest layers some thousand tokens."""
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
+        """POST to a route of WebUI's own."""
         import requests
 
-        return requests.post(f"{URL}/sdapi/v1/{path}", json=body, timeout=1200)
+        return requests.post(f"{self.url}/sdapi/v1/{path}", json=body, timeout=1200)
 
     def get(self, path: str) -> Any:
+        """GET from any route."""
         import requests
 
-        return requests.get(f"{URL}{path}", timeout=60)
+        return requests.get(f"{self.url}{path}", timeout=60)
 
-    def make(self, arguments: list[Any] | None = None, path: str = "txt2img", **settings: Any) -> Picture:
-        """A 512×512 picture of three steps; `arguments` are the script's."""
+    def request(self, arguments: list[Any] | None = None, **settings: Any) -> dict[str, Any]:
+        """A request for a picture of three steps; `arguments` are the script's."""
         body: dict[str, Any] = {
-            "prompt": "a cat",
+            "prompt": "cat",
             "seed": 1,
             "steps": 3,
-            "width": 512,
-            "height": 512,
+            "width": self.side,
+            "height": self.side,
             "sampler_name": "Euler",
             **settings,
         }
         if arguments is not None:
             body["alwayson_scripts"] = {"ToMe": {"args": arguments}}
-        answer = self.post(path, body)
+        return body
+
+    def make(self, arguments: list[Any] | None = None, path: str = "txt2img", **settings: Any) -> Picture:
+        """The picture of such a request."""
+        answer = self.post(path, self.request(arguments, **settings))
         assert answer.status_code == 200, answer.text[:500]
         return Picture(answer.json())
 
 
 @pytest.fixture(scope="session")
-def webui() -> WebUI:
-    return WebUI()
+def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    if URL:
+        yield WebUI(URL, side=512)
+        return
+    missing = [name for name in ("torch", "gradio", "ldm") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"WEBUI_URL names no running WebUI, and the miniature host needs {', '.join(missing)}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("host")
+    log = folder / "log.txt"
+    command = [
+        sys.executable,
+        "-m",
+        "tomesd_core.demo.host",
+        "--port",
+        str(port),
+        "--random",
+        "--data-dir",
+        str(folder),
+    ]
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+        try:
+            host = WebUI(f"http://127.0.0.1:{port}", side=32)
+            _wait(host, process)
+            yield host
+        finally:
+            process.terminate()
+
+
+def _wait(host: WebUI, process: subprocess.Popen) -> None:
+    import requests
+
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if host.get("/sdapi/v1/options").ok:
+                return
+        except requests.ConnectionError:
+            time.sleep(0.2)
+    pytest.fail("the miniature host did not start")
 
 
 @pytest.fixture(scope="session")

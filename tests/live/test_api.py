@@ -82,6 +82,24 @@ def test_hires_pass_without_hires_fix_merges_nothing(webui, baseline):
     assert "ToMe ratio" not in picture.infotext
 
 
+def test_an_object_of_names_switches_merging_on(webui):
+    picture = webui.make([{"ratio": 0.6, "late_ratio": 0.3}])
+    assert picture.parameters["ToMe schedule"] == "linear"
+    assert picture.pixels == webui.make([True, 0.6, 0.3, "linear"]).pixels
+
+
+def test_a_preset_can_be_asked_for_by_name(webui):
+    presets = {preset["name"]: preset["settings"] for preset in webui.get("/tome/presets").json()}
+    picture = webui.make([{"preset": "Fast"}])
+    assert picture.parameters["ToMe ratio"] == presets["Fast"]["ratio"]
+
+
+def test_the_status_names_the_layers_of_the_loaded_model(webui):
+    status = webui.get("/tome/status").json()
+    assert status["version"]
+    assert status["layers"] and min(layer["level"] for layer in status["layers"]) >= 1
+
+
 def test_img2img_merges(webui, baseline):
     request = {"path": "img2img", "init_images": [baseline.png], "denoising_strength": 0.7}
     merged, plain = webui.make([True, 0.6], **request), webui.make(**request)
@@ -97,8 +115,7 @@ def test_a_batch_holds_the_pictures_that_are_made_alone(webui):
 
 def test_a_request_that_fails_while_sampling_leaves_nothing_behind(webui):
     # The second step gets what such a guidance made of the first: WebUI's check for NaN raises in the middle.
-    body = {"prompt": "a cat", "steps": 3, "cfg_scale": 1e38, "sampler_name": "Euler", "width": 512, "height": 512}
-    answer = webui.post("txt2img", {**body, "alwayson_scripts": {"ToMe": {"args": [True]}}})
+    answer = webui.post("txt2img", webui.request([True], cfg_scale=1e38))
     assert answer.status_code >= 400, answer.text[:300]
 
 

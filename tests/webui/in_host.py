@@ -1,0 +1,87 @@
+"""What the tests in the miniature host share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from tomesd_core.demo.host import Host
+from tomesd_core.matching import tokens_removed
+from tomesd_core.settings import FIELDS
+
+SIDE = 32
+"""Of the pictures: 1024 tokens at level 1, 256 at level 2; fewer than 1024 would not be worth merging."""
+
+REQUEST = {"prompt": "cat", "steps": 2, "width": SIDE, "height": SIDE, "seed": 1, "sampler_name": "Euler"}
+HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
+HIRES_TOKENS = 40 * 40
+
+KEYS = [setting.infotext for setting in FIELDS.values() if setting.infotext]
+
+
+def script_args(host: Host, tome: list[Any]) -> tuple:
+    """All scripts' arguments, this one's as given."""
+    from modules import scripts
+
+    args = list(host.api.default_script_arg_txt2img)
+    script = scripts.scripts_txt2img.script("ToMe")
+    args[script.args_from : script.args_from + len(tome)] = tome
+    return tuple(args)
+
+
+def pixels(processed: Any) -> list[bytes]:
+    return [image.tobytes() for image in processed.images]
+
+
+def left(ratio: float, tokens: int = SIDE * SIDE) -> int:
+    """How many tokens a ratio leaves."""
+    return tokens - tokens_removed(tokens, ratio, exact=False)
+
+
+@contextlib.contextmanager
+def failing_unet(host: Host, at: int = 2) -> Iterator[None]:
+    """The UNet raises in its call number `at`."""
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(None)
+        if len(calls) == at:
+            raise ValueError("on purpose")
+
+    handle = host.sd_model.model.diffusion_model.register_forward_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def hooked(model: nn.Module) -> list[str]:
+    """The modules of a model that have a hook of any kind."""
+    return [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if "hooks" in key and value
+    ]
+
+
+@contextlib.contextmanager
+def other_script(first: bool = False, **methods: Callable) -> Iterator[None]:
+    """Another extension's script on both tabs: functions by the callback's name; `first` puts it before all others."""
+    from modules import scripts
+
+    kind = type("Other", (scripts.Script,), {name: staticmethod(method) for name, method in methods.items()})
+    runners = scripts.scripts_txt2img, scripts.scripts_img2img
+    added = [kind() for _ in runners]
+    for runner, script in zip(runners, added, strict=True):
+        script.filename, script.args_from, script.args_to = "other.py", 0, 0
+        runner.alwayson_scripts.insert(0 if first else len(runner.alwayson_scripts), script)
+    try:
+        yield
+    finally:
+        for runner, script in zip(runners, added, strict=True):
+            if script in runner.alwayson_scripts:  # not any more after Reload UI
+                runner.alwayson_scripts.remove(script)

@@ -1,0 +1,813 @@
+"""A generation with merging: what it merges, what it says, and that it leaves nothing, however it ends."""
+
+from __future__ import annotations
+
+import math
+import re
+from copy import copy
+
+import pytest
+import torch
+from in_host import HIRES, HIRES_TOKENS, KEYS, failing_unet, hooked, left, pixels, script_args
+from PIL import Image, ImageChops
+from torch import nn
+
+ON = [True, 0.5]
+HALF = left(0.5)
+FULL = left(0.0)
+
+
+def arguments(ratio=0.5, late=0.2, schedule="constant", switch_at=0.5, level=1, least=0, apply_to="both passes"):
+    return [True, ratio, late, schedule, switch_at, level, least, apply_to]
+
+
+def keys_of(processed):
+    """The picture's own keys, as they are written and as they are read back from the text."""
+    from modules import infotext_utils
+
+    written = {key: value for key, value in processed.extra_generation_params.items() if key.startswith("ToMe")}
+    for text in processed.infotexts:
+        read = infotext_utils.parse_generation_parameters(text)
+        assert {key: str(value) for key, value in written.items()} == {k: v for k, v in read.items() if "ToMe" in k}
+    return written
+
+
+def largest_difference(one, other):
+    return max(high for _, high in ImageChops.difference(one, other).getextrema())
+
+
+def fail(*_, **__):
+    raise ValueError("on purpose")
+
+
+# On and off
+
+
+def test_on_merges_and_off_does_not(make, plain, attention):
+    assert pixels(make(ON)) != plain
+    assert attention.tokens == [HALF, HALF]
+    attention.tokens.clear()
+    for off in ([False, 0.5], [False, "abc", None], [], None):
+        processed = make(off)
+        assert pixels(processed) == plain
+        assert keys_of(processed) == {}
+        assert processed.comments == ""
+    assert set(attention.tokens) == {FULL}
+
+
+def test_the_same_request_gives_the_same_picture(make, merged):
+    assert pixels(make(ON)) == merged
+    assert pixels(make([True, 0.6])) != merged
+
+
+def test_summary_under_the_picture_and_once_in_the_log(make, log_lines):
+    processed = make(ON, n_iter=2)
+    assert processed.comments == "ToMe: 3 of 7 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps\n"
+    assert log_lines == ["3 of 7 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps"]
+
+
+def test_max_downsample_and_min_tokens(make):
+    request = {"steps": 1, "width": 64, "height": 64}
+    assert "3 of 7 self-attention layers, 4096 -> 2048 tokens" in make(ON, **request).comments
+    assert "7 of 7 self-attention layers, 4096 -> 2048 tokens, 1024" in make(arguments(level=2), **request).comments
+    assert "nothing merged: " in make(arguments(least=2048)).comments
+
+
+def test_img2img(make, attention):
+    picture = make().images[0]
+    attention.tokens.clear()
+    request = {"init_images": [picture], "denoising_strength": 0.7, "steps": 3}
+    processed = make(ON, "img2img", **request)
+    assert attention.tokens == [HALF] * 3
+    assert keys_of(processed)["ToMe ratio"] == 0.5
+    assert pixels(processed) != pixels(make(None, "img2img", **request))
+
+
+def test_inpainting(make, attention):
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    make(ON, "img2img", init_images=[make().images[0]], mask=mask, denoising_strength=1.0)
+    assert attention.tokens == [FULL] * 2 + [HALF] * 2
+
+
+def test_a_batch_holds_the_pictures_that_are_made_alone(make):
+    batch = make(ON, n_iter=2, batch_size=2)
+    assert len(batch.images) == 5, "a grid and four pictures"
+    for number, picture in enumerate(batch.images[1:]):
+        alone = make(ON, seed=1 + number).images[0]
+        assert largest_difference(picture, alone) <= 2
+    assert "ToMe ratio: 0.5" in batch.infotexts[4]
+
+
+def test_halves_of_guidance_in_two_calls(make, merged, attention):
+    apart = make(ON, override_settings={"batch_cond_uncond": False})
+    assert attention.tokens == [HALF] * 4
+    assert largest_difference(apart.images[0], Image.frombytes("RGB", (32, 32), merged[0])) <= 2
+
+
+# The keys
+
+
+@pytest.mark.parametrize(
+    ("tome", "hires", "effective"),
+    [
+        (arguments(), False, {"ratio": 0.5, "schedule": "constant"}),
+        (arguments(schedule="linear"), False, {"ratio": 0.5, "late ratio": 0.2, "schedule": "linear"}),
+        (
+            arguments(schedule="step", switch_at=0.25),
+            False,
+            {"ratio": 0.5, "late ratio": 0.2, "schedule": "step", "switch at": 0.25},
+        ),
+        (arguments(least=1024), False, {"ratio": 0.5, "schedule": "constant", "min tokens": 1024}),
+        (arguments(level=4), True, {"ratio": 0.5, "schedule": "constant", "apply to": "both passes"}),
+        (arguments(apply_to="hires pass"), True, {"ratio": 0.5, "schedule": "constant", "apply to": "hires pass"}),
+        (arguments(apply_to="first pass"), False, {"ratio": 0.5, "schedule": "constant"}),
+        (arguments(ratio=0.0), False, {"ratio": 0.0, "schedule": "constant"}),
+    ],
+)
+def test_keys_of_fields_that_have_an_effect(make, tome, hires, effective):
+    processed = make(tome, steps=1, **(HIRES if hires else {}))
+    expected = {**effective, "max downsample": tome[5]}
+    assert keys_of(processed) == {f"ToMe {name}": value for name, value in expected.items()}
+
+
+def test_keys_are_such_as_every_webui_reads_back():
+    assert all(re.fullmatch(r"[\w ]+", key) for key in KEYS)
+
+
+# Hires fix
+
+
+@pytest.mark.parametrize("apply_to", ["both passes", "first pass", "hires pass"])
+def test_apply_to_chooses_the_passes_of_hires_fix(make, attention, apply_to):
+    processed = make(arguments(apply_to=apply_to), hr_second_pass_steps=3, **HIRES)
+    first = HALF if apply_to != "hires pass" else FULL
+    second = left(0.5, HIRES_TOKENS) if apply_to != "first pass" else HIRES_TOKENS
+    assert attention.tokens == [first] * 2 + [second] * 3
+    assert ("first pass: 3 of 7" in processed.comments) == (first == HALF)
+    assert ("hires pass: 3 of 7" in processed.comments) == (second < HIRES_TOKENS)
+
+
+@pytest.mark.parametrize("apply_to", ["both passes", "first pass", "hires pass"])
+def test_each_pass_has_its_own_schedule(make, ratios, apply_to):
+    linear = arguments(0.7, 0.1, "linear", apply_to=apply_to)
+    make(linear, steps=3, hr_second_pass_steps=4, sampler_name="Euler a", **HIRES)
+    first = [0.7, 0.4, 0.1] if apply_to != "hires pass" else [None] * 3
+    second = [0.7, 0.5, 0.3, 0.1] if apply_to != "first pass" else [None] * 4
+    assert ratios == [value and pytest.approx(value) for value in first + second]
+
+
+def test_a_hires_pass_without_a_first_one(make_p, host, attention):
+    """The Upscale button's way."""
+    from modules import processing
+
+    p = make_p(arguments(apply_to="hires pass"), firstpass_image=Image.new("RGB", (32, 32), "red"), **HIRES)
+    processed = processing.process_images(p)
+    assert attention.tokens == [left(0.5, HIRES_TOKENS)] * 2
+    assert "hires pass: 3 of 7" in processed.comments
+
+
+def test_an_interrupted_first_pass_skips_the_second(make, on_denoised):
+    from modules import shared
+
+    on_denoised(lambda _: shared.state.interrupt())
+    assert "first pass: 3 of 7" in make(ON, **HIRES).comments
+
+
+@pytest.mark.parametrize("tab", ["txt2img", "img2img"])
+def test_hires_pass_without_hires_fix_merges_nothing_and_says_so(make, attention, log_lines, tab):
+    request = {"init_images": [Image.new("RGB", (32, 32))]} if tab == "img2img" else {}
+    processed = make(arguments(apply_to="hires pass"), tab, **request)
+    assert set(attention.tokens) == {FULL}
+    assert keys_of(processed) == {}
+    where = "img2img" if tab == "img2img" else "without hires fix"
+    assert "nothing merged" in processed.comments and where in processed.comments
+    assert len(log_lines) == 1 and where in log_lines[0]
+
+
+# The schedule
+
+
+@pytest.mark.parametrize(
+    ("sampler_name", "evaluations"), [("Euler", 4), ("Euler a", 4), ("Heun", 7), ("DPM++ 2M", 4), ("PLMS", 4)]
+)
+def test_linear_goes_from_the_first_evaluation_to_the_last(make, ratios, sampler_name, evaluations):
+    make(arguments(0.7, 0.1, "linear"), steps=4, sampler_name=sampler_name)
+    assert len(ratios) == evaluations
+    assert (ratios[0], ratios[-1]) == (0.7, 0.1)
+    assert ratios == sorted(ratios, reverse=True)
+
+
+@pytest.mark.parametrize(("sampler_name", "steps"), [("DDIM", 4), ("DDIM", 7), ("PLMS", 7)])
+def test_samplers_that_do_not_keep_to_their_total(make, ratios, sampler_name, steps):
+    make(arguments(0.7, 0.1, "linear"), steps=steps, sampler_name=sampler_name)
+    assert ratios[0] == 0.7
+    assert ratios == sorted(ratios, reverse=True)
+    assert 0.1 - 1e-9 <= ratios[-1] <= 0.3
+
+
+@pytest.mark.parametrize(("switch_at", "early"), [(0.0, 0), (0.5, 2), (0.9, 3), (1.0, 3)])
+def test_step_changes_over_at_the_fraction(make, ratios, switch_at, early):
+    make(arguments(0.7, 0.1, "step", switch_at), steps=4)
+    assert ratios == [0.7] * early + [0.1] * (4 - early)
+
+
+def test_the_ratio_is_what_the_layers_see(make, attention):
+    processed = make(arguments(0.7, 0.1, "linear"), steps=4)
+    assert attention.tokens == [left(ratio) for ratio in (0.7, 0.5, 0.3, 0.1)]
+    assert f"1024 -> {left(0.7)} to {left(0.1)} tokens, 4 of 4 steps" in processed.comments
+
+
+@pytest.mark.parametrize("schedule", ["linear", "step"])
+def test_a_single_step_is_early(make, ratios, schedule):
+    make(arguments(0.7, 0.1, schedule), steps=1)
+    assert ratios == [0.7]
+
+
+def test_a_shortened_run_has_the_whole_schedule(make, ratios):
+    picture = make().images[0]
+    ratios.clear()
+    request = {"init_images": [picture], "denoising_strength": 0.5, "steps": 6}
+    make(arguments(0.7, 0.1, "linear"), "img2img", **request)
+    assert ratios == pytest.approx([0.7, 0.5, 0.3, 0.1])
+
+
+def test_every_batch_begins_anew(make, ratios):
+    make(arguments(0.7, 0.1, "linear"), n_iter=2)
+    assert ratios == pytest.approx([0.7, 0.1] * 2)
+
+
+# However it ends
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_failure_in_the_unet_leaves_nothing(host, make, merged, at):
+    with failing_unet(host, at), pytest.raises(ValueError, match="on purpose"):
+        make(ON, n_iter=2)
+    assert hooked(host.sd_model) == []
+    assert pixels(make(ON)) == merged
+
+
+def test_nans_leave_nothing(host, make, merged):
+    from modules import devices
+
+    handle = host.sd_model.model.diffusion_model.register_forward_hook(lambda *args: args[2] * math.nan)
+    with pytest.raises(devices.NansException):
+        make(ON)
+    handle.remove()
+    assert pixels(make(ON)) == merged
+
+
+@pytest.mark.parametrize("how", ["interrupt", "skip", "stop_generating"])
+def test_a_generation_that_is_ended_leaves_nothing(host, make, merged, on_denoised, how):
+    from modules import script_callbacks, shared
+
+    def end(_):
+        getattr(shared.state, how)()
+
+    on_denoised(end)
+    assert make(ON, n_iter=2, steps=4).images
+    script_callbacks.remove_callbacks_for_function(end)
+    assert hooked(host.sd_model) == []
+    assert pixels(make(ON)) == merged
+
+
+def test_between_generations_nothing_is_attached(host, make, add_script):
+    """Other scripts' `postprocess_image`, say, may run the model: it finds it as it was."""
+    seen = []
+    add_script(
+        **{
+            name: lambda *args, **kwargs: seen.append(hooked(host.sd_model))
+            for name in ("process_batch", "post_sample", "postprocess_batch", "postprocess_image", "postprocess")
+        }
+    )
+    make(ON, n_iter=2)
+    assert seen == [[]] * 9
+
+
+def test_unloading_scripts_ends_merging_at_once(make, on_denoised, attention):
+    from modules import script_callbacks
+
+    on_denoised(lambda _: script_callbacks.script_unloaded_callback())
+    make(ON, steps=3)
+    assert attention.tokens == [HALF, FULL, FULL]
+
+
+# Other extensions
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["before_process", "process", "process_batch", "before_hr", "postprocess"])
+def test_an_exception_in_another_script_changes_nothing(make, add_script, first, name):
+    hires = {"steps": 1, **HIRES} if name == "before_hr" else {"steps": 1}
+    expected = pixels(make(ON, **hires))
+    add_script(first, **{name: fail})
+    assert pixels(make(ON, **hires)) == expected
+
+
+def wrapper(log):
+    """Wraps `p.sample` on the instance as other extensions do, and takes itself off."""
+
+    def wrap(p, *_, **__):
+        before, own = p.sample, vars(p).get("sample")
+
+        def sample(*args, **kwargs):
+            log.append("begins")
+            try:
+                return before(*args, **kwargs)
+            finally:
+                log.append("ends")
+                if own is None:
+                    del p.sample
+                else:
+                    p.sample = own
+
+        p.sample = sample
+
+    return wrap
+
+
+def test_another_script_may_wrap_sample_before(make, add_script, merged):
+    log = []
+    add_script(before_process_batch=wrapper(log))
+    processed = make(ON, n_iter=2)
+    assert processed.images[1].tobytes() == merged[0]
+    assert log == ["begins", "ends"] * 2
+
+
+def test_another_script_may_wrap_sample_after(host, make_p, add_script, attention):
+    """It puts back what was there: ours, which is spent by then, does nothing, and does not pile up."""
+    from modules import processing
+
+    log = []
+    add_script(process_batch=wrapper(log))
+    p = make_p(ON, n_iter=3, steps=1)
+    processed = processing.process_images(p)
+    assert attention.tokens == [HALF] * 3
+    assert log == ["begins", "ends"] * 3
+    assert processed.comments.count("ToMe") == 1
+    assert not hasattr(getattr(p.sample, "__wrapped__", None), "__wrapped__")
+    p.script_args = script_args(host, [False])
+    processing.process_images(p)
+    assert attention.tokens[3:] == [FULL] * 3
+    vars(p).pop("sample", None)
+
+
+def test_a_wrapper_that_is_put_on_before_and_stays_survives(make, add_script, merged):
+    log = []
+
+    def wrap(p):
+        before = p.sample
+        p.sample = lambda *args, **kwargs: log.append("sampled") or before(*args, **kwargs)
+
+    seen = []
+    add_script(before_process=wrap, postprocess=lambda p, *_: seen.append(vars(p).pop("sample").__name__))
+    assert make(ON, n_iter=2).images[1].tobytes() == merged[0]
+    assert log == ["sampled"] * 2
+    assert seen == ["<lambda>"]
+
+
+def test_sampling_twice_in_one_batch_merges_what_it_was_bound_to(make, add_script, attention):
+    """Whoever wrapped ours and samples once more gets an unmerged second run, never one that is half taken off."""
+
+    def wrap(p, *_, **__):
+        before = p.sample
+
+        def sample(*args, **kwargs):
+            before(*args, **kwargs)
+            del p.sample
+            return before(*args, **kwargs)
+
+        p.sample = sample
+
+    add_script(process_batch=wrap)
+    make(ON)
+    assert attention.tokens == [HALF] * 2 + [FULL] * 2
+
+
+def test_a_batch_that_fails_before_sampling_leaves_no_wrapped_sample(host, make_p, attention):
+    """Loops reuse `p`: switched off, the next run of it does not merge."""
+    from modules import processing
+
+    p = make_p(ON)
+    p.setup_conds = fail
+    with pytest.raises(ValueError, match="on purpose"):
+        processing.process_images(p)
+    del p.setup_conds
+    p.script_args = script_args(host, [False])
+    processing.process_images(p)
+    assert attention.tokens == [FULL] * 2
+
+
+@pytest.mark.parametrize("inner", [None, [False], [True, 0.7]], ids=["without scripts", "off", "on"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_generation_inside_another(make, make_p, on_denoised, attention, merged, inner, fails):
+    """As ADetailer's and others': the inner one merges as it says itself, and the outer one goes on."""
+    from modules import processing, script_callbacks, shared
+
+    attention.tokens.clear()
+
+    def nest(_):
+        script_callbacks.remove_callbacks_for_function(nest)
+        state = dict(vars(shared.state))
+        p = make_p(inner, seed=5)
+        if fails:
+            on_denoised(fail_once)
+        try:
+            processing.process_images(p)
+        finally:
+            vars(shared.state).update(state)
+
+    def fail_once(_):
+        script_callbacks.remove_callbacks_for_function(fail_once)
+        shared.state.interrupt()
+
+    on_denoised(nest)
+    processed = make(ON)
+    ratio = inner[1] if inner and inner[0] else 0.0
+    assert attention.tokens == [HALF] + [left(ratio)] * (1 if fails else 2) + [HALF]
+    assert pixels(processed) == merged
+    assert "1024 -> 512 tokens" in processed.comments
+
+
+def test_a_generation_inside_another_that_raises(host, make, make_p, on_denoised, attention, merged):
+    from modules import processing, script_callbacks
+
+    attention.tokens.clear()
+
+    def nest(_):
+        script_callbacks.remove_callbacks_for_function(nest)
+        with failing_unet(host, at=1), pytest.raises(ValueError, match="on purpose"):
+            processing.process_images(make_p([True, 0.7]))
+
+    on_denoised(nest)
+    assert pixels(make(ON)) == merged
+    assert attention.tokens == [HALF, left(0.7), HALF]
+
+
+# Plots and loops: copies of `p` share its dicts, and one `p` may be used again
+
+
+@pytest.mark.parametrize("again", [copy, lambda p: p], ids=["a copy", "itself"])
+def test_off_after_on_has_nothing_of_it(host, make_p, plain, attention, again):
+    from modules import processing
+
+    p = make_p(ON)
+    on = again(p)
+    assert "ToMe ratio" in keys_of(processing.process_images(on))
+    attention.tokens.clear()
+    off = again(on)
+    off.script_args = script_args(host, [False])
+    processed = processing.process_images(off)
+    assert keys_of(processed) == {}
+    assert "get_token_merging_ratio" not in vars(off)
+    assert "sample" not in vars(off)
+    assert "ToMe" not in processed.comments
+    assert pixels(processed) == plain
+    assert attention.tokens == [FULL] * 2
+
+
+def test_cells_with_other_values_and_a_wrong_one(host, make_p, plain):
+    from modules import processing
+
+    p, seen = make_p(ON), []
+    for tome in (arguments(0.6, 0.3, "linear"), [True, 9], [True, 0.5], [True, "abc"], [False]):
+        p.script_args = script_args(host, tome)
+        seen.append(keys_of(processing.process_images(copy(p))))
+    assert list(seen[0]) == ["ToMe ratio", "ToMe late ratio", "ToMe schedule", "ToMe max downsample"]
+    assert list(seen[1]) == list(seen[3]) == ["ToMe error"]
+    assert seen[2] == {"ToMe ratio": 0.5, "ToMe schedule": "constant", "ToMe max downsample": 1}
+    assert seen[4] == {}
+
+
+def test_the_plot_script(make, attention):
+    """Its cells are copies of `p`, made by WebUI's own script."""
+    from modules import scripts
+
+    labels = [option.label for option in scripts.scripts_txt2img.script("X/Y/Z plot").current_axis_options]
+    axes = [labels.index("Steps"), "1, 2", [], 0, "", [], 0, "", []]
+    processed = make(ON, script_name="X/Y/Z plot", script_args=[*axes, *[False] * 7, 0, True])
+    assert attention.tokens == [HALF] * 3
+    assert "ToMe ratio: 0.5" in processed.infotexts[1]
+
+
+# Which model
+
+
+def test_refiner_that_takes_over_the_module(host, make, attention):
+    make(ON, refiner_checkpoint="twin", refiner_switch_at=0.5, steps=4, n_iter=2)
+    assert attention.tokens == [HALF] * 8
+    assert len(set(attention.unets)) == 1
+
+
+@pytest.mark.parametrize("refiner", ["twin", "other"])
+def test_refiner_beside_the_first_model(host, make, attention, refiner):
+    """Both stay in memory: each merges in its part, and neither is hooked in the other's."""
+    from modules import shared
+
+    shared.opts.sd_checkpoints_limit = 2
+    states = []
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: (
+            states.append({unet: bool(hooked(unet)) for unet in attention.unets})
+            if type(module).__name__ == "CrossAttention"
+            else None
+        )
+    )
+    processed = make(ON, refiner_checkpoint=refiner, refiner_switch_at=0.5, steps=4)
+    handle.remove()
+    assert attention.tokens == [HALF] * 4
+    first, second = dict.fromkeys(attention.unets)
+    assert attention.unets[0] is first and attention.unets[-1] is second
+    assert states[-1] == {first: False, second: True}
+    assert [hooked(first), hooked(second)] == [[], []]
+    assert processed.comments.count("self-attention layers") == (1 if refiner == "twin" else 2)
+
+
+def test_refiner_that_throws_the_first_model_away(host, make, attention):
+    make(ON, refiner_checkpoint="other", refiner_switch_at=0.5, steps=4, n_iter=2)
+    assert attention.tokens == [HALF] * 8
+    assert {name for unet in attention.unets for name in hooked(unet)} == set()
+
+
+def test_hires_fix_with_a_checkpoint_of_its_own(make, attention):
+    processed = make(ON, hr_checkpoint_name="other", **HIRES)
+    assert attention.tokens == [HALF] * 2 + [left(0.5, HIRES_TOKENS)] * 2
+    assert attention.unets[0] is not attention.unets[-1]
+    assert processed.comments.count("self-attention layers") == 2
+
+
+def test_another_checkpoint_in_the_next_picture(make, attention, merged):
+    attention.tokens.clear()
+    for name in ("other", "base", "twin", "base"):
+        picture = pixels(make(ON, override_settings={"sd_model_checkpoint": name}))
+        assert (picture == merged) == (name == "base")
+    assert attention.tokens == [HALF] * 8
+
+
+def test_nothing_holds_a_replaced_model(host, make, loaded):
+    """Once another checkpoint was loaded, the first is free, with the merging that it had."""
+    import gc
+    import weakref
+
+    make(ON)
+    unet = weakref.ref(host.sd_model.model.diffusion_model)
+    make(ON, override_settings={"sd_model_checkpoint": "other"}, override_settings_restore_afterwards=False)
+    gc.collect()
+    assert unet() is None
+
+
+def test_a_model_without_such_layers(make, log_lines):
+    joint = {"override_settings": {"sd_model_checkpoint": "joint"}}
+    expected = make(None, **joint)
+    processed = make(ON, **joint)
+    assert pixels(processed) == pixels(expected)
+    why = "nothing merged: this model has no self-attention layers that can be merged"
+    assert processed.comments == f"ToMe: {why}\n"
+    assert log_lines == [why]
+
+
+def test_another_unet_in_its_place(make):
+    from modules import script_callbacks, sd_unet, shared
+
+    class Option(sd_unet.SdUnetOption):
+        label, model_name = "Flat", "another"
+
+        def create_unet(self):
+            class Flat(sd_unet.SdUnet):
+                def forward(self, x, timesteps, context, *args, **kwargs):
+                    return torch.zeros_like(x)
+
+            return Flat()
+
+    def add(found):
+        found.append(Option())
+
+    script_callbacks.on_list_unets(add)
+    sd_unet.list_unets()
+    shared.opts.sd_unet = "Flat"
+    try:
+        expected = make()
+        processed = make(ON)
+    finally:
+        shared.opts.sd_unet = "None"
+        script_callbacks.remove_callbacks_for_function(add)
+        sd_unet.list_unets()
+        sd_unet.apply_unet()
+    assert pixels(processed) == pixels(expected)
+    assert "nothing merged: the model's attention layers did not run: the UNet was replaced" in processed.comments
+
+
+# WebUI's own token merging
+
+
+@pytest.fixture
+def blocks(host, on_denoised):
+    """The classes of the transformer blocks in each evaluation."""
+    seen = []
+    on_denoised(lambda _: seen.append({type(m).__name__ for m in host.sd_model.modules() if hasattr(m, "attn1")}))
+    return seen
+
+
+@pytest.fixture
+def own_merging():
+    """WebUI's own token merging, switched on for everything."""
+    pytest.importorskip("tomesd")
+    from modules import shared
+
+    for name in ("token_merging_ratio", "token_merging_ratio_img2img", "token_merging_ratio_hr"):
+        shared.opts.data[name] = 0.4
+    return dict(shared.opts.data)
+
+
+@pytest.mark.parametrize("hires", [{}, HIRES], ids=["one pass", "hires"])
+def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, add_script, hires):
+    from modules import shared
+
+    seen = []
+    add_script(process_batch=lambda p, **_: seen.append([p.get_token_merging_ratio(for_hr=hr) for hr in (False, True)]))
+    processed = make(ON, **hires)
+    assert seen == [[0, 0]]
+    assert set().union(*blocks) == {"BasicTransformerBlock"}
+    assert attention.tokens[:2] == [HALF] * 2
+    assert "Token merging ratio" not in processed.infotexts[0]
+    assert "WebUI's own token merging is left out" in processed.comments
+    assert shared.opts.data == own_merging
+
+
+def test_webuis_own_merging_is_left_out_in_img2img(make, own_merging, blocks):
+    processed = make(ON, "img2img", init_images=[Image.new("RGB", (32, 32))])
+    assert set().union(*blocks) == {"BasicTransformerBlock"}
+    assert "Token merging ratio" not in processed.infotexts[0]
+
+
+@pytest.mark.parametrize("tome", [None, [False], [True, "abc"], arguments(apply_to="hires pass")])
+def test_webuis_own_merging_works_where_ours_does_nothing(make, own_merging, blocks, tome):
+    make(ON)
+    blocks.clear()
+    processed = make(tome)
+    assert blocks == [{"ToMeBlock"}] * 2
+    assert "Token merging ratio: 0.4" in processed.infotexts[0]
+
+
+def test_webuis_own_merging_wins_where_the_settings_say_so(make, own_merging, blocks):
+    from modules import shared
+
+    shared.opts.data["tome_overrule_built_in"] = False
+    processed = make(ON)
+    assert blocks == [{"ToMeBlock"}] * 2
+    assert keys_of(processed) == {}
+    assert "nothing merged: WebUI's own token merging is on" in processed.comments
+
+
+def test_webuis_own_merging_is_as_it_was_after_a_failure(host, make, own_merging, blocks):
+    from modules import shared
+
+    with failing_unet(host), pytest.raises(ValueError, match="on purpose"):
+        make(ON)
+    assert shared.opts.data == own_merging
+    blocks.clear()
+    assert "Token merging ratio: 0.4" in make().infotexts[0]
+    assert blocks == [{"ToMeBlock"}] * 2
+
+
+def test_off_after_on_has_webuis_own_merging_again(host, make_p, own_merging, blocks):
+    from modules import processing
+
+    p = make_p(ON)
+    processing.process_images(p)
+    blocks.clear()
+    p.script_args = script_args(host, [False])
+    assert "Token merging ratio: 0.4" in processing.process_images(p).infotexts[0]
+    assert blocks == [{"ToMeBlock"}] * 2
+
+
+# Wrong values
+
+
+@pytest.mark.parametrize(
+    ("tome", "words"),
+    [
+        ([True, 1.5], ["ratio", "1.5", "[0, 0.75]"]),
+        ([True, -0.1], ["ratio", "-0.1", "[0, 0.75]"]),
+        ([True, 0.76], ["ratio", "0.76", "[0, 0.75]"]),
+        ([True, "abc"], ["ratio", "'abc'", "[0, 0.75]"]),
+        ([True, "0.5"], ["ratio", "'0.5'", "[0, 0.75]"]),
+        ([True, None], ["ratio", "None", "[0, 0.75]"]),
+        ([True, math.nan], ["ratio", "nan", "[0, 0.75]"]),
+        ([True, math.inf], ["ratio", "inf", "[0, 0.75]"]),
+        ([True, 10**400], ["ratio", "inf", "[0, 0.75]"]),
+        ([True, True], ["ratio", "True", "[0, 0.75]"]),
+        ([True, [0.5]], ["ratio", "[0.5]", "[0, 0.75]"]),
+        ([True, {"ratio": {}}], ["ratio", "{}"]),
+        (arguments(late=2, schedule="linear"), ["late_ratio", "2", "[0, 0.75]"]),
+        (arguments(late=math.nan), ["late_ratio", "nan", "[0, "]),
+        (arguments(schedule="zigzag"), ["schedule", "'zigzag'", "constant, linear, step"]),
+        (arguments(schedule=None), ["schedule", "None", "constant, linear, step"]),
+        (arguments(schedule=["step"]), ["schedule", "['step']", "constant, linear, step"]),
+        (arguments(switch_at=-1), ["switch_at", "-1", "[0, 1]"]),
+        (arguments(level=3), ["max_downsample", "3", "1, 2, 4, 8"]),
+        (arguments(level="1"), ["max_downsample", "'1'", "1, 2, 4, 8"]),
+        (arguments(least=-1), ["min_tokens", "-1", "[0, 65536]"]),
+        (arguments(least=0.5), ["min_tokens", "0.5", "[0, 65536]"]),
+        (arguments(apply_to="no pass"), ["apply_to", "'no pass'", "both passes, first pass, hires pass"]),
+        (["yes"], ["enabled", "'yes'", "true or false"]),
+        ([1, 0.5], ["enabled", "1", "true or false"]),
+        ([None, 0.5], ["enabled", "None", "true or false"]),
+        ([0.5], ["enabled", "0.5", "true or false"]),
+        ([{"ratio": 2}], ["ratio", "2", "[0, 0.75]"]),
+        ([{"rato": 0.5}], ["unknown setting", "'rato'", "late_ratio"]),
+        ([{"stride": [2, 2]}], ["unknown setting", "'stride'"]),
+        ([{"enabled": "yes"}], ["enabled", "'yes'", "true or false"]),
+        ([{"preset": "No such"}], ["preset", "No such", "Balanced"]),
+        ([{"preset": None}], ["preset", "None"]),
+        ([{"preset": ["Fast"]}], ["preset", "['Fast']"]),
+    ],
+    ids=lambda value: ascii(value)[:40] if isinstance(value, list) else None,
+)
+def test_a_wrong_value_leaves_the_picture_unmerged_and_is_said(make, one_step, log_lines, attention, tome, words):
+    processed = make(tome, steps=1)
+    assert pixels(processed) == one_step
+    assert set(attention.tokens) == {FULL}
+    keys = keys_of(processed)
+    assert list(keys) == ["ToMe error"]
+    assert all(word in keys["ToMe error"] for word in words)
+    assert processed.comments == f"ToMe: nothing merged: {keys['ToMe error']}\n"
+    assert log_lines == [f"nothing merged: {keys['ToMe error']}"]
+
+
+def test_numbers_of_other_types_are_numbers(make, merged):
+    assert pixels(make([True, 0.5, 0, "constant", 1, 1.0, 0.0])) == merged
+
+
+def test_values_without_effect_may_be_anything_in_range(make, merged):
+    assert pixels(make(arguments(late=0.9))) == merged
+
+
+def test_more_arguments_than_fields_are_ignored(make, merged):
+    assert pixels(make([*arguments(), 1, *["too", "many"] * 20])) == merged
+
+
+def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
+    assert "ToMe error" in keys_of(make([True, 9], **HIRES))
+    assert "ToMe error" in keys_of(make([True, 9], "img2img", init_images=[Image.new("RGB", (32, 32))]))
+
+
+# One object instead of positions
+
+
+@pytest.mark.parametrize(
+    ("given", "effective"),
+    [
+        ({}, {"ratio": 0.5, "schedule": "constant"}),
+        ({"ratio": 0.6}, {"ratio": 0.6, "schedule": "constant"}),
+        ({"ratio": 0.6, "late_ratio": 0.3}, {"ratio": 0.6, "late ratio": 0.3, "schedule": "linear"}),
+        ({"late_ratio": 0.3, "schedule": "constant"}, {"ratio": 0.5, "schedule": "constant"}),
+        ({"enabled": True, "min_tokens": 512}, {"ratio": 0.5, "schedule": "constant", "min tokens": 512}),
+    ],
+)
+def test_an_object_switches_on_and_missing_keys_are_defaults(make, given, effective):
+    keys = keys_of(make([given], steps=1))
+    assert keys == {f"ToMe {name}": value for name, value in {**effective, "max downsample": 1}.items()}
+
+
+def test_an_object_may_say_off(make, plain):
+    assert pixels(make([{"enabled": False, "ratio": 0.6}])) == plain
+
+
+def test_an_object_may_name_a_preset_and_change_it(make):
+    preset = keys_of(make([{"preset": "Fast"}], steps=1))
+    changed = keys_of(make([{"preset": "Fast", "ratio": 0.3}], steps=1))
+    assert preset["ToMe ratio"] != 0.3
+    assert changed == {**preset, "ToMe ratio": 0.3}
+
+
+# Off
+
+
+class Untouchable:
+    def __getattribute__(self, name):
+        raise AssertionError(f"{name} was read")
+
+
+def test_off_registers_no_hook_and_reads_nothing(host, make, generation, monkeypatch, add_script):
+    registered = []
+    for name in [name for name in dir(nn.Module) if name.startswith("register_") and "hook" in name]:
+        before = getattr(nn.Module, name)
+
+        def register(*args, before=before, **kwargs):
+            registered.append(before.__name__)
+            return before(*args, **kwargs)
+
+        monkeypatch.setattr(nn.Module, name, register)
+    wrapped = []
+    add_script(process_batch=lambda p, **_: wrapped.append("sample" in vars(p)))
+    # A model that is loaded, not sampled, may register what it likes.
+    host.sd_model.state_dict()
+    make([False], **HIRES)
+    make(None)
+    assert registered == []
+    assert wrapped == [False, False]
+    generation.on_denoise(Untouchable())
+    make(ON)
+    assert registered, "the test sees them"

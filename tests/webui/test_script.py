@@ -1,0 +1,313 @@
+"""The script file: what it registers, what it imports, and that a reload runs the files as they are."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from in_host import REQUEST, SIDE, left, pixels
+
+ROOT = Path(__file__).parents[2]
+ON = [True, 0.5]
+
+
+def ours():
+    """The callbacks that this extension has registered, by category."""
+    from modules import script_callbacks
+
+    found = {
+        category.removeprefix("callbacks_"): [c for c in registered if c.script.endswith("tome.py")]
+        for category, registered in script_callbacks.callback_map.items()
+    }
+    return {category: len(callbacks) for category, callbacks in found.items() if callbacks}
+
+
+def run(code, *arguments, cwd=ROOT, **env):
+    """Runs Python code in a process of its own, with this project's folder first on its path."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONIOENCODING")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        env={**kept, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    return done
+
+
+def handlers():
+    """How many of them write the extension's lines, this test run's own aside."""
+    return len([h for h in logging.getLogger("ToMe").handlers if not type(h).__module__.startswith("_pytest")])
+
+
+# What is registered
+
+
+def test_each_callback_is_registered_once(host):
+    registered = ours()
+    assert registered["cfg_denoiser"] == registered["script_unloaded"] == 1
+    assert set(registered.values()) == {1}
+
+
+@pytest.fixture
+def reloaded(host):
+    """Reload UI at the test's end: after "Reload custom script bodies" the API finds no script, in WebUI neither."""
+    yield
+    host.reload_ui()
+    assert host.app
+
+
+def test_after_reload_ui_each_callback_is_there_once(host, make, merged, attention):
+    before = ours()
+    for _ in range(2):
+        host.reload_ui()
+    assert ours() == before
+    assert host.app
+    processed = make(ON)
+    assert pixels(processed) == merged
+    assert processed.comments.count("ToMe") == 1
+    assert attention.tokens == [left(0.5)] * 2
+    assert handlers() == 1
+
+
+def test_after_reload_of_script_bodies_each_callback_is_there_once(host, make_p, merged, attention, reloaded):
+    from modules import processing
+
+    before = ours()
+    for _ in range(2):
+        host.reload_script_bodies()
+    assert ours() == before
+    assert pixels(processing.process_images(make_p(ON))) == merged
+    assert attention.tokens == [left(0.5)] * 2
+    assert handlers() == 1
+
+
+@pytest.mark.parametrize("reload", ["reload_ui", "reload_script_bodies"])
+def test_unchanged_files_stay_imported(host, reloaded, reload):
+    def modules():
+        return {name: id(module) for name, module in sys.modules.items() if name.split(".")[0] == "tomesd_core"}
+
+    before = modules()
+    getattr(host, reload)()
+    assert modules() == before
+
+
+def test_reload_ui_in_the_middle_of_sampling_ends_merging(host, make, on_denoised, attention, reloaded):
+    from modules import script_callbacks
+
+    def reload(_):
+        script_callbacks.remove_callbacks_for_function(reload)
+        host.reload_ui()
+
+    on_denoised(reload)
+    make(ON, steps=3)
+    assert attention.tokens == [left(0.5), SIDE * SIDE, SIDE * SIDE]
+
+
+@pytest.fixture(scope="module")
+def updated(tmp_path_factory):
+    """What a host said whose extension was updated while it ran; in a process of its own, on a copy of the files."""
+    folder = tmp_path_factory.mktemp("update")
+    for name in ("scripts", "tomesd_core"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "weights", "bench"))
+    shutil.copy(ROOT / "metadata.ini", folder)
+    return json.loads(run(UPDATE, str(folder), json.dumps(REQUEST), cwd=folder).stdout.splitlines()[-1])
+
+
+def test_changed_files_are_run_after_reload_ui(updated):
+    assert updated["labels"] == ["Ratio", "Share", "Share"]
+    assert updated["ratios"] == [0.5, 0.25, 0.25]
+    assert updated["new"] == [True, False]
+
+
+def test_old_and_new_code_never_mix(updated):
+    """Also where script bodies are executed anew and the running scripts stay the old ones."""
+    assert updated["callbacks"] == 1
+    assert updated["merged"] == [True] * 4
+    assert updated["hooked"] == 0
+
+
+def test_the_script_imports_nothing_of_the_demo(updated):
+    assert updated["imported"] == []
+
+
+UPDATE = """
+import json, sys
+from pathlib import Path
+
+folder, request = Path(sys.argv[1]), {**json.loads(sys.argv[2]), "steps": 1}
+import torch
+
+torch.set_num_threads(1)
+from tomesd_core.demo.host import start
+from tomesd_core.demo.model import TinyModel
+
+said = {"labels": [], "ratios": [], "new": [], "merged": []}
+host = start(TinyModel.random(0, channel_mult=[1], attention_resolutions=[1]), [], folder / "data")
+before = set(sys.modules)
+host.close()
+host = start(TinyModel.random(0, channel_mult=[1], attention_resolutions=[1]), folder, folder / "data")
+new = {name for name in set(sys.modules) - before if name.startswith("tomesd_core")}
+said["imported"] = [name for name in new if name.startswith(("tomesd_core.demo", "tomesd_core.bench"))]
+from modules import processing, script_callbacks, scripts, shared
+
+
+def generate():
+    p = processing.StableDiffusionProcessingTxt2Img(**request)
+    script = scripts.scripts_txt2img.script("ToMe")
+    p.scripts, arguments = scripts.scripts_txt2img, list(host.api.default_script_arg_txt2img)
+    arguments[script.args_from] = True
+    p.is_api, p.script_args = True, arguments
+    shared.state.begin()
+    processed = processing.process_images(p)
+    said["merged"].append("self-attention layers, 1024 ->" in processed.comments)
+    return processed
+
+
+def look():
+    assert host.app
+    ratio = scripts.scripts_txt2img.script("ToMe").controls[1]
+    said["labels"].append(ratio.label)
+    assert ratio.value == generate().extra_generation_params["ToMe ratio"]
+    said["ratios"].append(ratio.value)
+
+
+def change(*replacements):
+    settings = folder / "tomesd_core" / "settings.py"
+    text = settings.read_text(encoding="utf-8")
+    for old, new in replacements:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    if replacements:
+        settings.write_text(text, encoding="utf-8")
+
+
+look()
+default = "    ratio: float = _setting(\\n        "
+for changes in ([('"Ratio",', '"Share",'), (f"{default}0.5", f"{default}0.25")], []):
+    before = sys.modules["tomesd_core.settings"]
+    change(*changes)
+    host.reload_ui()
+    said["new"].append(sys.modules["tomesd_core.settings"] is not before)
+    look()
+change(('"Share",', '"Part",'))
+host.reload_script_bodies()
+generate()
+said["callbacks"] = len([c for c in script_callbacks.callback_map["callbacks_cfg_denoiser"] if "tome.py" in c.script])
+said["hooked"] = sum(bool(m._forward_hooks or m._forward_pre_hooks) for m in host.sd_model.modules())
+print(json.dumps(said))
+"""
+
+
+# What is imported
+
+
+def imports_of(file):
+    """The absolute names that a file imports, wherever in it; and by a `TYPE_CHECKING` block, which runs nowhere."""
+    package = file.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            name = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+def files(*parts, without=()):
+    found = [file for file in (ROOT / "tomesd_core").joinpath(*parts).rglob("*.py")]
+    return [f for f in found if not set(f.relative_to(ROOT / "tomesd_core").parts) & set(without)]
+
+
+def starts(name, *packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def test_imports_point_one_way():
+    core, webui = files(without=("webui", "demo", "bench")), [*files("webui"), *(ROOT / "scripts").glob("*.py")]
+    assert len(core) > 8 and len(webui) > 5
+    upwards = [
+        (file.name, name)
+        for file in core
+        for name in imports_of(file)
+        if starts(name, "tomesd_core.webui", "tomesd_core.demo", "tomesd_core.bench", "modules", "gradio", "numpy")
+    ]
+    sideways = [
+        (file.name, name)
+        for file in webui
+        for name in imports_of(file)
+        if starts(name, "tomesd_core.demo", "tomesd_core.bench")
+    ]
+    assert upwards == sideways == []
+
+
+def test_the_core_needs_torch_alone():
+    run(
+        """
+import sys
+
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("gradio", "numpy", "modules", "PIL", "einops", "ldm", "safetensors"):
+            raise ModuleNotFoundError(name, name=name)
+
+
+sys.meta_path.insert(0, Blocked())
+import torch
+import tomesd_core as tome
+
+token_map = tome.match_tokens(torch.randn(1, 64, 4), (8, 8), 0.5)
+assert token_map.merge(torch.randn(1, 64, 4)).shape == (1, token_map.merged_tokens, 4)
+inner = {name.split(".")[1] for name in sys.modules if name.startswith("tomesd_core.")}
+assert not inner & {"webui", "demo", "bench"}, inner
+assert not {"gradio", "numpy", "modules"} & set(sys.modules)
+""",
+        PYTHONWARNINGS="ignore",
+    )
+
+
+# The console
+
+
+@pytest.fixture
+def console(host, monkeypatch):
+    """Sets the log up anew on a console of some encoding; what was written there."""
+    from tomesd_core.webui import log
+
+    def open_console(encoding, errors):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, encoding, errors, write_through=True))
+        monkeypatch.setattr(log.log, "handlers", [])
+        log.set_up()
+        return written
+
+    return open_console
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp1252"])
+@pytest.mark.parametrize("errors", ["backslashreplace", "strict"])
+def test_any_console_shows_every_line(console, make, encoding, errors):
+    written = console(encoding, errors)
+    logging.getLogger("ToMe").info("2×2 → 1")
+    make([True, 0.9], steps=1)
+    lines = written.getvalue().decode(encoding).splitlines()
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("ToMe: 2") and lines[0].endswith(" 1")
+    assert "ratio must lie in [0, 0.75]" in lines[1] and "got 0.9" in lines[1]
+
+
+def test_a_console_of_another_code_page():
+    """What Windows gives a program that was started from its prompt."""
+    code = "from tomesd_core.webui import log; log.set_up(); log.log.info('2×2 → 1')"
+    done = run(code, PYTHONIOENCODING="cp437", PYTHONWARNINGS="ignore")
+    assert done.stderr.decode("cp437").splitlines()[-1] == "ToMe: 2\\xd72 \\u2192 1"
