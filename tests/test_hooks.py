@@ -238,7 +238,7 @@ def test_detach_of_a_model_without_anything_attached_does_no_harm(unet):
     hooks.detach(unet)
 
 
-@pytest.mark.parametrize("model", [None, object(), "unet"], ids=str)
+@pytest.mark.parametrize("model", [None, object(), "unet"], ids=["none", "object", "text"])
 def test_what_is_no_unet_is_refused(model, whole):
     with pytest.raises(TypeError, match=r"^model must be a UNet module or have \.model\.diffusion_model, got "):
         tome.attach(model, whole())
