@@ -87,7 +87,11 @@ def test_the_unet_is_found_in_a_model_or_is_the_model(make_unet):
     assert find_unet(unet) is unet
 
 
-@pytest.mark.parametrize("model", [None, "unet", object(), type("Model", (), {"model": None})()], ids=["none", "text", "object", "model of none"])
+@pytest.mark.parametrize(
+    "model",
+    [None, "unet", object(), type("Model", (), {"model": None})()],
+    ids=["none", "text", "object", "model of none"],
+)
 def test_what_holds_no_unet_is_refused_with_its_type(model):
     with pytest.raises(TypeError, match=rf"model must be a UNet module or .*, got {type(model).__name__}$"):
         find_unet(model)
