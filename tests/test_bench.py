@@ -74,7 +74,7 @@ def test_speed(bench: Callable) -> None:
 def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     matched = []
     match = hooks.match
-    monkeypatch.setattr(hooks, "match", lambda *args: matched.append(args) or match(*args))
+    monkeypatch.setattr(hooks, "match", lambda *args, **how: matched.append(args) or match(*args, **how))
     rows, _ = bench(
         *("speed", "--tiny", "--rounds", 2, "--ratios", 0.5, "--sizes", "64x64", "--reuse-steps", 2),
         *("--force", "--attention", "sdp", "--dtype", "bfloat16"),

@@ -16,8 +16,8 @@ SIDE = 32
 """Of the pictures: 1024 tokens at level 1, 256 at level 2; fewer than 1024 would not be worth merging."""
 
 REQUEST = {"prompt": "cat", "steps": 2, "width": SIDE, "height": SIDE, "seed": 1, "sampler_name": "Euler"}
-HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
-HIRES_TOKENS = 40 * 40
+HIRES = {"enable_hr": True, "hr_scale": 1.125, "denoising_strength": 0.6}
+HIRES_TOKENS = 36 * 36
 
 KEYS = [setting.infotext for setting in FIELDS.values() if setting.infotext]
 

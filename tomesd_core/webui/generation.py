@@ -172,7 +172,8 @@ class Sampling:
             self.stop()
             self._merging, self._unet, self._is_hires = attach(unet, self.settings, hypertile_of), unet, is_hires
         # Samplers that run the model twice a step run it once in the last; WebUI's total counts that one twice too.
-        twice_a_step = bool(sampler.config.options.get("second_order"))
+        options_of_sampler = getattr(getattr(sampler, "config", None), "options", None) or {}
+        twice_a_step = bool(options_of_sampler.get("second_order"))
         self._merging.set_step(denoiser.step, denoiser.total_steps - twice_a_step)
 
     def stop(self) -> None:
