@@ -383,3 +383,14 @@ def test_a_grid_may_be_any_pair():
     expected = tome.match_tokens(x, (7, 9), 0.5).slots
     assert torch.equal(tome.match_tokens(x, [7, 9], 0.5).slots, expected)
     assert torch.equal(tome.match_tokens(x, torch.Size([7, 9]), 0.5).slots, expected)
+
+
+@pytest.mark.parametrize("token", range(12))
+@pytest.mark.parametrize("window", [None, 4])
+def test_at_the_highest_ratio_a_nan_token_spoils_no_other(token, window):
+    x = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(token))
+    x[0, token] = torch.nan
+    token_map = tome.match_tokens(x, (8, 8), 0.75, window=window, partition="corner")
+    assert sorted(set(token_map.slots[0].tolist())) == list(range(16)) and token_map.merged_tokens == 16
+    spoiled = token_map.unmerge(token_map.merge(x)).isnan().any(dim=-1)
+    assert spoiled.nonzero().tolist() == [[0, token]]

@@ -28,6 +28,8 @@ class Matching:
     """[B, n_src]: the best dst of each src, as its place in the partition's `dst`."""
     order: Tensor
     """[B, n_src]: the src, most similar first."""
+    finite: Tensor
+    """[B, N]: false for a token with a NaN or an infinity."""
 
     def token_map(self, removed: int) -> TokenMap:
         """The map that merges the `removed` most similar src into their dst; at most as many as can merge."""
@@ -36,10 +38,25 @@ class Matching:
         dst_count, device = partition.dst.shape[1], self.best.device
         own = torch.arange(dst_count, dst_count + sources - removed, device=device).expand(items, -1)
         src_slots = self.best.scatter(1, self.order[:, removed:], own)
+        dst_slots = torch.arange(dst_count, device=device).expand(items, -1)
+        if removed and removed == partition.most_removed:
+            src_slots, dst_slots = self._apart(src_slots, dst_slots)
         slots = torch.empty(items, partition.tokens, dtype=torch.long, device=device)
-        slots.scatter_(1, partition.dst.expand(items, -1), torch.arange(dst_count, device=device).expand(items, -1))
+        slots.scatter_(1, partition.dst.expand(items, -1), dst_slots)
         slots.scatter_(1, partition.src.expand(items, -1), src_slots)
         return TokenMap(slots, partition.tokens - removed)
+
+    def _apart(self, src_slots: Tensor, dst_slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Where every src must merge, also one that is not finite: it takes its slot alone, and the others move on."""
+        (items, dst_count), partition = dst_slots.shape, self.partition
+        finite = self.finite.gather(1, partition.src.expand(items, -1))
+        in_dst = src_slots < dst_count
+        place = src_slots.clamp(max=dst_count - 1)
+        taken = torch.zeros_like(dst_slots).scatter_add(1, place, (in_dst & ~finite).long()) > 0
+        sound = self.finite.gather(1, partition.dst.expand(items, -1))
+        refuge = (sound & ~taken).float().argmax(dim=1, keepdim=True)
+        dst_slots = torch.where(taken & sound, refuge, dst_slots)
+        return torch.where(in_dst & finite & taken.gather(1, place), refuge, src_slots), dst_slots
 
 
 @torch.no_grad()
@@ -47,13 +64,13 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     """Finds every src's most similar dst of its window, by the cosine of x's tokens ([B, N, C]).
 
     A token of zero norm is similar to none. A token that is not finite is no one's destination where its window has
-    another, and merges last: only at the highest ratio, where every src must merge, it spoils the slot it falls into.
+    another, and merges last; at the highest ratio, where every src must merge, it takes the slot it falls into alone.
     `exact` keeps at least x's own precision; else a lower one may be used where that is faster: `similarity_dtype`.
     """
     (items, _, _), windows = x.shape, partition.windows
     if not partition.most_removed:
         order = torch.arange(partition.src.shape[1], device=x.device).expand(items, -1)
-        return Matching(partition, torch.zeros_like(order), order)
+        return Matching(partition, torch.zeros_like(order), order, x.new_ones(x.shape[:2], dtype=torch.bool))
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     finite = norm.isfinite()
     # In norm's own precision: in a half type the inverse of a small norm is infinite.
@@ -73,7 +90,7 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     similarity = similarity.masked_fill(~(sound & finite.gather(1, partition.src.expand(items, -1))), -2.0)
     if windows.stranded is not None:
         similarity = similarity.masked_fill(windows.stranded, -torch.inf)
-    return Matching(partition, best, similarity.sort(dim=1, descending=True, stable=True).indices)
+    return Matching(partition, best, similarity.sort(dim=1, descending=True, stable=True).indices, finite)
 
 
 def _own_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -13,7 +13,7 @@ from modules import devices, processing
 from modules.ui_components import FormRow, InputAccordion, ToolButton
 
 from ..presets import PresetError
-from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
+from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
 from . import generation, preview, store
 from .arguments import ENABLED, panel_values, read_arguments, shown_fields
 from .model import loaded_layers
@@ -42,7 +42,7 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         for row in ROWS:
             with FormRow():
                 for name in row:
-                    controls[name] = _control(PANEL_FIELDS[name], elem_id(name))
+                    controls[name] = _control(name, elem_id(name))
         # Pressed by the page's script when something has changed and no slider is moving. The last three inputs are
         # read off the page by it: width, height and steps belong to the tab.
         refresh = gr.Button("Refresh", visible=False, elem_id=elem_id("refresh"))
@@ -69,9 +69,9 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
 _TAB = {"width": 512, "height": 512, "steps": 20}
 
 
-def _control(setting: Setting, elem_id: str) -> Any:
+def _control(name: str, elem_id: str) -> Any:
+    setting = PANEL_FIELDS[name]
     common = {"value": setting.default, "label": setting.label, "elem_id": elem_id}
-    name = next(name for name, other in PANEL_FIELDS.items() if other is setting)
     common["visible"] = name in shown_fields(PANEL_FIELDS["schedule"].default)
     if setting.kind == "choice":
         return gr.Radio(choices=list(setting.choices), **common)
