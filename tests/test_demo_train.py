@@ -103,14 +103,6 @@ def test_learning_rate_rises_stays_and_falls():
     assert early == pytest.approx([1, 0.5, 0], abs=1e-6)
 
 
-def test_fused_attention_predicts_what_ldms_does(pictures):
-    model = TinyModel.random(2, words=pictures.words, **SMALL)
-    x, t, context = torch.randn(2, 3, 8, 8), torch.tensor([5, 600]), model.encode_prompts(["night", "red square"])
-    expected = model.apply_model(x, t, context)
-    train.fast_attention(model)
-    assert torch.allclose(model.apply_model(x, t, context), expected, atol=1e-5)
-
-
 def test_run_ends_saves_and_can_be_brought_to_an_early_end(pictures, tmp_path):
     training = train.Training(pictures, RECIPE, SMALL)
     assert train.run(training, tmp_path, steps=3)

@@ -240,28 +240,6 @@ def shard_gradients(
     return float((each.detach() * alpha).mean()) * share, gradients
 
 
-def fast_attention(model: nn.Module) -> None:
-    """Gives ldm's attention layers torch's fused attention, as WebUI's optimisations do: the same result, sooner."""
-    from ldm.modules.attention import CrossAttention
-
-    def fused(layer: nn.Module):
-        def forward(x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-            if mask is not None:
-                raise NotImplementedError("this model uses no attention masks")
-            source = x if context is None else context
-            split = [
-                y.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-                for y in (layer.to_q(x), layer.to_k(source), layer.to_v(source))
-            ]
-            return layer.to_out(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
-
-        return forward
-
-    for layer in model.modules():
-        if isinstance(layer, CrossAttention):
-            layer.forward = fused(layer)
-
-
 # --- The run ----------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +252,6 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.model = TinyModel(pictures.words, pictures.captions, shape)
-        fast_attention(self.model)
         self.parameters = list(self.model.parameters())
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
@@ -371,7 +348,6 @@ def ddim(model: TinyModel, prompts: Sequence[str], steps: int = 25, scale: float
 def write_samples(training: Training, path: Path) -> None:
     """A sheet of the averaged model's pictures of `SAMPLE_PROMPTS` and of some of its captions."""
     model = training.averaged()
-    fast_attention(model)
     prompts = [p for p in SAMPLE_PROMPTS if not model.unknown_words(p)] or training.pictures.captions[:4]
     prompts = prompts + training.pictures.captions[:: max(1, len(training.pictures.captions) // 8)][:8]
     images = model.to_images(ddim(model, prompts, steps=20))
