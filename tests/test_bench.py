@@ -89,21 +89,25 @@ def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPat
 
 def test_layer(bench: Callable) -> None:
     pytest.importorskip("tomesd")
-    rows, _ = bench("layer", "--tiny", "--rounds", 1)
+    rows, _ = bench("layer", "--tiny", "--rounds", 1, "--ratios", 0.3, 0.6)
     names = [UNMERGED, OURS, f"{OURS}, kept for {layer.REUSE_STEPS} steps", f"{OURS}, whole image", CORNER, RANDOM]
-    assert [(row["tokens"], row["contender"]) for row in rows] == [
-        (tokens, name) for tokens in ("64", "256") for name in names
+    assert [(row["tokens"], row["ratio"], row["contender"]) for row in rows] == [
+        (tokens, ratio, name) for tokens in ("64", "256") for ratio in ("0.3", "0.6") for name in names
     ]
     assert set(layer.COLUMNS) <= set(rows[0])
     for row in rows:
         assert float(row["attention"]) > 0
         if row["contender"] == UNMERGED:
-            assert not row["merging"] and not row["growth"]
+            unmerged = float(row["attention"])
+            assert not row["merging"] and not row["growth"] and not row["gain"]
             continue
+        assert float(row["gain"]) == pytest.approx(unmerged / (float(row["merging"]) + float(row["attention"])))
+        # Tiny layers: too little to pay.
+        assert row["rule"] == ("leave out" if row["contender"].startswith(OURS) else "")
         assert float(row["merging"]) == pytest.approx(sum(float(row[part]) for part in ("match", "merge", "unmerge")))
         # A slope needs two sizes.
         assert bool(row["growth"]) == (row["tokens"] == "256")
-    assert [row["over_tomesd_corner"] for row in rows if row["contender"] == CORNER] == ["1.0", "1.0"]
+    assert [row["over_tomesd_corner"] for row in rows if row["contender"] == CORNER] == ["1.0"] * 4
 
 
 def test_memory(bench: Callable) -> None:
@@ -283,7 +287,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture) -> None:
         assert why in capsys.readouterr().err
     for arguments, why in (
         (["layer", "--tiny", "--channels", "12"], "multiple of the 8 heads"),
-        (["layer", "--tiny", "--ratio", "0"], "above 0"),
+        (["layer", "--tiny", "--ratios", "0"], "above 0"),
         (["layer", "--tiny", "--device", "cuda:99"], "cuda:99"),
     ):
         assert main(arguments) == 2

@@ -1,7 +1,9 @@
 """One self-attention layer: match, merge, unmerge and attention, and how they grow with the tokens.
 
-Batch 2, 320 channels, 8 heads, ratio 0.5, on smooth tokens with noise, as pictures give. "merging" is match, merge and
-unmerge together; "growth" is the exponent p of N^p with which it grows with the tokens, from the first size on.
+Batch 2, 320 channels, 8 heads, on smooth tokens with noise, as pictures give. "merging" is match, merge and unmerge
+together; "growth" is the exponent p of N^p with which it grows with the tokens, from the first size on. "x faster" is
+the attention over all tokens over merging and the attention over what is left: where that is below 1 merging can't pay,
+and "rule" says whether `profit.pays` lets such a layer merge.
 """
 
 from __future__ import annotations
@@ -15,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..profit import pays
 from . import output
-from .contenders import OVER_PEERS, UNMERGED, Matcher, matchers
+from .contenders import OURS, OVER_PEERS, UNMERGED, Matcher, matchers
 from .models import attend, attention, attention_layer
 from .options import add_shared, fill_in, merge_ratio, whole_number
-from .timing import compared, growth, interleaved, progress, spread, timed
+from .timing import compared, growth, interleaved, paired, progress, spread, timed
 
 ITEMS, HEADS = 2, 8
 REUSE_STEPS = 4
 
-USUAL = {"tokens": [64, 128, 256], "channels": 320, "rounds": 11, "attention": "sdp", "ratio": 0.5}
+USUAL = {"tokens": [64, 128, 256], "channels": 320, "rounds": 11, "attention": "sdp", "ratios": [0.5]}
 QUICK = {"tokens": [32, 64], "rounds": 5}
 TINY = {"tokens": [8, 16], "channels": 32, "rounds": 1}
 
@@ -40,6 +43,7 @@ Parts = dict[str, float]
 
 COLUMNS = {
     "grid": ("tokens", str),
+    "ratio": ("ratio", output.number(2)),
     "contender": ("contender", str),
     "match": ("match ms", output.scaled(1e3, 2)),
     "merge": ("merge ms", output.scaled(1e3, 2)),
@@ -51,9 +55,13 @@ COLUMNS = {
     "over_tomesd_random": ("/random", output.number(3)),
     "growth": ("growth", output.number(2)),
     "attention": ("attention ms", output.scaled(1e3, 1)),
+    "gain": ("x faster", output.number(3)),
+    "gain_low": ("25 %", output.number(3)),
+    "gain_high": ("75 %", output.number(3)),
+    "rule": ("rule", str),
 }
 
-CSV_COLUMNS = ("grid", "tokens", "ratio", *list(COLUMNS)[1:], "rounds", "attention_kind")
+CSV_COLUMNS = (*COLUMNS, "tokens", "rounds", "attention_kind")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser)
     parser.add_argument("--tokens", type=whole_number, nargs="+", metavar="SIDE", help="sides of square token grids")
     parser.add_argument("--channels", type=whole_number, metavar="C", help="a multiple of the 8 heads")
-    parser.add_argument("--ratio", type=merge_ratio, metavar="R", help="share of the tokens to remove")
+    parser.add_argument("--ratios", type=merge_ratio, nargs="+", metavar="R", help="shares of the tokens to remove")
     parser.add_argument("--tiny", action="store_true", help="a tiny layer: tries the command, and measures nothing")
 
 
@@ -70,13 +78,13 @@ def run(args: argparse.Namespace) -> None:
     fill_in(args, USUAL, QUICK, TINY)
     if args.channels % HEADS:
         raise ValueError(f"channels must be a multiple of the {HEADS} heads, got {args.channels}")
-    if not args.ratio:
-        raise ValueError("ratio must be above 0: there would be nothing to match")
+    if not all(args.ratios):
+        raise ValueError("ratios must be above 0: there would be nothing to match")
     machine = output.this_machine(args.device, args.dtype, args.command)
     csv_path, plot_path = (args.out / f"layer-{args.attention}{ending}" for ending in (".csv", ".png"))
     layer = attention_layer(args.channels, HEADS, args.device, args.torch_dtype)
     chosen = {side: matchers(side, args.torch_dtype, REUSE_STEPS) for side in sorted(set(args.tokens))}
-    runs = sum(len(some) + 1 for some, _ in chosen.values()) * (args.rounds + 1)
+    runs = sum(len(some) + 1 for some, _ in chosen.values()) * len(args.ratios) * (args.rounds + 1)
     rows: list[dict[str, object]] = []
     notes: list[str] = []
     with attention(layer, args.attention), progress(runs) as tick:
@@ -84,14 +92,18 @@ def run(args: argparse.Namespace) -> None:
             notes += left_out
             attends, why_not = _attends(side, args)
             notes += why_not
-            rows += _rows_at(side, some, layer if attends else None, args, tick)
-            _add_growth(rows)
-            output.write_csv(csv_path, rows, machine)
-    panel = output.Panel(f"match + merge + unmerge, ratio {args.ratio:g}", "tokens", "ms", logarithmic=True)
+            for ratio in args.ratios:
+                rows += _rows_at(side, ratio, some, layer if attends else None, args, tick)
+                _add_growth(rows)
+                output.write_csv(csv_path, rows, machine)
+    panels = {
+        ratio: output.Panel(f"match + merge + unmerge, ratio {ratio:g}", "tokens", "ms", logarithmic=True)
+        for ratio in args.ratios
+    }
     for row in rows:
         if row["merging"] is not None:
-            panel.add(row["contender"], row["tokens"], 1e3 * row["merging"])
-    output.plot(plot_path, [panel], machine)
+            panels[row["ratio"]].add(row["contender"], row["tokens"], 1e3 * row["merging"])
+    output.plot(plot_path, [*panels.values()], machine)
     output.show(COLUMNS, rows, machine, notes, [csv_path, plot_path])
 
 
@@ -117,9 +129,14 @@ def _attends(side: int, args: argparse.Namespace) -> tuple[bool, list[str]]:
 
 
 def _rows_at(
-    side: int, some: list[Matcher], layer: nn.Module | None, args: argparse.Namespace, tick: Callable[[str], None]
+    side: int,
+    ratio: float,
+    some: list[Matcher],
+    layer: nn.Module | None,
+    args: argparse.Namespace,
+    tick: Callable[[str], None],
 ) -> list[dict[str, object]]:
-    """The rows of one size, without their growth; `layer` None leaves attention out."""
+    """The rows of one size and ratio, without their growth; `layer` None leaves attention out."""
     x = image_tokens(side, args.channels, args.device, args.torch_dtype)
     y = F.layer_norm(x, x.shape[-1:])
     step = 0
@@ -134,7 +151,7 @@ def _rows_at(
         for number in range(matcher.steps):
             if not number:
                 parts["match"], (merge, unmerge) = timed(
-                    functools.partial(matcher.match, x, (side, side), args.ratio, step), args.device
+                    functools.partial(matcher.match, x, (side, side), ratio, step), args.device
                 )
             seconds, fewer = timed(functools.partial(merge, y), args.device)
             parts["merge"] += seconds
@@ -150,20 +167,29 @@ def _rows_at(
         results = interleaved(runs, args.rounds, lambda name: tick(f"{name}, {side}x{side}"))
     merging = {name: [parts["merging"] for parts in values] for name, values in results.items() if name != UNMERGED}
     comparisons = {row["contender"]: row for row in compared(merging, "merging", None, OVER_PEERS)}
+    pays_off = pays(side * side, args.channels, ratio, args.device.type)
     rows = []
     for name, values in results.items():
         row: dict[str, object] = dict.fromkeys(CSV_COLUMNS)
-        row |= {"grid": f"{side}x{side}", "tokens": side * side, "ratio": args.ratio, "contender": name}
+        row |= {"grid": f"{side}x{side}", "tokens": side * side, "ratio": ratio, "contender": name}
         row |= {"rounds": args.rounds, "attention_kind": args.attention}
         row |= {part: spread([parts[part] for parts in values]).median for part in PARTS if part in values[0]}
+        if name in merging and layer is not None:
+            whole = [parts["merging"] + parts["attention"] for parts in values]
+            row["gain"], row["gain_low"], row["gain_high"] = paired(
+                [parts["attention"] for parts in results[UNMERGED]], whole
+            )
+        if name.startswith(OURS):
+            row["rule"] = "merge" if pays_off else "leave out"
         rows.append(row | comparisons.get(name, {}))
     return rows
 
 
 def _add_growth(rows: list[dict[str, object]]) -> None:
-    """Sets each row's growth, over the contender's sizes up to this one."""
+    """Sets each row's growth, over the sizes up to this one of the same contender and ratio."""
     points = defaultdict(list)
     for row in rows:
         if row["merging"] is not None:
-            points[row["contender"]].append((row["tokens"], row["merging"]))
-            row["growth"] = growth(*zip(*points[row["contender"]], strict=True))
+            same = points[row["contender"], row["ratio"]]
+            same.append((row["tokens"], row["merging"]))
+            row["growth"] = growth(*zip(*same, strict=True))

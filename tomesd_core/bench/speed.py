@@ -66,13 +66,15 @@ def run(args: argparse.Namespace) -> None:
     with cases(args, args.reuse_steps) as found, progress(_runs(args, found)) as tick:
         for case in found:
             panel = output.Panel(f"{case.size_name}, {args.attention} attention", "ratio", "times faster than unmerged")
-            for ratio in args.ratios:
+            for number, ratio in enumerate(args.ratios):
                 said: dict[str, str] = {}
                 runs = {
                     one.name: functools.partial(_seconds, case, one, ratio, args.reuse_steps, args.device, said)
                     for one in case.contenders
                 }
-                results = interleaved(runs, args.rounds, lambda name, at=ratio: tick(f"{name}, {at:g}"))
+                # What the first runs of a size set up serves all its ratios.
+                warmup = int(number == 0)
+                results = interleaved(runs, args.rounds, lambda name, at=ratio: tick(f"{name}, {at:g}"), warmup)
                 for row in compared(results, "seconds", UNMERGED, OVER_OTHERS):
                     name = row["contender"]
                     about = {"size": case.size_name, "ratio": ratio}
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _runs(args: argparse.Namespace, found: list[Case]) -> int:
-    return sum(len(case.contenders) for case in found) * len(args.ratios) * (args.rounds + 1)
+    return sum(len(case.contenders) for case in found) * (len(args.ratios) * args.rounds + 1)
 
 
 def _seconds(
