@@ -18,10 +18,12 @@ from tomesd_core.bench.__main__ import SUBCOMMANDS, main
 from tomesd_core.bench.contenders import CORNER, LIMIT, OURS, RANDOM, UNMERGED, contenders, matchers, merged_layers
 from tomesd_core.bench.options import merge_ratio, picture_size
 from tomesd_core.bench.packages import MissingPackage, require
+from tomesd_core.settings import MergeSettings
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 CPU = torch.device("cpu")
+FORCED = MergeSettings(skip_unprofitable=False)
 EVERYONE = [UNMERGED, OURS, CORNER, RANDOM, LIMIT]
 
 
@@ -71,26 +73,31 @@ def test_speed(bench: Callable) -> None:
     assert "nothing merged" in next(row for row in rows if row["contender"] == OURS)["merged"]
 
 
-def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "matched_layers"), [((), 3), (("--share-layers",), 1)])
+def test_speed_over_several_steps(
+    bench: Callable, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], matched_layers: int
+) -> None:
     matched = []
     match = hooks.match
     monkeypatch.setattr(hooks, "match", lambda *args, **how: matched.append(args) or match(*args, **how))
     rows, _ = bench(
         *("speed", "--tiny", "--rounds", 2, "--ratios", 0.5, "--sizes", "64x64", "--reuse-steps", 2),
         *("--force", "--attention", "sdp", "--dtype", "bfloat16"),
+        *options,
     )
     ours = next(row for row in rows if row["contender"] == OURS)
     assert float(ours["seconds_low"]) <= float(ours["seconds"]) <= float(ours["seconds_high"])
     assert ours["attention"] == "sdp"
-    # Three layers, a warm-up and two rounds of two steps, which share a matching.
-    assert len(matched) == 3 * 3
+    # A warm-up and two rounds of two steps, which share a matching; the tiny UNet has three layers on that grid.
+    assert len(matched) == matched_layers * 3
     assert "bfloat16" in ours["versions"]
 
 
 def test_layer(bench: Callable) -> None:
     pytest.importorskip("tomesd")
     rows, _ = bench("layer", "--tiny", "--rounds", 1, "--ratios", 0.3, 0.6)
-    names = [UNMERGED, OURS, f"{OURS}, kept for {layer.REUSE_STEPS} steps", f"{OURS}, whole image", CORNER, RANDOM]
+    kinds = [f"kept for {layer.REUSE_STEPS} steps", "exact", "whole image"]
+    names = [UNMERGED, OURS, *(f"{OURS}, {kind}" for kind in kinds), CORNER, RANDOM]
     assert [(row["tokens"], row["ratio"], row["contender"]) for row in rows] == [
         (tokens, ratio, name) for tokens in ("64", "256") for ratio in ("0.3", "0.6") for name in names
     ]
@@ -121,7 +128,7 @@ def test_memory(bench: Callable) -> None:
     assert peaks[LIMIT] <= min(peaks.values()) < peaks[OURS] * 1.05 < peaks[UNMERGED]
     assert float(steps[OURS]["gain"]) == pytest.approx(peaks[UNMERGED] / peaks[OURS])
     matching = [row for row in rows if row["what"] == "matching"]
-    assert [row["contender"] for row in matching] == [OURS, f"{OURS}, whole image", CORNER, RANDOM]
+    assert [row["contender"] for row in matching] == [OURS, f"{OURS}, exact", f"{OURS}, whole image", CORNER, RANDOM]
     assert all(int(row["bytes"]) > 0 for row in matching)
 
 
@@ -198,7 +205,7 @@ def test_limit_touches_the_merged_layers_alone(tiny: nn.Module, watch: Callable,
 def test_limit_attends_to_as_many_tokens_as_ours(tiny: nn.Module, watch: Callable) -> None:
     step = models.one_step(tiny, models.TINY, (256, 256))
     lengths = {}
-    for one in contenders(1024, torch.float32, force=True)[0]:
+    for one in contenders(1024, torch.float32, FORCED)[0]:
         with one.put_on(tiny, 0.6), watch(tiny) as seen:
             step()
         lengths[one.name] = sorted(inputs[0].shape[1] for inputs in seen.values())
@@ -207,7 +214,7 @@ def test_limit_attends_to_as_many_tokens_as_ours(tiny: nn.Module, watch: Callabl
 
 @pytest.mark.parametrize("name", EVERYONE)
 def test_contenders_leave_nothing_behind(tiny: nn.Module, hook_dicts: Callable, name: str) -> None:
-    found = {one.name: one for one in contenders(64, torch.float32, force=True)[0]}
+    found = {one.name: one for one in contenders(64, torch.float32, FORCED)[0]}
     if name not in found:
         pytest.skip("tomesd is not installed")
     step = models.one_step(tiny, models.TINY, (64, 64))
@@ -244,7 +251,7 @@ def test_matchers_match_the_same_number() -> None:
 def test_what_takes_too_much_is_left_out() -> None:
     # 2048x2048: 6.4 GB of similarities. Nothing is allocated here.
     some, notes = matchers(256, torch.float32)
-    assert [one.name for one in some] == [OURS]
+    assert [one.name for one in some] == [OURS, f"{OURS}, exact"]
     assert any("whole image" in note for note in notes)
     assert any("GB" in note or "not installed" in note for note in notes)
     assert [one.name for one in contenders(256 * 256, torch.float32)[0]] == [UNMERGED, OURS, LIMIT]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import attach
-from ..matching import match_tokens, tokens_removed
+from ..matching import match, tokens_removed
+from ..partition import make_partition
 from ..settings import FIELDS, MergeSettings
 from ..unet import Layer, find_layers, finest_level
 from .packages import INSTALL, MissingPackage, require
@@ -64,14 +65,14 @@ class Matcher:
 
 
 def contenders(
-    tokens: int, dtype: torch.dtype, force: bool = False, reuse_steps: int = FIELDS["reuse_steps"].default
+    tokens: int, dtype: torch.dtype, settings: MergeSettings | None = None
 ) -> tuple[list[Contender], list[str]]:
     """What can run on a UNet whose finest self-attention sees `tokens`, at batch 2; and notes on what is left out.
 
-    Ours runs with the defaults; `force` merges also where the rule says that it can't pay.
+    Ours runs with `settings` at the ratio that is measured.
     """
     peers, notes = _peers(tokens, dtype)
-    ours = functools.partial(_ours, skip_unprofitable=not force, reuse_steps=reuse_steps)
+    ours = functools.partial(_ours, settings=settings or MergeSettings())
     return [
         Contender(UNMERGED, _unmerged),
         Contender(OURS, ours),
@@ -83,15 +84,17 @@ def contenders(
 def matchers(side: int, dtype: torch.dtype, reuse_steps: int = 1) -> tuple[list[Matcher], list[str]]:
     """What can match a grid of `side`×`side` tokens at batch 2, and notes on what is left out.
 
-    `reuse_steps` above 1 adds ours with a matching kept for so many steps.
+    `reuse_steps` above 1 adds ours with a matching kept for so many steps. "exact" is ours without a lower precision
+    for the similarities: what that brings.
     """
-    windowed = functools.partial(_match_ours, window=FIELDS["window"].default)
+    windowed = functools.partial(_match_ours, window=FIELDS["window"].default, exact=False)
     found = [Matcher(OURS, windowed)]
     if reuse_steps > 1:
         found.append(Matcher(f"{OURS}, kept for {reuse_steps} steps", windowed, reuse_steps))
+    found.append(Matcher(f"{OURS}, exact", functools.partial(windowed, exact=True)))
     notes = []
     if side <= WHOLE_IMAGE_SIDE:
-        found.append(Matcher(f"{OURS}, whole image", functools.partial(_match_ours, window=None)))
+        found.append(Matcher(f"{OURS}, whole image", functools.partial(windowed, window=None, exact=True)))
     else:
         notes.append(f"{OURS}, whole image: left out at {side}x{side} tokens, its time grows with their square")
     peers, peer_notes = _peers(side * side, dtype)
@@ -140,9 +143,8 @@ def _unmerged(unet: nn.Module, ratio: float) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def _ours(unet: nn.Module, ratio: float, skip_unprofitable: bool, reuse_steps: int) -> Iterator[Running]:
-    settings = MergeSettings(ratio=ratio, skip_unprofitable=skip_unprofitable, reuse_steps=reuse_steps)
-    with attach(unet, settings) as merging:
+def _ours(unet: nn.Module, ratio: float, settings: MergeSettings) -> Iterator[Running]:
+    with attach(unet, dataclasses.replace(settings, ratio=ratio)) as merging:
         yield Running(merging.set_step, lambda: merging.report().summary)
 
 
@@ -190,8 +192,11 @@ def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
         yield Running()
 
 
-def _match_ours(x: Tensor, grid: tuple[int, int], ratio: float, step: int, window: int | None) -> tuple[Apply, Apply]:
-    token_map = match_tokens(x, grid, ratio, step=step, window=window)
+def _match_ours(
+    x: Tensor, grid: tuple[int, int], ratio: float, step: int, window: int | None, exact: bool
+) -> tuple[Apply, Apply]:
+    split = make_partition(grid, step=step, window=window, device=x.device)
+    token_map = match(x, split, exact).token_map(tokens_removed(x.shape[1], ratio, exact=window is None))
     return token_map.merge, token_map.unmerge
 
 

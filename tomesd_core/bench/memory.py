@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..settings import MergeSettings
 from . import output
 from .contenders import OVER_OTHERS, UNMERGED, Contender, Matcher, matchers
 from .layer import image_tokens
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     rows: list[output.Row] = []
     panels, notes = [], []
     chosen = {side: matchers(side, args.torch_dtype) for side in args.tokens}
-    with cases(args, reuse_steps=1) as found:
+    with cases(args, MergeSettings()) as found:
         runs = sum(len(case.contenders) for case in found) * len(args.ratios) + sum(len(m) for m, _ in chosen.values())
         with progress(runs * (args.rounds + 1)) as tick:
             for case in found:

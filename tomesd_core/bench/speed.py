@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from ..settings import FIELDS
+from ..settings import FIELDS, MergeSettings
 from . import output
 from .contenders import OVER_OTHERS, UNMERGED, Contender
 from .options import add_shared, add_unet, fill_in, whole_number
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for how many steps our matching is kept; everything is timed over so many steps",
     )
+    parser.add_argument("--share-layers", action="store_true", help="one matching of ours for all layers of a grid")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     csv_path, plot_path = (args.out / f"speed-{args.attention}{ending}" for ending in (".csv", ".png"))
     rows: list[output.Row] = []
     panels, notes = [], []
-    with cases(args, args.reuse_steps) as found, progress(_runs(args, found)) as tick:
+    settings = MergeSettings(reuse_steps=args.reuse_steps, share_layers=args.share_layers)
+    with cases(args, settings) as found, progress(_runs(args, found)) as tick:
         for case in found:
             panel = output.Panel(f"{case.size_name}, {args.attention} attention", "ratio", "times faster than unmerged")
             for number, ratio in enumerate(args.ratios):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from ..settings import MergeSettings
 from .contenders import Contender, contenders
 from .models import LATENT_FACTOR, SD1, TINY, attention, build_unet, one_step, read_checkpoint
 from .options import Size
@@ -31,8 +32,12 @@ class Case:
 
 
 @contextlib.contextmanager
-def cases(args: argparse.Namespace, reuse_steps: int) -> Iterator[list[Case]]:
-    """One case for each of the arguments' sizes, all of one UNet, which has the arguments' attention while open."""
+def cases(args: argparse.Namespace, settings: MergeSettings) -> Iterator[list[Case]]:
+    """One case for each of the arguments' sizes, all of one UNet, which has the arguments' attention while open.
+
+    `settings` is how ours merges; with `--force` also where the rule says that it can't pay.
+    """
+    settings = dataclasses.replace(settings, skip_unprofitable=not args.force)
     config, weights = (TINY if args.tiny else SD1), None
     if args.checkpoint is not None:
         config, weights = read_checkpoint(args.checkpoint)
@@ -41,6 +46,6 @@ def cases(args: argparse.Namespace, reuse_steps: int) -> Iterator[list[Case]]:
         found = []
         for width, height in args.sizes:
             tokens = (width // LATENT_FACTOR) * (height // LATENT_FACTOR)
-            some, notes = contenders(tokens, args.torch_dtype, args.force, reuse_steps)
+            some, notes = contenders(tokens, args.torch_dtype, settings)
             found.append(Case((width, height), unet, one_step(unet, config, (width, height)), some, notes))
         yield found
