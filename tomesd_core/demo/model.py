@@ -309,7 +309,7 @@ class FeatureNet(nn.Module):
             *stage(3, 24, 1), *stage(24, 48, 2), *stage(48, 64, 2), *stage(64, 96, 2), *stage(96, self.width, 1)
         )
         self.head = nn.Linear(self.width, classes)
-        #: Features of the training pictures and of their mirror images, [references, width].
+        #: Features of the training pictures, [references, width].
         self.register_buffer("reference", torch.zeros(references, self.width))
 
     def features(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
