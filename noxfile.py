@@ -97,5 +97,5 @@ def live(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """A short benchmark of this machine, beside tomesd."""
-    _install(session, "tomesd==0.1.3")
+    _install(session, "tomesd==0.1.3", "scikit-image")
     session.run("python", "-m", "tomesd_core.bench", *(session.posargs or ("speed", "--quick")))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .packages import MissingPackage
 
-SUBCOMMANDS = ("speed", "layer", "memory")
+SUBCOMMANDS = ("speed", "layer", "memory", "quality")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -35,8 +35,8 @@ WHOLE_IMAGE_SIDE = 128
 class Running:
     """A contender that is on a UNet."""
 
-    begin_step: Callable[[int], None] = lambda step: None
-    """Says that the UNet's next pass belongs to this step, from 0."""
+    begin_step: Callable[[int, int], None] = lambda step, total: None
+    """Says that the UNet's next passes belong to this step, from 0, of so many."""
     describe: Callable[[], str] = str
     """What was merged, for people; may be empty."""
 
@@ -71,14 +71,10 @@ def contenders(
 
     Ours runs with `settings` at the ratio that is measured.
     """
-    peers, notes = _peers(tokens, dtype)
-    ours = functools.partial(_ours, settings=settings or MergeSettings())
-    return [
-        Contender(UNMERGED, _unmerged),
-        Contender(OURS, ours),
-        *(Contender(name, functools.partial(_tomesd, use_rand=use_rand)) for name, use_rand in peers.items()),
-        Contender(LIMIT, _limit),
-    ], notes
+    peers, notes = peers_or_why_not(tokens, dtype)
+    ours = functools.partial(WAYS[OURS], settings=settings or MergeSettings())
+    ways = {name: ours if name == OURS else WAYS[name] for name in (UNMERGED, OURS, *peers, LIMIT)}
+    return [Contender(name, put_on) for name, put_on in ways.items()], notes
 
 
 def matchers(side: int, dtype: torch.dtype, reuse_steps: int = 1) -> tuple[list[Matcher], list[str]]:
@@ -97,8 +93,8 @@ def matchers(side: int, dtype: torch.dtype, reuse_steps: int = 1) -> tuple[list[
         found.append(Matcher(f"{OURS}, whole image", functools.partial(windowed, window=None, exact=True)))
     else:
         notes.append(f"{OURS}, whole image: left out at {side}x{side} tokens, its time grows with their square")
-    peers, peer_notes = _peers(side * side, dtype)
-    found += [Matcher(name, functools.partial(_match_tomesd, use_rand=use_rand)) for name, use_rand in peers.items()]
+    peers, peer_notes = peers_or_why_not(side * side, dtype)
+    found += [Matcher(name, functools.partial(_match_tomesd, use_rand=name == RANDOM)) for name in peers]
     return found, notes + peer_notes
 
 
@@ -122,19 +118,19 @@ def similarity_bytes(tokens: int, dtype: torch.dtype) -> int:
     return 2 * (tokens - tokens // 4) * (tokens // 4) * torch.finfo(dtype).bits // 8
 
 
-def _peers(tokens: int, dtype: torch.dtype) -> tuple[dict[str, bool], list[str]]:
-    """By name: `tomesd`'s use_rand."""
+def peers_or_why_not(tokens: int, dtype: torch.dtype) -> tuple[list[str], list[str]]:
+    """The names of the peers that can run where the finest self-attention sees `tokens`; a note where none can."""
     try:
         require("tomesd")
     except MissingPackage:
-        return {}, [f"tomesd is left out, since it is not installed: {INSTALL['tomesd']}"]
+        return [], [f"tomesd is left out, since it is not installed: {INSTALL['tomesd']}"]
     needed = similarity_bytes(tokens, dtype)
     if needed > PEER_BYTES:
-        return {}, [
+        return [], [
             f"tomesd is left out at {tokens} tokens: its similarities alone take {needed / 1e9:.1f} GB, "
             f"above {PEER_BYTES / 1e9:.0f} GB"
         ]
-    return {CORNER: False, RANDOM: True}, []
+    return [CORNER, RANDOM], []
 
 
 @contextlib.contextmanager
@@ -190,6 +186,16 @@ def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
             handles.callback(attn1.register_forward_pre_hook(fewer, with_kwargs=True).remove)
             handles.callback(attn1.register_forward_hook(widened).remove)
         yield Running()
+
+
+WAYS: dict[str, Callable[..., contextlib.AbstractContextManager[Running]]] = {
+    UNMERGED: _unmerged,
+    OURS: _ours,
+    CORNER: functools.partial(_tomesd, use_rand=False),
+    RANDOM: functools.partial(_tomesd, use_rand=True),
+    LIMIT: _limit,
+}
+"""By name: what puts a contender on a UNet at a ratio; ours takes the other `settings` besides."""
 
 
 def _match_ours(

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         if row["merging"] is not None:
             panels[row["ratio"]].add(row["contender"], row["tokens"], 1e3 * row["merging"])
     output.plot(plot_path, [*panels.values()], machine)
-    output.show(COLUMNS, rows, machine, notes, [csv_path, plot_path])
+    output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
 
 
 def image_tokens(side: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
                     rows.append(_row("matching", f"{side}x{side} tokens", MATCHING_RATIO, args, row))
                 output.write_csv(csv_path, rows, machine)
     output.plot(plot_path, panels, machine)
-    output.show(COLUMNS, rows, machine, notes, [csv_path, plot_path])
+    output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -145,7 +145,7 @@ def _row(
 
 def _step_peak(case: Case, contender: Contender, ratio: float, device: torch.device, said: dict[str, str]) -> int:
     with contender.put_on(case.unet, ratio) as running:
-        running.begin_step(0)
+        running.begin_step(0, 1)
         peak = peak_bytes(case.step, device)
         said[contender.name] = running.describe()
     return peak

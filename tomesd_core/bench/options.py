@@ -44,14 +44,17 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def add_shared(parser: argparse.ArgumentParser) -> None:
-    """The options of every subcommand. None is `fill_in`'s to replace."""
-    parser.add_argument("--rounds", type=whole_number, metavar="N", help="how often everything is measured")
+def add_shared(parser: argparse.ArgumentParser, rounds: bool = True) -> None:
+    """The options of every subcommand, and of one that measures in rounds. None is `fill_in`'s to replace."""
+    if rounds:
+        parser.add_argument("--rounds", type=whole_number, metavar="N", help="how often everything is measured")
     parser.add_argument("--attention", choices=ATTENTION, help="ldm's own attention, or torch's fused one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", type=torch.device, default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=whole_number, metavar="N", help="threads of torch on the CPU")
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of CSV and plot (./out)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="DIR", help="folder of what is written (./out)"
+    )
     parser.add_argument("--quick", action="store_true", help="smaller, fewer, shorter")
 
 

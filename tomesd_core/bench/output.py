@@ -44,7 +44,7 @@ class Machine:
 def this_machine(device: torch.device, dtype: str, command: str) -> Machine:
     """This machine, as it is now."""
     threads = torch.get_num_threads()
-    words = f"{_processor()}, {_cores()} cores, {threads} thread{'s' if threads > 1 else ''}"
+    words = f"{_processor()}, {cores()} cores, {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
         words = f"{torch.cuda.get_device_name(device)}; {words}"
     elif device.type != "cpu":
@@ -53,8 +53,8 @@ def this_machine(device: torch.device, dtype: str, command: str) -> Machine:
     return Machine(words, versions, datetime.date.today().isoformat(), command)
 
 
-def _cores() -> int:
-    # Those that this process may use, where the system tells; a container's are fewer than the machine's.
+def cores() -> int:
+    """How many cores this process may use, where the system tells; a container's are fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -81,10 +81,9 @@ def scaled(factor: float, digits: int) -> Callable[[object], str]:
 
 def table(columns: Columns, rows: Sequence[Row]) -> str:
     """The rows under their titles, every column as wide as it must be, numbers to the right."""
-    cells = [[title for title, _ in columns.values()]]
-    cells += [["-" if row.get(key) is None else write(row[key]) for key, (_, write) in columns.items()] for row in rows]
+    cells = _cells(columns, rows)
     widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
-    text = [all(isinstance(row.get(key), str) for row in rows) for key in columns]
+    text = _hold_text(columns, rows)
     aligned = [
         "  ".join(
             cell.ljust(width) if left else cell.rjust(width)
@@ -93,6 +92,25 @@ def table(columns: Columns, rows: Sequence[Row]) -> str:
         for line in cells
     ]
     return "\n".join([aligned[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *aligned[1:]])
+
+
+def markdown(columns: Columns, rows: Sequence[Row]) -> str:
+    """The same table in Markdown."""
+    titles, *lines = [f"| {' | '.join(line)} |" for line in _cells(columns, rows)]
+    rule = "|".join(" --- " if left else " ---: " for left in _hold_text(columns, rows))
+    return "\n".join([titles, f"|{rule}|", *lines])
+
+
+def _cells(columns: Columns, rows: Sequence[Row]) -> list[list[str]]:
+    """What is written in each place of the table, from the titles down."""
+    values = [["-" if row.get(key) is None else write(row[key]) for key, (_, write) in columns.items()] for row in rows]
+    return [[title for title, _ in columns.values()], *values]
+
+
+def _hold_text(columns: Columns, rows: Sequence[Row]) -> list[bool]:
+    """By column: whether it holds words, which stand to the left, or numbers."""
+    known = [[row[key] for row in rows if row.get(key) is not None] for key in columns]
+    return [bool(values) and all(isinstance(value, str) for value in values) for values in known]
 
 
 def write_csv(path: Path, rows: Sequence[Row], machine: Machine) -> None:
@@ -107,21 +125,25 @@ def write_csv(path: Path, rows: Sequence[Row], machine: Machine) -> None:
 
 @dataclasses.dataclass
 class Panel:
-    """One pair of axes."""
+    """One pair of axes. What is across may be words, whose points are not joined."""
 
     title: str
     across: str
     up: str
-    lines: dict[str, list[tuple[float, float]]] = dataclasses.field(default_factory=dict)
+    lines: dict[str, list[tuple[float | str, float]]] = dataclasses.field(default_factory=dict)
     """By name: the points (x, y)."""
+    errors: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """By name, where known: how far each point's interval reaches up and down."""
     reference: str | None = None
-    """The line that was not measured here."""
+    """The line that the others are held against: it is drawn dashed, without points."""
     logarithmic: bool = False
 
-    def add(self, name: str, x: float, y: float | None) -> None:
-        """Adds a point, if it was measured, to the line of that name."""
+    def add(self, name: str, x: float | str, y: float | None, error: float | None = None) -> None:
+        """Adds a point, if it was measured, to the line of that name; all of a line's points have an error, or none."""
         if y is not None:
             self.lines.setdefault(name, []).append((x, y))
+            if error is not None:
+                self.errors.setdefault(name, []).append(error)
 
 
 def paper_line(measured: Mapping[float, float]) -> list[tuple[float, float]]:
@@ -137,7 +159,11 @@ def plot(path: Path, panels: Sequence[Panel], machine: Machine) -> None:
     for panel, axis in zip(panels, axes[0], strict=True):
         for name, points in panel.lines.items():
             style = {"linestyle": "--", "color": "grey"} if name == panel.reference else {"marker": "o"}
-            axis.plot(*zip(*points, strict=True), label=name, **style)
+            words = isinstance(points[0][0], str)
+            style = {"linestyle": "none"} | style if words else style
+            axis.errorbar(*zip(*points, strict=True), yerr=panel.errors.get(name), capsize=3, label=name, **style)
+            if words:
+                pyplot.setp(axis.get_xticklabels(), rotation=45, ha="right")
         axis.set(title=panel.title, xlabel=panel.across, ylabel=panel.up)
         if panel.logarithmic:
             axis.set(xscale="log", yscale="log")
@@ -149,10 +175,10 @@ def plot(path: Path, panels: Sequence[Panel], machine: Machine) -> None:
     pyplot.close(figure)
 
 
-def show(columns: Columns, rows: Sequence[Row], machine: Machine, notes: Sequence[str], files: Sequence[Path]) -> None:
-    """Prints machine, table, notes (each once) and where the files are."""
+def show(tables: str, machine: Machine, notes: Sequence[str], files: Sequence[Path]) -> None:
+    """Prints machine, tables, notes (each once) and where the files are."""
     print(f"\n{machine}\n")
-    print(table(columns, rows))
+    print(tables)
     for note in dict.fromkeys(notes):
         print(f"* {note}")
     print(f"written: {', '.join(map(str, files))}")

@@ -9,6 +9,7 @@ INSTALL = {
     "ldm": "pip install einops omegaconf pillow tqdm && pip install --no-deps stable-diffusion-sdkit==2.1.5",
     "matplotlib": "pip install matplotlib",
     "safetensors": "pip install safetensors",
+    "skimage": "pip install scikit-image",
     "tomesd": "pip install tomesd==0.1.3",
     "tqdm": "pip install tqdm",
 }

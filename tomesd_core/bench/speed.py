@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
             panels.append(panel)
             notes += case.notes
     output.plot(plot_path, panels, machine)
-    output.show(COLUMNS, rows, machine, notes, [csv_path, plot_path])
+    output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
 
 
 def _runs(args: argparse.Namespace, found: list[Case]) -> int:
@@ -105,7 +105,7 @@ def _seconds(
 
     def work() -> None:
         for step in range(steps):
-            running.begin_step(step)
+            running.begin_step(step, steps)
             case.step()
 
     with contender.put_on(case.unet, ratio) as running:

@@ -1,0 +1,464 @@
+"""The benchmark of quality: its tables, how its pictures are made and kept, and what is measured on them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("ldm")
+pytest.importorskip("matplotlib")
+pytest.importorskip("skimage")
+pytest.importorskip("tqdm")
+
+from tomesd_core.bench import ablations, distances, output, pictures, quality
+from tomesd_core.bench.__main__ import main
+from tomesd_core.bench.ablations import TABLES, WHOLE, Variant, ours
+from tomesd_core.bench.contenders import CORNER, OURS, RANDOM, UNMERGED
+from tomesd_core.bench.pictures import CHUNK, Album, Studio
+from tomesd_core.demo import model as demo_model
+from tomesd_core.demo.model import TinyModel
+from tomesd_core.settings import FIELDS
+
+STUDIO = Studio(None, True, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu"))
+EVERY_ROW = [pytest.param(row, id=f"{name}: {row.name} {row.ratio}") for name, t in TABLES.items() for row in t.rows]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, capfd: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs `bench quality --tiny` in one process; gives what it printed."""
+
+    def run(*arguments: object, status: int = 0) -> str:
+        command = ["quality", *map(str, arguments), "--out", str(tmp_path)]
+        assert main([*command, *([] if "--processes" in command else ["--processes", "1"])]) == status
+        printed = capfd.readouterr()
+        return printed.err if status else printed.out
+
+    return run
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
+    """The chunks that are made."""
+    chunks: list[tuple[Variant, int]] = []
+    make = Studio.make
+    monkeypatch.setattr(Studio, "make", lambda self, *chunk: chunks.append(chunk) or make(self, *chunk))
+    return chunks
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# The command
+
+
+def test_a_table_says_how_each_row_differs(bench: Callable, tmp_path: Path) -> None:
+    printed = bench("--tiny", "--tables", "where")
+    rows = read(tmp_path / "quality-where.csv")
+    assert [(row["row"], row["ratio"]) for row in rows] == [
+        (UNMERGED, "0.0"),
+        *((name, "0.5") for name in ("level 1", "levels 1, 2", "levels 1, 2, 4")),
+    ]
+    unmerged, reference, coarser, coarsest = rows
+    assert unmerged["psnr"] == unmerged["ssim"] == "" != unmerged["frechet"]
+    assert reference["psnr"] and reference["psnr_difference"] == reference["psnr_verdict"] == ""
+    for row in (coarser, coarsest):
+        for metric, digits in (("psnr", 2), ("ssim", 4), ("frechet", 3)):
+            difference = float(row[metric]) - float(reference[metric])
+            assert float(row[f"{metric}_difference"]) == pytest.approx(difference)
+            assert f"{abs(difference):.{digits}f} ± " in printed
+        assert row["reference"] == "level 1" and row["samples"] == "6" and row["steps"] == "2"
+        assert row["machine"] and "torch" in row["versions"] and "quality --tiny" in row["command"]
+    assert [row["merged"].partition(" self")[0] for row in rows] == [
+        "",
+        "3 of 10",
+        "6 of 10",
+        "10 of 10",
+    ]
+    assert (tmp_path / "quality-where.png").read_bytes().startswith(b"\x89PNG")
+    markdown = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert rows[0]["command"] in markdown and rows[0]["command"] in printed
+    assert "| levels 1, 2, 4 | 0.50 |" in markdown
+    assert f"{float(coarser['psnr']):.2f} ± {float(coarser['psnr_interval']):.2f} |" in markdown
+
+
+def test_all_tables_share_what_they_have_in_common(bench: Callable, made: list, tmp_path: Path) -> None:
+    pytest.importorskip("tomesd")
+    bench("--tiny", "--steps", 1)
+    variants = {row.variant for table in TABLES.values() for row in table.rows}
+    assert len(made) == len(set(made)) == len(variants)
+    for name, table in TABLES.items():
+        rows = read(tmp_path / f"quality-{name}.csv")
+        assert [row["row"] for row in rows] == [row.name for row in table.rows]
+        assert {row["table"] for row in rows} == {name}
+    half = [row["psnr"] for row in read(tmp_path / "quality-ratio.csv") if row["ratio"] == "0.5"]
+    assert half == [row["psnr"] for row in read(tmp_path / "quality-share.csv") if row["row"] == "own"]
+
+
+def test_more_samples_make_only_the_new_ones(bench: Callable, made: list, tmp_path: Path) -> None:
+    bench("--tiny", "--tables", "share", "--samples", CHUNK)
+    assert [first for _, first in made] == [0, 0, 0]
+    before = read(tmp_path / "quality-share.csv")
+    made.clear()
+    bench("--tiny", "--tables", "share", "--samples", CHUNK + 1)
+    assert [first for _, first in made] == [CHUNK] * 3
+    made.clear()
+    bench("--tiny", "--tables", "share", "--samples", CHUNK)
+    assert not made
+    again = read(tmp_path / "quality-share.csv")
+    assert [row["psnr"] for row in again] == [row["psnr"] for row in before]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(bench: Callable, made: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = pictures.os.replace
+
+    def interrupted(*paths: object) -> None:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pictures.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench("--tiny", "--tables", "share", "where")
+    done, half_written = made[:2], made[2]
+    made.clear()
+    bench("--tiny", "--tables", "share", "where")
+    assert made[0] == half_written and len(made) == 3
+    assert not set(done) & set(made)
+
+
+def test_two_processes_make_the_same_pictures(bench: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("tomesd")
+    bench("--tiny", "--tables", "peers", "--processes", 2, "--threads", 1)
+    studio = dataclasses.replace(STUDIO, steps=2)
+    for row in TABLES["peers"].rows:
+        kept = Album(tmp_path / "quality", studio).read(row.variant, CHUNK)
+        assert (kept.pictures.int() - studio.make(row.variant, 0)[0].int()).abs().max() <= 1
+        assert kept.seconds > 0
+
+
+def test_ours_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("tomesd")
+    times = {OURS: (1.0, 0.5), CORNER: (1.1, 0.8), UNMERGED: (1.0, 1.0)}
+    lines = [
+        f"64x64,{ratio},{name},{t}" for name, pair in times.items() for ratio, t in zip((0, 0.5), pair, strict=True)
+    ]
+    path = tmp_path / "speed.csv"
+    path.write_text("\n".join(["size,ratio,contender,seconds", *lines]), encoding="utf-8")
+    bench("--tiny", "--steps", 1, "--tables", "share", "--speed", path)
+    rows = read(tmp_path / "quality-time.csv")
+    assert [(row["row"], row["ratio"]) for row in rows[1:]] == [
+        *((OURS, "0.05"), (CORNER, "0.25")),
+        *((OURS, "0.2"), (CORNER, "0.5")),
+        *((OURS, "0.2"), (CORNER, "0.7")),
+    ]
+    for mine, theirs in zip(rows[1::2], rows[2::2], strict=True):
+        assert float(theirs["psnr_difference"]) == pytest.approx(float(theirs["psnr"]) - float(mine["psnr"]))
+
+
+def test_what_is_wrong_is_said(bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    (tmp_path / "sizes.csv").write_text("size,ratio,contender,seconds\na,0,ours,1\nb,0.5,ours,1\n", encoding="utf-8")
+    for arguments, why in (
+        (["--weights", tmp_path / "none.safetensors"], "none.safetensors is missing"),
+        (["--tiny", "--samples", 1], "samples must be at least 2"),
+        (["--tiny", "--speed", tmp_path / "none.csv"], "there is no file"),
+        (["--tiny", "--speed", tmp_path / "other.csv"], "not a CSV of `bench speed`"),
+        (["--tiny", "--speed", tmp_path / "sizes.csv"], "must hold one size"),
+    ):
+        assert why in bench(*arguments, status=2)
+    monkeypatch.setattr(demo_model, "WEIGHTS", tmp_path)
+    pictures._model.cache_clear()
+    assert "tiny.safetensors is missing" in bench("--samples", 2, status=2)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "skimage"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    assert "pip install scikit-image" in bench("--tiny", status=2)
+    with pytest.raises(SystemExit):
+        bench("--tiny", "--steps", 3)
+
+
+def test_a_classifier_of_other_pictures_is_refused(bench: Callable, tmp_path: Path) -> None:
+    model = TinyModel.random(**pictures.TINY_SHAPE)
+    model.captions = ["cat face", "red apple"]
+    model.save(tmp_path / "two.safetensors")
+    assert "the model has 2" in bench("--weights", tmp_path / "two.safetensors", "--samples", 2, status=2)
+
+
+def test_without_tomesd_its_rows_are_left_out(bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tomesd", None)
+    printed = bench("--tiny", "--steps", 1, "--tables", "peers")
+    assert "tomesd is left out" in printed
+    assert {row["row"] for row in read(tmp_path / "quality-peers.csv")} == {UNMERGED, OURS}
+    assert "tomesd is left out" not in bench("--tiny", "--steps", 1, "--tables", "share")
+
+
+# Its tables
+
+
+def test_tables_depend_on_no_default() -> None:
+    assert set(ablations.BASE) == set(FIELDS) - {"apply_to"}
+
+
+@pytest.mark.parametrize("row", EVERY_ROW)
+def test_a_rows_ratio_is_the_mean_over_its_steps(row: ablations.Row) -> None:
+    if row.variant.contender != OURS:
+        assert row.ratio == row.variant.ratio
+        return
+    ratios = [row.variant.settings.ratio_at(step / 49) for step in range(50)]
+    assert sum(ratios) / 50 == pytest.approx(row.ratio)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_are_held_against_their_like(name: str) -> None:
+    table = TABLES[name]
+    against = [(row, table.reference_of(row)) for row in table.rows]
+    references = [row for row in table.rows if row.name == table.reference]
+    assert references and len({row.variant for row in table.rows}) == len(table.rows)
+    for row, reference in against:
+        if row in references:
+            assert reference is None
+        elif len(references) == 1:
+            assert reference is references[0]
+        else:
+            assert (reference is None) == (row is WHOLE)
+            assert reference is None or reference.ratio == row.ratio
+    # At one ratio, but where that is what the table is of.
+    merged = {row.ratio for row in table.rows if row is not WHOLE}
+    assert table.over_ratio or merged == {0.5}
+
+
+def test_ours_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> None:
+    curve = {0.0: 10.0, 0.1: 11.0, 0.5: 6.0, 0.75: 4.0}
+    table = ablations.at_equal_time({OURS: curve, CORNER: {0.0: 9.1, 0.5: 5.1}, RANDOM: {0.0: 12.0, 0.7: 2.0}})
+    found = [(row.name, row.ratio) for row in table.rows]
+    assert found == [
+        (UNMERGED, 0),
+        *((OURS, 0.42), (CORNER, 0.25)),  # 7.1 s: at 0.1 + 0.4 * 3.9 / 5 = 0.412
+        *((OURS, 0.62), (CORNER, 0.5)),  # 5.1 s: at 0.5 + 0.25 * 0.9 / 2 = 0.6125
+        *((OURS, 0.62), (CORNER, 0.7)),  # past the last measured ratio, the same
+        *((OURS, 0.31), (RANDOM, 0.25)),  # 8.43 s: at 0.1 + 0.4 * 2.57 / 5 = 0.306
+        *((OURS, 0.65), (RANDOM, 0.5)),  # 4.86 s: at 0.5 + 0.25 * 1.14 / 2 = 0.643
+        # At 0.7 tomesd takes 2 s, which ours never does.
+    ]
+    assert [table.reference_of(row) for row in table.rows[1:5]] == [None, table.rows[1], None, table.rows[3]]
+
+
+# Its pictures
+
+
+def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
+    from ldm.models.diffusion.plms import PLMSSampler
+
+    model, numbers = STUDIO.model(), STUDIO.captions(CHUNK + 3)
+    number = CHUNK + 2
+    x, _ = PLMSSampler(model).sample(
+        S=4,
+        batch_size=1,
+        shape=model.image_shape,
+        conditioning=model.encode_prompts([model.captions[numbers[number]]]),
+        unconditional_conditioning=model.encode_prompts([""]),
+        unconditional_guidance_scale=3.0,
+        x_T=torch.randn(1, *model.image_shape, generator=torch.Generator().manual_seed(number)),
+        verbose=False,
+    )
+    alone = torch.frombuffer(bytearray(model.to_images(x)[0].tobytes()), dtype=torch.uint8).view(8, 8, 3)
+    made, seconds, merged = STUDIO.make(WHOLE.variant, CHUNK)
+    assert made.shape == (CHUNK, 8, 8, 3) and made.dtype == torch.uint8
+    assert (made[2].int() - alone.int()).abs().max() <= 1
+    assert seconds > 0 and merged == ""
+
+
+def test_the_prompts_are_all_captions_in_turn() -> None:
+    known = len(STUDIO.model().captions)
+    numbers = STUDIO.captions(2 * known + 1)
+    assert sorted(numbers[:known]) == list(range(known))
+    assert numbers[known:] == [*numbers[:known], numbers[0]]
+    assert STUDIO.captions(3) == numbers[:3]
+
+
+def test_the_merging_is_told_its_steps(watch: Callable) -> None:
+    unet = STUDIO.model().model.diffusion_model
+    with watch(unet) as seen:
+        *_, merged = STUDIO.make(ours(schedule="step", ratio=0.75, late_ratio=0.25), 0)
+    first, *_ = seen.values()
+    # PLMS runs the UNet twice in its first step.
+    assert [tokens.shape[1] for tokens in first] == [16, 16, 16, 48, 48]
+    assert {tokens.shape[0] for tokens in first} == {2 * CHUNK}
+    assert "4 of 4 steps" in merged
+
+
+@pytest.mark.parametrize("contender", [OURS, CORNER, RANDOM])
+def test_merging_changes_the_pictures_and_leaves_nothing_behind(contender: str, hook_dicts: Callable) -> None:
+    pytest.importorskip("tomesd")
+    unet = STUDIO.model().model.diffusion_model
+    variant = ours() if contender == OURS else Variant(contender, 0.5)
+    before, random_state, plain = hook_dicts(unet), torch.get_rng_state(), STUDIO.make(WHOLE.variant, 0)[0]
+    first, again = (STUDIO.make(variant, 0)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, plain)
+    assert torch.equal(STUDIO.make(WHOLE.variant, 0)[0], plain)
+    assert hook_dicts(unet) == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_tomesds_draws_differ_from_chunk_to_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    tomesd = pytest.importorskip("tomesd")
+    drawn = []
+    init = tomesd.patch.init_generator
+    monkeypatch.setattr(
+        tomesd.patch, "init_generator", lambda device: drawn.append(init(device).get_state()) or init(device)
+    )
+    for first in (0, CHUNK, CHUNK):
+        STUDIO.make(Variant(RANDOM, 0.5), first)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[1], drawn[2])
+    drawn.clear()
+    random, corner = (STUDIO.make(Variant(name, 0.5), 0)[0] for name in (RANDOM, CORNER))
+    assert not torch.equal(random, corner)
+
+
+def test_a_shared_draw_makes_pictures_that_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differ(variant: Variant) -> int:
+        whole = STUDIO.make(variant, 0)[0]
+        with monkeypatch.context() as patched:
+            patched.setattr(pictures, "CHUNK", CHUNK // 2)
+            half = STUDIO.make(variant, CHUNK // 2)[0]
+        return int((whole[CHUNK // 2 :].int() - half.int()).abs().max())
+
+    assert differ(ours()) <= 1
+    assert differ(ours(shared_draw=False)) > 1
+
+
+def test_what_pictures_depend_on_is_in_their_folders_name(tmp_path: Path) -> None:
+    model = TinyModel.random(1, **pictures.TINY_SHAPE)
+    model.save(tmp_path / "other.safetensors")
+    variants = [WHOLE.variant, ours(), ours(ratio=0.4), ours(window=8), Variant(CORNER, 0.5), Variant(RANDOM, 0.5)]
+    studios = [
+        STUDIO,
+        *(dataclasses.replace(STUDIO, **{name: value}) for name, value in (("steps", 5), ("scale", 2.0))),
+        *(
+            dataclasses.replace(STUDIO, **{name: value})
+            for name, value in (("attention", "plain"), ("dtype", "bfloat16"))
+        ),
+        dataclasses.replace(STUDIO, weights=tmp_path / "other.safetensors", tiny=False),
+    ]
+    digests = [studio.digest(variant) for studio in studios for variant in variants]
+    assert len(set(digests)) == len(studios) * len(variants)
+    assert STUDIO.digest(ours()) == STUDIO.digest(ours(partition="random"))
+
+
+def test_chunks_are_made_in_turns_and_once(tmp_path: Path) -> None:
+    album = Album(tmp_path, STUDIO)
+    half, whole = ours(), WHOLE.variant
+    everything = [(whole, 0), (half, 0), (whole, CHUNK), (half, CHUNK)]
+    assert album.missing([whole, half, whole], CHUNK + 1) == everything
+    assert list(album.make(everything[:3], 1, 1)) == [whole, half, whole]
+    assert album.missing([whole, half], CHUNK + 1) == [(half, CHUNK)]
+    kept = album.read(whole, CHUNK + 1)
+    expected = [STUDIO.make(whole, first)[0] for first in (0, CHUNK)]
+    assert torch.equal(kept.pictures, torch.cat(expected)[: CHUNK + 1])
+
+
+# What is measured
+
+
+def test_what_is_judged(bench: Callable, tmp_path: Path) -> None:
+    bench("--tiny", "--tables", "share", "--samples", 6)
+    studio = dataclasses.replace(STUDIO, steps=2)
+    plain, merged = (studio.make(variant, 0)[0][:6] for variant in (WHOLE.variant, ours()))
+    row = read(tmp_path / "quality-share.csv")[1]
+    assert row["row"] == "own"
+    assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, plain).mean()), abs=0.2)
+    net = studio.classifier()
+    logits = net(merged.permute(0, 3, 1, 2) / 255)
+    right = [int(logits[i].argmax()) == number for i, number in enumerate(studio.captions(6))]
+    assert float(row["named"]) == pytest.approx(sum(right) / 6)
+    features = net.features(merged.permute(0, 3, 1, 2) / 255)
+    assert float(row["frechet"]) == pytest.approx(float(distances.Frechet(net.reference).distance(features)), rel=1e-3)
+
+
+def test_psnr_and_ssim() -> None:
+    generator = torch.Generator().manual_seed(0)
+    twins = torch.randint(0, 200, (2, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    brighter = twins + torch.tensor([0, 10], dtype=torch.uint8).view(2, 1, 1, 1)
+    same, other = distances.psnr(brighter, twins).tolist()
+    assert other == pytest.approx(20 * math.log10(255 / 10))
+    assert same == pytest.approx(10 * math.log10(255**2 * 12))
+    same, other = distances.ssim(brighter, twins).tolist()
+    assert same == pytest.approx(1)
+    assert 0.5 < other < 1
+
+
+def test_frechet_distance() -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(200, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    features = torch.randn(3, 50, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 1
+    frechet = distances.Frechet(reference)
+    first, second = reference.double(), features[1].double()
+    root = torch.from_numpy(linalg.sqrtm((first.T.cov() @ second.T.cov()).numpy()).real)
+    expected = (first.mean(0) - second.mean(0)).square().sum() + (first.T.cov() + second.T.cov() - 2 * root).trace()
+    assert frechet.distance(features).shape == (3,)
+    assert float(frechet.distance(features)[1]) == pytest.approx(float(expected))
+    assert float(frechet.distance(reference)) == pytest.approx(0, abs=1e-9)
+    # Moved and otherwise the same: the square of the way.
+    assert float(frechet.distance(reference + 2)) == pytest.approx(6 * 4)
+
+
+def test_intervals_are_those_of_the_normal_distribution() -> None:
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0)) * 3
+    estimate = distances.mean(values, distances.resamples(100))
+    assert estimate.value == pytest.approx(float(values.mean()))
+    assert estimate.interval == pytest.approx(1.96 * float(values.std()) / 10, rel=0.15)
+
+
+def test_differences_are_paired() -> None:
+    drawn = distances.resamples(50)
+    shared = 10 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    own = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    one, other = distances.mean(shared, drawn), distances.mean(shared + own - own.mean() + 1, drawn)
+    difference = other.minus(one)
+    assert difference.value == pytest.approx(1)
+    assert difference.interval < 0.2 * one.interval
+    assert distances.verdict(difference, higher_is_better=True) == "better"
+    assert distances.verdict(difference, higher_is_better=False) == "worse"
+    assert distances.verdict(one.minus(other), higher_is_better=True) == "worse"
+    assert distances.verdict(one.minus(one), higher_is_better=True) == "none"
+    unsure = dataclasses.replace(difference, value=difference.interval * 0.99)
+    assert distances.verdict(unsure, higher_is_better=True) == "none"
+
+
+def test_frechets_estimate_is_resampled_by_pictures() -> None:
+    generator = torch.Generator().manual_seed(0)
+    frechet = distances.Frechet(torch.randn(40, 3, generator=generator))
+    features, drawn = torch.randn(30, 3, generator=generator), distances.resamples(30)
+    estimate = frechet.estimate(features, drawn)
+    assert estimate.value == pytest.approx(float(frechet.distance(features)))
+    assert estimate.resampled.shape == (distances.RESAMPLES,)
+    assert float(estimate.resampled[77]) == pytest.approx(float(frechet.distance(features[drawn[77]])))
+
+
+def test_markdown() -> None:
+    columns = {"name": ("name", str), "value": ("value", output.number(1)), "word": ("word", str)}
+    rows = [{"name": "a", "value": 1.0, "word": None}, {"name": "long", "value": None, "word": "none"}]
+    assert output.markdown(columns, rows).splitlines() == [
+        "| name | value | word |",
+        "| --- | ---: | --- |",
+        "| a | 1.0 | - |",
+        "| long | - | none |",
+    ]
+
+
+def test_usual_settings_are_the_papers() -> None:
+    assert quality.USUAL["steps"] == 50
+    assert list(TABLES)[:5] == ["partition", "when", "window", "reuse", "share"]

@@ -1,0 +1,229 @@
+"""Pictures of the tiny model, made with and without merging, and kept on disk: what was made is never made again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import hooks, matching, partition, plan, schedule, token_map
+from ..demo.model import FeatureNet, TinyModel
+from .ablations import Variant
+from .contenders import CORNER, OURS, RANDOM, Running
+from .models import attention
+from .options import DTYPES
+from .packages import require
+from .timing import timed
+
+CHUNK = 8
+"""Pictures made at once, and kept in one file; guidance doubles them. On a CPU more at once were no faster."""
+
+TINY_SHAPE = {"image_size": 8, "channel_mult": [1, 1, 1], "context_dim": 32}
+TINY_CAPTIONS = ("cat face", "red apple", "red cat", "apple face", "apple")
+
+
+@dataclasses.dataclass(frozen=True)
+class Studio:
+    """All that pictures depend on besides their number and the way to merge."""
+
+    weights: Path | None
+    """The model's file; None is the shipped one."""
+    tiny: bool
+    """An untrained, smaller model in its place."""
+    steps: int
+    """Of PLMS; they divide 1000."""
+    scale: float
+    """Of classifier-free guidance."""
+    attention: str
+    dtype: str
+    device: torch.device
+
+    def model(self) -> TinyModel:
+        """The model, which later calls give again. Raises `ValueError` where its weights are missing."""
+        return _model(self.weights, self.tiny, self.device)
+
+    def classifier(self) -> FeatureNet:
+        """The classifier of the model's pictures. Raises `ValueError` where it is missing, or of other pictures."""
+        captions = self.model().captions
+        if self.tiny:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                net = FeatureNet(len(captions), references=8).eval().requires_grad_(False)
+                net.reference.normal_()
+            return net
+        with _missing_file_is_said():
+            net = FeatureNet.load()
+        if net.head.out_features != len(captions):
+            raise ValueError(
+                f"the feature classifier tells {net.head.out_features} pictures apart, the model has {len(captions)}"
+            )
+        return net
+
+    def captions(self, count: int) -> list[int]:
+        """The numbers of the captions that the first `count` pictures are made of.
+
+        All captions in turn, in an order that is drawn once: those that come after each other in the model are alike.
+        """
+        known = len(self.model().captions)
+        order = torch.randperm(known, generator=torch.Generator().manual_seed(0)).tolist()
+        return [order[number % known] for number in range(count)]
+
+    def make(self, variant: Variant, first: int) -> tuple[Tensor, float, str]:
+        """`CHUNK` pictures from number `first` on, uint8 [CHUNK, H, W, 3]; their seconds; and what was merged."""
+        model = self.model()
+        prompts = [model.captions[number] for number in self.captions(first + CHUNK)[first:]]
+        unet, dtype = model.model.diffusion_model, DTYPES[self.dtype]
+        narrow = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        # `tomesd` draws from a copy of the global random state, which is made in its first call.
+        with torch.random.fork_rng(devices=[]), attention(unet, self.attention), narrow:
+            torch.manual_seed(first)
+            with variant.put_on(unet) as running:
+                work = functools.partial(self._sample, model, prompts, first, running)
+                seconds, x = timed(work, self.device)
+                merged = running.describe()
+        return model.to_rgb(x).mul(255).round().byte().permute(0, 2, 3, 1).cpu(), seconds, merged
+
+    def _sample(self, model: TinyModel, prompts: Sequence[str], first: int, running: Running) -> Tensor:
+        """[B, 3, H, W], by ldm's own PLMS; picture i starts from the noise of seed `first` + i."""
+        sampler = require("ldm.models.diffusion.plms").PLMSSampler(model)
+        noise = [
+            torch.randn(model.image_shape, generator=torch.Generator().manual_seed(first + number))
+            for number in range(len(prompts))
+        ]
+        running.begin_step(0, self.steps)
+        # It prints, and draws a progress bar of its own for each run.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            x, _ = sampler.sample(
+                S=self.steps,
+                batch_size=len(prompts),
+                shape=model.image_shape,
+                conditioning=model.encode_prompts(prompts),
+                unconditional_conditioning=model.encode_prompts([""] * len(prompts)),
+                unconditional_guidance_scale=self.scale,
+                x_T=torch.stack(noise).to(self.device),
+                callback=lambda step: running.begin_step(step + 1, self.steps),
+                verbose=False,
+            )
+        return x
+
+    def digest(self, variant: Variant) -> str:
+        """Of all that a variant's pictures depend on: the model, how it is run, and the code that merges."""
+        code: object = None
+        if variant.contender == OURS:
+            code = _code_digest()
+        elif variant.contender in (CORNER, RANDOM):
+            code = importlib.metadata.version("tomesd")
+        how = [self.steps, self.scale, self.attention, self.dtype, self.device.type, CHUNK, torch.__version__]
+        everything = [_model_digest(self.model()), how, dataclasses.asdict(variant), code]
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1)
+def _model(weights: Path | None, tiny: bool, device: torch.device) -> TinyModel:
+    require("ldm.modules.diffusionmodules.openaimodel")
+    if tiny:
+        model = TinyModel.random(**TINY_SHAPE)
+        model.captions = list(TINY_CAPTIONS)
+    else:
+        with _missing_file_is_said():
+            model = TinyModel.load(weights)
+    return model.to(device)
+
+
+@contextlib.contextmanager
+def _missing_file_is_said() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+
+
+@functools.lru_cache(maxsize=1)
+def _model_digest(model: TinyModel) -> str:
+    digest = hashlib.sha256(json.dumps([model.shape, model.words, model.captions]).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def _code_digest() -> str:
+    sources = [inspect.getsource(module) for module in (hooks, matching, partition, plan, schedule, token_map)]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A variant's pictures."""
+
+    pictures: Tensor
+    """uint8, [N, H, W, 3]."""
+    seconds: float
+    """A picture: the median over its chunks. They are made one after the other, not in rounds."""
+    merged: str
+    """What was merged, for people; may be empty."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Album:
+    """The folder that pictures are kept in: a folder a variant, by its digest, and a file a chunk."""
+
+    folder: Path
+    studio: Studio
+
+    def missing(self, variants: Sequence[Variant], count: int) -> list[tuple[Variant, int]]:
+        """The chunks, by their first number, that the variants' first `count` pictures lack; once each.
+
+        In turns: a slow minute of the machine falls on all variants alike.
+        """
+        wanted = [(variant, first) for first in range(0, count, CHUNK) for variant in dict.fromkeys(variants)]
+        return [(variant, first) for variant, first in wanted if not self._path(variant, first).is_file()]
+
+    def make(self, chunks: Sequence[tuple[Variant, int]], processes: int, threads: int) -> Iterator[Variant]:
+        """Makes chunks, in so many processes of so many threads; gives the variant of each, in order, once kept."""
+        if processes == 1 or len(chunks) < 2:
+            for chunk in chunks:
+                yield self._make(chunk)
+            return
+        # Of tensors as small as these, two are computed faster side by side than each by two threads.
+        spawning = multiprocessing.get_context("spawn")
+        with spawning.Pool(min(processes, len(chunks)), torch.set_num_threads, (threads,)) as pool:
+            yield from pool.imap(self._make, chunks)
+
+    def read(self, variant: Variant, count: int) -> Made:
+        """The first `count` pictures of a variant, all of which must have been made."""
+        chunks = []
+        for first in range(0, count, CHUNK):
+            with np.load(self._path(variant, first)) as kept:
+                chunks.append({name: kept[name] for name in kept.files})
+        pictures = torch.from_numpy(np.concatenate([chunk["pictures"] for chunk in chunks])[:count])
+        seconds = float(np.median([chunk["seconds"] for chunk in chunks])) / CHUNK
+        return Made(pictures, seconds, str(chunks[0]["merged"]))
+
+    def _make(self, chunk: tuple[Variant, int]) -> Variant:
+        variant, first = chunk
+        pictures, seconds, merged = self.studio.make(variant, first)
+        path = self._path(variant, first)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under its own name only once it is whole: an interrupted run leaves no half chunk to be read.
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, pictures=pictures.numpy(), seconds=seconds, merged=merged)
+        os.replace(partial, path)
+        return variant
+
+    def _path(self, variant: Variant, first: int) -> Path:
+        return self.folder / self.studio.digest(variant) / f"{first:05d}.npz"
