@@ -34,7 +34,7 @@ def _forget_old_package() -> None:
 _forget_old_package()
 
 from tomesd_core.settings import PANEL_FIELDS  # noqa: E402
-from tomesd_core.webui import axes, generation, infotext, log, options, panel, routes  # noqa: E402
+from tomesd_core.webui import axes, generation, infotext, log, maps, options, panel, routes  # noqa: E402
 
 log.set_up()
 options.apply_log_level()
@@ -60,6 +60,12 @@ class ToMe(scripts.Script):
 
     def process_batch(self, p: Any, *args: Any, batch_number: int = 0, **kwargs: Any) -> None:
         generation.bind(p, args, first_batch=batch_number == 0)
+
+    def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        maps.draw_on(p, pp.image)
+
+    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        maps.append(p, processed)
 
 
 # "Reload custom script bodies" executes this file again without clearing the callbacks.

@@ -21,23 +21,30 @@ from .unet import Layer, find_layers, find_unet, measured_level
 
 Grid = tuple[int, int]
 LeaveOut = Callable[[nn.Module], "str | None"]
+OnMap = Callable[[str, int, Grid, TokenMap], None]
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Merging] = weakref.WeakKeyDictionary()
 
 
-def attach(model: object, settings: MergeSettings | None = None, leave_out: LeaveOut | None = None) -> Merging:
+def attach(
+    model: object,
+    settings: MergeSettings | None = None,
+    leave_out: LeaveOut | None = None,
+    on_map: OnMap | None = None,
+) -> Merging:
     """Merges tokens around the self-attention of `model`'s UNet until the returned handle is detached.
 
     `model` is an ldm or sgm UNetModel, or anything with `.model.diffusion_model`. A model without such layers is no
     error: the report says so. What was attached to the same UNet before is detached. `leave_out` is asked at every call
-    of an `attn1` module, and keeps it unmerged by giving a reason.
+    of an `attn1` module, and keeps it unmerged by giving a reason. `on_map` is told of every call that is merged: the
+    layer's name, the step (from 0), the grid (rows, columns) and the `TokenMap` of the call's batch.
 
     Raises `TypeError` for what is no UNet, and for a diffusers model.
     """
     unet = find_unet(model)
     if unet in _attached:
         _attached[unet].detach()
-    merging = Merging(unet, settings or MergeSettings(), leave_out)
+    merging = Merging(unet, settings or MergeSettings(), leave_out, on_map)
     _attached[unet] = merging
     return merging
 
@@ -94,9 +101,16 @@ class Merging:
     It holds no reference to the model, and between calls none to any activation.
     """
 
-    def __init__(self, unet: nn.Module, settings: MergeSettings, leave_out: LeaveOut | None = None) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        settings: MergeSettings,
+        leave_out: LeaveOut | None = None,
+        on_map: OnMap | None = None,
+    ) -> None:
         self.settings = settings
         self._leave_out = leave_out
+        self._on_map = on_map
         self._attached = True
         self._step = -1
         self._counts_passes = True
@@ -259,6 +273,8 @@ class Merging:
             if not self._step_merged:
                 self._step_merged = True
                 self._merged_steps += 1
+            if self._on_map is not None:
+                self._on_map(report.name, self._step, place.grid, token_map)
             merged = token_map.merge(y)
             # A context that is the input itself is self-attention; one of its own is left whole.
             swap = [merged if value is y else value for value in args]

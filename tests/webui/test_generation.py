@@ -745,7 +745,7 @@ def test_values_without_effect_may_be_anything_in_range(make, merged):
 
 
 def test_more_arguments_than_fields_are_ignored(make, merged):
-    assert pixels(make([*arguments(), 1, *["too", "many"] * 20])) == merged
+    assert pixels(make([*arguments(), 1, 0, 1, *["too", "many"] * 20])) == merged
 
 
 def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):

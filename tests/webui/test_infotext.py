@@ -29,7 +29,8 @@ def read(host):
 
     def all_fields(parsed, tab="txt2img"):
         controls = getattr(scripts, f"scripts_{tab}").script("ToMe").controls
-        names = dict(zip(controls, ["enabled", *PANEL], strict=True))
+        # The last two are the merge map's, which is in no picture's parameters.
+        names = dict(zip(controls[:-2], ["enabled", *PANEL], strict=True))
         pairs = infotext_utils.paste_fields[tab]["fields"]
         return {names[control]: function(parsed) for control, function in pairs if control in names}
 

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from tomesd_core.settings import FIELDS
 
 PANEL = {name: setting for name, setting in FIELDS.items() if setting.infotext}
+LAST = ["map_step", "map_layer"]
 FIRST = ["enabled", "ratio", "late_ratio", "schedule", "switch_at", "max_downsample", "min_tokens", "apply_to"]
 
 pytestmark = pytest.mark.parametrize("tab", ["txt2img", "img2img"])
@@ -28,12 +29,12 @@ def controls(host, tab):
 
 def test_fields_in_the_order_that_programs_rely_on(controls):
     assert list(controls)[: len(FIRST)] == FIRST
-    assert list(controls) == ["enabled", *PANEL]
+    assert list(controls) == ["enabled", *PANEL, *LAST]
 
 
 def test_every_field_has_its_element(host, tab):
     ids = [component["props"].get("elem_id") for component in host.demo.config["components"]]
-    for name in ("enabled", *PANEL):
+    for name in ("enabled", *PANEL, *LAST):
         assert ids.count(f"script_{tab}_tome_{name}") == 1
 
 
@@ -54,6 +55,7 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
             assert (control.minimum, control.maximum) == (setting.minimum, setting.maximum)
             assert isinstance(control.value, float), "the API casts by this value's type"
     assert controls["ratio"].maximum == controls["late_ratio"].maximum == 0.75
+    assert [(controls[name].minimum, controls[name].value) for name in LAST] == [(0, 0.0), (1, 1.0)]
 
 
 def test_defaults_of_the_page_are_a_generation(controls, make):

@@ -10,6 +10,28 @@ from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
 
 ENABLED = Setting(False, "flag", "ToMe", "Merge tokens in this generation.")
 
+MAP_FIELDS = {
+    "map_step": Setting(
+        0,
+        "integer",
+        "Merge map: step",
+        "Adds a picture that shows which tokens fell together in this step, counted from 1. 0: none.",
+        minimum=0,
+        maximum=150,
+        step=1,
+    ),
+    "map_layer": Setting(
+        1,
+        "integer",
+        "Merge map: layer",
+        "Which of the layers that merged in that step the merge map shows, counted from 1.",
+        minimum=1,
+        maximum=70,
+        step=1,
+    ),
+}
+"""What is shown of a generation, not what is made: in no preset, no picture's parameters and no plot."""
+
 PresetReader = Callable[[str], MergeSettings]
 
 
@@ -18,9 +40,10 @@ def read_arguments(
 ) -> MergeSettings | None:
     """The settings of a generation, or None where merging is off.
 
-    `args` are positional, `enabled` and then `PANEL_FIELDS`, or one mapping of any of them and `preset`. Missing ones
-    get their defaults, with a preset the preset's. While `enabled` is false the others don't matter. `overrides` is a
-    mapping too, and wins over the arguments. A mapping switches merging on unless it says `enabled` itself.
+    `args` are positional, `enabled`, `PANEL_FIELDS` and `MAP_FIELDS`, or one mapping of any of them and `preset`.
+    Missing ones get their defaults, with a preset the preset's. While `enabled` is false the others don't matter.
+    `overrides` is a mapping too, and wins over the arguments. A mapping switches merging on unless it says `enabled`
+    itself.
 
     Raises `SettingsError` for a value that its field can't have, an unknown name and an unknown preset.
     """
@@ -34,15 +57,26 @@ def read_arguments(
     return MergeSettings(**values) if enabled else None
 
 
+def read_map(args: Sequence[Any]) -> tuple[int, int] | None:
+    """The step and the layer of the merge map that arguments of `read_arguments` ask for, both from 1; None for none.
+
+    Raises `SettingsError` for a value that its field can't have.
+    """
+    given = args[0] if args else {}
+    if not isinstance(given, Mapping):
+        given = dict(zip(MAP_FIELDS, args[1 + len(PANEL_FIELDS) :], strict=False))
+    step, layer = (field.check(name, given.get(name, field.default)) for name, field in MAP_FIELDS.items())
+    return (step, layer) if step else None
+
+
 def _merged(
     values: dict[str, Any], named: Mapping[str, Any], preset: PresetReader | None
 ) -> tuple[bool, dict[str, Any]]:
     """Whether merging is on, and `values` with those of `named` in their place."""
-    unknown = [repr(name) for name in named if name not in ("enabled", "preset", *PANEL_FIELDS)]
+    known = ("enabled", "preset", *PANEL_FIELDS, *MAP_FIELDS)
+    unknown = [repr(name) for name in named if name not in known]
     if unknown:
-        raise SettingsError(
-            f"unknown setting {', '.join(unknown)}: the settings are enabled, preset, {', '.join(PANEL_FIELDS)}"
-        )
+        raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(known)}")
     enabled = ENABLED.check("enabled", named.get("enabled", True))
     if "preset" in named and preset is not None:
         values = panel_values(preset(named["preset"]))

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..hooks import Merging, attach
+from ..merge_map import MapRecorder, MergeMap
 from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
-from . import options, store
-from .arguments import panel_values, read_arguments, unused_fields
+from . import maps, options, store
+from .arguments import panel_values, read_arguments, read_map, unused_fields
 from .axes import OVERRIDES
 from .log import log
 from .model import hypertile_of, loaded_unet
@@ -44,6 +45,8 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
     _forget(p)
     try:
         settings = _settings(p, args)
+        if settings is not None:
+            read_map(args)
     except SettingsError as error:
         p.extra_generation_params[ERROR_KEY] = str(error)
         _say(p, f"nothing merged: {error}")
@@ -75,6 +78,7 @@ def bind(p: Any, args: Sequence[Any], first_batch: bool = True) -> None:
     settings = _settings(p, args)
     if settings is None:
         return
+    shown = read_map(args)
     before, own = p.sample, vars(p).get("sample")
     spent = False
 
@@ -85,13 +89,19 @@ def bind(p: Any, args: Sequence[Any], first_batch: bool = True) -> None:
             # Whoever wrapped this one in the meantime put it back.
             return before(*args, **kwargs)
         spent = True
-        sampling = Sampling(p, settings)
+        sampling = Sampling(p, settings, shown)
         try:
             with sampling:
-                return before(*args, **kwargs)
+                samples = before(*args, **kwargs)
         finally:
             _unwrap(p)
             sampling.tell(in_log=first_batch)
+        if shown is not None:
+            found = sampling.maps()
+            maps.keep(p, found)
+            for merge_map in found[:1]:
+                p.comment(COMMENT + str(merge_map))
+        return samples
 
     sample.tome_wraps = own  # type: ignore[attr-defined]
     p.sample = sample
@@ -100,6 +110,7 @@ def bind(p: Any, args: Sequence[Any], first_batch: bool = True) -> None:
 def _forget(p: Any) -> None:
     """Takes what an earlier generation left off p: plot cells share its dicts with it, and loops reuse it."""
     _unwrap(p)
+    maps.forget(p)
     if vars(p).get("get_token_merging_ratio") is _no_built_in_merging:
         del p.get_token_merging_ratio
     for key in (ERROR_KEY, *(setting.infotext for setting in PANEL_FIELDS.values())):
@@ -138,9 +149,13 @@ def stop() -> None:
 class Sampling:
     """The merging of one `p.sample`: first pass, hires pass, refiner and all."""
 
-    def __init__(self, p: Any, settings: MergeSettings) -> None:
+    def __init__(self, p: Any, settings: MergeSettings, shown: tuple[int, int] | None = None) -> None:
         self.settings: MergeSettings | None = settings
         self._p = p
+        self._shown = shown
+        """Step and layer of the merge map."""
+        self._recorded: dict[bool, tuple[MapRecorder, list[int]]] = {}
+        """For the first (False) and the hires pass: its maps, and where its pictures are in the batch."""
         self._merging: Merging | None = None
         self._unet: nn.Module | None = None
         self._is_hires = False
@@ -170,11 +185,25 @@ class Sampling:
         unet = loaded_unet()
         if self._merging is None or not self._merging.attached or self._unet is not unet or self._is_hires != is_hires:
             self.stop()
-            self._merging, self._unet, self._is_hires = attach(unet, self.settings, hypertile_of), unet, is_hires
+            recorder = self._recorder(sampler, is_hires) if self._shown else None
+            self._merging = attach(unet, self.settings, hypertile_of, recorder)
+            self._unet, self._is_hires = unet, is_hires
         # Samplers that run the model twice a step run it once in the last; WebUI's total counts that one twice too.
         options_of_sampler = getattr(getattr(sampler, "config", None), "options", None) or {}
         twice_a_step = bool(options_of_sampler.get("second_order"))
         self._merging.set_step(denoiser.step, denoiser.total_steps - twice_a_step)
+
+    def maps(self) -> list[MergeMap]:
+        """The merge map of each picture, from the last pass that merged; none where none did."""
+        passes = [recorder.maps(rows) for _, (recorder, rows) in sorted(self._recorded.items(), reverse=True)]
+        return next((found for found in passes if found), [])
+
+    def _recorder(self, sampler: Any, is_hires: bool) -> MapRecorder:
+        """The pass's recorder, which a refiner goes on with."""
+        if is_hires not in self._recorded:
+            rows = maps.first_rows(sampler.sampler_extra_args["cond"])
+            self._recorded[is_hires] = MapRecorder(*self._shown), rows
+        return self._recorded[is_hires][0]
 
     def stop(self) -> None:
         """Leaves nothing on the model, and keeps no reference to it."""

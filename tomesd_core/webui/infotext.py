@@ -17,7 +17,7 @@ def paste_fields(controls: Mapping[str, Any]) -> list[tuple[Any, Callable[[Mappi
     """
     readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {"enabled": lambda found: "ToMe ratio" in found}
     readers |= {name: _reader(name, setting) for name, setting in PANEL_FIELDS.items()}
-    return [(control, readers[name]) for name, control in controls.items()]
+    return [(controls[name], reader) for name, reader in readers.items()]
 
 
 def read_field(name: str, setting: Setting, text: Any) -> Any:

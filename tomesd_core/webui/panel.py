@@ -13,9 +13,9 @@ from modules import devices, processing
 from modules.ui_components import FormRow, InputAccordion, ToolButton
 
 from ..presets import PresetError
-from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
+from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
 from . import generation, preview, store
-from .arguments import ENABLED, panel_values, read_arguments, shown_fields
+from .arguments import ENABLED, MAP_FIELDS, panel_values, read_arguments, shown_fields
 from .model import loaded_layers
 
 ROWS = (
@@ -32,6 +32,7 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     `tab` is `txt2img` or `img2img`; `elem_id` names an element of the script.
     """
     controls: dict[str, Any] = {}
+    shown_at_first = shown_fields(PANEL_FIELDS["schedule"].default)
     with (
         InputAccordion(ENABLED.default, label=ENABLED.label, elem_id=elem_id("enabled")) as enabled,
         gr.Column(elem_classes=["tome-panel"]),
@@ -42,12 +43,15 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         for row in ROWS:
             with FormRow():
                 for name in row:
-                    controls[name] = _control(name, elem_id(name))
+                    controls[name] = _control(PANEL_FIELDS[name], elem_id(name), visible=name in shown_at_first)
+        with FormRow():
+            for name, setting in MAP_FIELDS.items():
+                controls[name] = _control(setting, elem_id(name))
         # Pressed by the page's script when something has changed and no slider is moving. The last three inputs are
         # read off the page by it: width, height and steps belong to the tab.
         refresh = gr.Button("Refresh", visible=False, elem_id=elem_id("refresh"))
         sizes = [gr.Number(value, visible=False, elem_id=elem_id(name)) for name, value in _TAB.items()]
-    controls = {name: controls[name] for name in ("enabled", *PANEL_FIELDS)}
+    controls = {name: controls[name] for name in ("enabled", *PANEL_FIELDS, *MAP_FIELDS)}
     fields = [controls[name] for name in PANEL_FIELDS]
     for component in (*sizes, shown, refresh):
         component.do_not_save_to_config = True
@@ -69,10 +73,8 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
 _TAB = {"width": 512, "height": 512, "steps": 20}
 
 
-def _control(name: str, elem_id: str) -> Any:
-    setting = PANEL_FIELDS[name]
-    common = {"value": setting.default, "label": setting.label, "elem_id": elem_id}
-    common["visible"] = name in shown_fields(PANEL_FIELDS["schedule"].default)
+def _control(setting: Setting, elem_id: str, visible: bool = True) -> Any:
+    common = {"value": setting.default, "label": setting.label, "elem_id": elem_id, "visible": visible}
     if setting.kind == "choice":
         return gr.Radio(choices=list(setting.choices), **common)
     # WebUI casts what the API sends by the type of a control's value: a float lets every number pass.

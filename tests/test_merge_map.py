@@ -1,0 +1,205 @@
+"""The merge map: which maps a run's recorder keeps, and how one is drawn."""
+
+from __future__ import annotations
+
+import colorsys
+
+import pytest
+import torch
+
+from tomesd_core.matching import match_tokens
+from tomesd_core.merge_map import MapRecorder, draw
+from tomesd_core.token_map import TokenMap
+
+GRID = (2, 3)
+
+
+def slots_of(number, items=1, tokens=6):
+    """Slots that tell one call from another: token `number` falls into the next one's slot."""
+    slots = torch.arange(tokens)
+    slots[number] = slots[number + 1]
+    return slots.repeat(items, 1)
+
+
+def tell(recorder, step, layer, number, items=1, grid=GRID):
+    recorder(layer, step, grid, TokenMap(slots_of(number, items), 6))
+
+
+def kept(recorder, row=0):
+    (found,) = recorder.maps([row])
+    return found.step, found.layer, found.layer_name, int((found.slots != torch.arange(6)).nonzero())
+
+
+# Recording
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ((1, 1), (3, 1, "a", 0)),
+        ((3, 2), (3, 2, "b", 1)),
+        ((4, 1), (4, 1, "b", 2)),
+        ((4, 2), (4, 2, "a", 3)),
+        ((4, 9), (4, 2, "a", 3)),
+        ((5, 1), (4, 1, "b", 2)),
+        ((6, 2), (6, 1, "b", 4)),
+        ((150, 1), (6, 1, "b", 4)),
+    ],
+)
+def test_the_wanted_step_and_layer_or_what_there_is(wanted, expected):
+    recorder = MapRecorder(*wanted)
+    for number, (step, layer) in enumerate([(2, "a"), (2, "b"), (3, "b"), (3, "a"), (5, "b")]):
+        tell(recorder, step, layer, number)
+    assert kept(recorder) == expected
+
+
+def test_a_run_that_never_merged_has_no_map():
+    assert MapRecorder(1, 1).maps([0, 1]) == []
+
+
+def test_rows_count_on_over_the_calls_of_a_step():
+    recorder = MapRecorder(2, 2)
+    for step in (0, 1, 2):
+        for half in (0, 1):
+            tell(recorder, step, "a", number=4, items=2)
+            tell(recorder, step, "b", number=2 * step + half if step == 1 else 0, items=2)
+    assert [kept(recorder, row) for row in range(5)] == [(2, 2, "b", number) for number in (2, 2, 3, 3, 3)]
+
+
+def test_a_layer_that_sees_another_grid_in_the_same_step_keeps_its_first():
+    recorder = MapRecorder(1, 1)
+    tell(recorder, 0, "a", 1)
+    recorder("a", 0, (1, 4), TokenMap(torch.zeros(1, 4, dtype=torch.long), 1))
+    (found,) = recorder.maps([1])
+    assert (found.grid, len(found.slots)) == (GRID, 6)
+
+
+def test_a_map_says_what_it_shows():
+    recorder = MapRecorder(1, 1)
+    tell(recorder, 0, "blocks.0", 1)
+    assert str(recorder.maps([0])[0]) == "merge map of step 1, layer 1 (blocks.0, 3x2 tokens)"
+
+
+def test_attach_tells_of_every_merged_call_and_of_no_other(make_unet, make_inputs, small_settings, watch):
+    import tomesd_core as tome
+
+    unet, told = make_unet(), []
+
+    def on_map(layer_name, step, grid, token_map):
+        told.append((layer_name, step, grid, token_map.slots.shape, token_map.merged_tokens))
+
+    settings = small_settings(ratio=0.6, late_ratio=0.0, schedule="step", switch_at=0.5)
+    with tome.attach(unet, settings, on_map=on_map) as merging, watch(unet) as seen, torch.no_grad():
+        for step in range(3):
+            merging.set_step(step, 3)
+            unet(*make_inputs((16, 12)))
+        names = [layer.name for layer in merging.report().merged_layers]
+    assert len(names) == 3
+    assert told == [(name, 0, (16, 12), (2, 192), seen[name][0].shape[1]) for name in names]
+
+
+# Drawing
+
+
+def plain(height, width, value=200):
+    return torch.full((height, width, 3), value, dtype=torch.uint8)
+
+
+def matched(grid, ratio=0.5, seed=0):
+    x = torch.randn(1, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(seed))
+    return match_tokens(x, grid, ratio).slots[0]
+
+
+def middle(drawn, grid, row, column):
+    """The colour in the middle of a token."""
+    (rows, columns), (height, width, _) = grid, drawn.shape
+    return tuple(drawn[(2 * row + 1) * height // (2 * rows), (2 * column + 1) * width // (2 * columns)].tolist())
+
+
+def test_one_colour_a_slot_and_tokens_alone_plain():
+    #   0 1 1      two of slot 1 side by side, two of slot 2 apart
+    #   2 3 2
+    slots = torch.tensor([0, 1, 1, 2, 3, 2])
+    drawn = draw(slots, GRID, plain(16, 24))
+    assert drawn.dtype == torch.uint8 and drawn.shape == (16, 24, 3)
+    colours = {place: middle(drawn, GRID, *place) for place in [(r, c) for r in range(2) for c in range(3)]}
+    assert colours[0, 0] == colours[1, 1] == (200, 200, 200)
+    assert colours[0, 1] == colours[0, 2]
+    assert colours[1, 0] == colours[1, 2]
+    assert len(set(colours.values())) == 3
+    assert torch.equal(drawn[:8, :8], plain(8, 8)) and torch.equal(drawn[8:, 8:16], plain(8, 8))
+
+
+def test_nothing_merged_and_all_merged():
+    picture = torch.randint(0, 256, (16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(torch.arange(6), GRID, picture), picture)
+    drawn = draw(torch.zeros(6, dtype=torch.long), GRID, picture)
+    assert (drawn != picture).any(dim=2).all()
+
+
+def test_the_picture_shows_through():
+    slots = torch.zeros(6, dtype=torch.long)
+    dark, light = (middle(draw(slots, GRID, plain(16, 24, value)), GRID, 0, 0) for value in (20, 220))
+    assert all(one < other for one, other in zip(dark, light, strict=True))
+
+
+def test_lines_part_different_slots_where_there_is_room():
+    slots = torch.tensor([0, 0, 1, 0, 0, 1])
+    drawn = draw(slots, GRID, plain(16, 24)).sum(dim=2)
+    assert (drawn[:, 16] < drawn[:, 17]).all(), "a dark line where the other slot begins"
+    assert (drawn[:, 8] == drawn[:, 9]).all() and (drawn[8] == drawn[9]).all(), "none within a slot"
+    above = draw(torch.tensor([0, 0, 0, 1, 1, 1]), GRID, plain(16, 24)).sum(dim=2)
+    assert (above[8] < above[9]).all()
+    small = draw(slots, GRID, plain(4, 6))
+    assert len({tuple(pixel) for pixel in small.flatten(0, 1).tolist()}) == 2, "too small for lines"
+
+
+@pytest.mark.parametrize(("grid", "size"), [((5, 7), (41, 58)), ((7, 3), (20, 64)), ((8, 8), (8, 8)), ((6, 6), (4, 5))])
+def test_every_pixel_has_the_colour_of_the_token_that_it_lies_in(grid, size):
+    slots = matched(grid)
+    drawn, counts = draw(slots, grid, plain(*size)), slots.bincount()
+    for y in range(size[0]):
+        for x in range(size[1]):
+            slot = slots[y * grid[0] // size[0] * grid[1] + x * grid[1] // size[1]]
+            is_plain = tuple(drawn[y, x].tolist()) == (200, 200, 200)
+            assert is_plain == (counts[slot] == 1), (y, x)
+
+
+@pytest.mark.parametrize("grid", [(32, 32), (16, 16), (24, 36), (68, 8)])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
+def test_slots_that_touch_differ_in_hue(grid, ratio):
+    rows, columns = grid
+    slots = matched(grid, ratio)
+    drawn, counts = draw(slots, grid, plain(*grid, 128)), slots.bincount()
+    hue = [[colorsys.rgb_to_hsv(*(c / 255 for c in pixel))[0] for pixel in row] for row in drawn.tolist()]
+    laid = slots.view(grid).tolist()
+    closest = 1.0
+    for r in range(rows):
+        for c in range(columns):
+            for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)):
+                if not (r + dr < rows and 0 <= c + dc < columns):
+                    continue
+                one, other = laid[r][c], laid[r + dr][c + dc]
+                if one != other and min(counts[one], counts[other]) > 1:
+                    apart = abs(hue[r][c] - hue[r + dr][c + dc])
+                    closest = min(closest, apart, 1 - apart)
+    assert 0.025 < closest <= 0.5
+
+
+def test_the_same_map_is_drawn_alike_every_time():
+    slots = matched((16, 16))
+    assert torch.equal(draw(slots, (16, 16), plain(64, 64)), draw(slots.clone(), (16, 16), plain(64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("slots", "picture", "words"),
+    [
+        (torch.arange(5), plain(4, 6), r"slots must be \[6\] for a 2x3 grid, got \[5\]"),
+        (torch.arange(6).view(1, 6), plain(4, 6), r"slots must be \[6\]"),
+        (torch.arange(6), plain(4, 6).float(), "picture must be uint8"),
+        (torch.arange(6), plain(4, 6)[..., 0], r"picture must be uint8 \[H, W, 3\], got torch.uint8 \[4, 6\]"),
+    ],
+)
+def test_other_shapes_are_refused(slots, picture, words):
+    with pytest.raises(ValueError, match=words):
+        draw(slots, GRID, picture)

@@ -1,0 +1,268 @@
+"""The merge map as an extra picture: of which picture, step and layer, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+from copy import copy
+
+import numpy as np
+import pytest
+import torch
+from in_host import HIRES, SIDE, failing_unet, pixels
+from PIL import Image
+from starlette.testclient import TestClient
+
+from tomesd_core import merge_map
+from tomesd_core.settings import PANEL_FIELDS
+
+DEFAULTS = [setting.default for setting in PANEL_FIELDS.values()]
+
+
+def shown(step=1, layer=1, **values):
+    """The script's arguments with a merge map."""
+    return [True, *{**dict(zip(PANEL_FIELDS, DEFAULTS, strict=True)), **values}.values(), step, layer]
+
+
+def line(processed):
+    """What is said of the map under the picture."""
+    lines = [text for text in processed.comments.splitlines() if "merge map" in text]
+    assert len(lines) <= 1
+    return lines[0] if lines else None
+
+
+def pictures_and_maps(processed):
+    """The pictures without their grid, and the maps behind them."""
+    found = processed.images[processed.index_of_first_image :]
+    assert len(processed.images) == len(processed.infotexts)
+    return found[: len(found) // 2], found[len(found) // 2 :]
+
+
+@pytest.fixture
+def recorded(host, monkeypatch):
+    """Every merged call of the model: step, layer, slots."""
+    from tomesd_core.webui import generation
+
+    calls = []
+
+    class Recorder(merge_map.MapRecorder):
+        def __call__(self, layer_name, step, grid, token_map):
+            calls.append((step, layer_name, grid, token_map.slots))
+            super().__call__(layer_name, step, grid, token_map)
+
+    monkeypatch.setattr(generation, "MapRecorder", Recorder)
+    return calls
+
+
+def drawn_over(picture, slots, grid):
+    """The map that must be behind a picture: eight pixels a token."""
+    side = 8 * grid[1]
+    large = torch.from_numpy(np.array(picture.resize((side, side), Image.NEAREST)))
+    return merge_map.draw(slots, grid, large).numpy().tobytes()
+
+
+# Which map
+
+
+def test_off_by_default_and_while_merging_is_off(make, merged, plain):
+    assert pixels(make([True, 0.5])) == pixels(make(shown(step=0))) == merged
+    assert pixels(make([False, *shown()[1:]])) == plain
+
+
+def test_an_extra_picture_that_leaves_the_others_as_they_are(make, merged):
+    processed = make(shown())
+    (picture,), (drawn,) = pictures_and_maps(processed)
+    assert [picture.tobytes()] == merged
+    assert drawn.size == (8 * SIDE, 8 * SIDE)
+    assert processed.infotexts[0] == processed.infotexts[1] == drawn.info["parameters"]
+    assert "ToMe ratio: 0.5" in drawn.info["parameters"] and "map" not in drawn.info["parameters"]
+    assert "3 of 4" in processed.comments
+    assert line(processed).startswith("ToMe: merge map of step 1, layer 1 (") and "32x32 tokens)" in line(processed)
+
+
+@pytest.mark.parametrize(("step", "layer", "says"), [(1, 2, (0, 1)), (2, 1, (1, 0)), (9, 70, (1, 2))])
+def test_the_step_and_the_layer_that_were_asked_for(make, recorded, step, layer, says):
+    processed = make(shown(step, layer))
+    (picture,), (drawn,) = pictures_and_maps(processed)
+    of_step, of_layer = says
+    calls = [call for call in recorded if call[0] == of_step]
+    _, name, grid, slots = calls[of_layer]
+    assert drawn.tobytes() == drawn_over(picture, slots[0], grid)
+    assert f"step {of_step + 1}, layer {of_layer + 1} ({name}" in line(processed)
+
+
+def test_every_picture_of_every_batch_has_the_prompted_halfs_map(make, recorded):
+    processed = make(shown(2, 2), n_iter=2, batch_size=2)
+    pictures, drawn = pictures_and_maps(processed)
+    assert len(pictures) == len(drawn) == 4
+    batches = [slots for step, _, _, slots in recorded if step == 1][1::3]
+    assert [len(slots) for slots in batches] == [4, 4], "two pictures, both halves"
+    for number, (picture, one) in enumerate(zip(pictures, drawn, strict=True)):
+        slots = batches[number // 2][number % 2]
+        assert one.tobytes() == drawn_over(picture, slots, (SIDE, SIDE))
+        assert one.info["parameters"] == picture.info["parameters"]
+    assert len({one.tobytes() for one in drawn}) == 4
+
+
+def test_halves_in_two_calls(make, recorded):
+    processed = make(shown(1, 3), batch_size=2, override_settings={"batch_cond_uncond": False})
+    pictures, drawn = pictures_and_maps(processed)
+    prompted = [slots for step, _, _, slots in recorded if step == 0][2]
+    assert len(prompted) == 2
+    for number in (0, 1):
+        assert drawn[number].tobytes() == drawn_over(pictures[number], prompted[number], (SIDE, SIDE))
+
+
+def test_prompts_of_several_parts(make, recorded):
+    processed = make(shown(), prompt="cat AND red apple", batch_size=2)
+    pictures, drawn = pictures_and_maps(processed)
+    slots = recorded[0][3]
+    assert len(slots) == 6
+    for number, row in enumerate((0, 2)):
+        assert drawn[number].tobytes() == drawn_over(pictures[number], slots[row], (SIDE, SIDE))
+
+
+def test_hires_fix_shows_the_last_pass_that_merged(make):
+    tokens = {}
+    for apply_to in ("both passes", "first pass", "hires pass"):
+        processed = make(shown(2, apply_to=apply_to), **HIRES)
+        (picture,), (drawn,) = pictures_and_maps(processed)
+        assert picture.size == (36, 36)
+        assert drawn.size == (288, 288)
+        tokens[apply_to] = line(processed).split(", ")[-1]
+    assert tokens == {"both passes": "36x36 tokens)", "first pass": "32x32 tokens)", "hires pass": "36x36 tokens)"}
+
+
+def test_img2img_and_a_picture_that_is_not_square(make):
+    processed = make(shown(), "img2img", init_images=[Image.new("RGB", (48, 32), "red")], width=48, height=32)
+    assert pictures_and_maps(processed)[1][0].size == (384, 256)
+    assert "48x32 tokens)" in line(processed)
+
+
+def test_where_nothing_merges_there_is_no_map(make):
+    processed = make(shown(min_tokens=65536))
+    assert len(processed.images) == 1
+    assert line(processed) is None
+
+
+def test_a_batch_that_was_skipped_before_it_merged_has_none_of_the_batch_before(make):
+    from modules import script_callbacks, shared
+
+    def skip(params):
+        if shared.state.job_no == 1:
+            shared.state.skip()
+
+    script_callbacks.on_cfg_denoiser(skip)
+    processed = make(shown(schedule="step", ratio=0.0, late_ratio=0.5, switch_at=1.0), n_iter=2)
+    script_callbacks.remove_callbacks_for_function(skip)
+    assert len(processed.images) == 1 + 2 + 1, "a grid, two pictures and one map"
+    assert processed.infotexts[3] == processed.infotexts[1]
+
+
+# The arguments
+
+
+@pytest.mark.parametrize(
+    ("step", "layer", "words"),
+    [
+        (-1, 1, ["map_step", "-1", "[0, 150]"]),
+        (151, 1, ["map_step", "151", "[0, 150]"]),
+        (1.5, 1, ["map_step", "1.5", "[0, 150]"]),
+        ("1", 1, ["map_step", "'1'", "[0, 150]"]),
+        (None, 1, ["map_step", "None", "[0, 150]"]),
+        (1, 0, ["map_layer", "0", "[1, 70]"]),
+        (0, True, ["map_layer", "True", "[1, 70]"]),
+    ],
+)
+def test_a_wrong_value_is_said_and_the_picture_is_made(make, one_step, step, layer, words):
+    for tome in (shown(step, layer), [{"map_step": step, "map_layer": layer}]):
+        processed = make(tome, steps=1)
+        assert pixels(processed) == one_step
+        assert all(word in processed.extra_generation_params["ToMe error"] for word in words)
+
+
+def test_an_object_takes_them_and_presets_do_not_have_them(make):
+    processed = make([{"map_step": 2.0, "map_layer": 3}])
+    assert "step 2, layer 3" in line(processed)
+    assert len(make([{"preset": "Fast"}]).images) == 1
+    error = make([{"map": 1}], steps=1).extra_generation_params["ToMe error"]
+    assert "'map'" in error and "map_step, map_layer" in error
+
+
+def test_over_http(host, merged):
+    body = {"prompt": "cat", "steps": 2, "width": SIDE, "height": SIDE, "seed": 1, "sampler_name": "Euler"}
+    body["alwayson_scripts"] = {"ToMe": {"args": shown()}}
+    reply = TestClient(host.app).post("/sdapi/v1/txt2img", json=body).json()
+    assert len(reply["images"]) == len(json.loads(reply["info"])["infotexts"]) == 2
+
+
+def test_no_axis_and_no_key_has_them(host):
+    from modules import scripts
+
+    grid = next(found.module for found in scripts.scripts_data if found.script_class.__module__ == "xyz_grid.py")
+    assert not [option.label for option in grid.axis_options if "map" in option.label.lower()]
+    script = scripts.scripts_txt2img.script("ToMe")
+    assert [control.label for control in script.controls[-2:]] == ["Merge map: step", "Merge map: layer"]
+    read_back = [control.elem_id for control, _ in script.infotext_fields]
+    assert len(read_back) == len(script.controls) - 2
+    assert not [elem_id for elem_id in read_back if "_map_" in elem_id]
+
+
+# Life beside others
+
+
+def test_the_map_is_drawn_over_what_other_scripts_made_of_the_picture(make, add_script, recorded):
+    def paint(p, pp):
+        pp.image = Image.new("RGB", pp.image.size, "white")
+
+    add_script(first=True, postprocess_image=paint)
+    (picture,), (drawn,) = pictures_and_maps(make(shown()))
+    assert drawn.tobytes() == drawn_over(Image.new("RGB", picture.size, "white"), recorded[0][3][0], (SIDE, SIDE))
+
+
+def test_a_detailers_postprocess_on_a_copy_takes_nothing_away(make, add_script, recorded):
+    """It tells scripts that a generation ended, with a copy of p, makes one of its own, and begins anew."""
+    from modules import processing
+
+    def detail(p, pp):
+        p.scripts.postprocess(copy(p), processing.Processed(p, [], p.seed, ""))
+        again = copy(p)
+        p.scripts.before_process(again)
+        p.scripts.process(again)
+
+    add_script(postprocess_image=detail)
+    processed = make(shown(), batch_size=2)
+    pictures, drawn = pictures_and_maps(processed)
+    for number in (0, 1):
+        assert drawn[number].tobytes() == drawn_over(pictures[number], recorded[0][3][number], (SIDE, SIDE))
+
+
+def test_a_p_that_is_used_again_has_its_own_maps(make_p):
+    from modules import processing, shared
+
+    p = make_p(shown())
+    assert len(processing.process_images(p).images) == 2
+    shared.state.begin()
+    assert len(processing.process_images(p).images) == 2
+    p.script_args = (*p.script_args[: p.scripts.script("ToMe").args_from], False)
+    shared.state.begin()
+    assert len(processing.process_images(p).images) == 1
+
+
+def test_a_generation_that_fails_leaves_no_map_behind(make_p, host):
+    from modules import processing
+
+    p = make_p(shown())
+    with failing_unet(host), pytest.raises(ValueError, match="on purpose"):
+        processing.process_images(p)
+    assert not [name for name in vars(p) if "map" in name]
+
+
+def test_without_a_map_nothing_is_recorded(make, monkeypatch):
+    from tomesd_core.webui import generation, maps
+
+    def never(*args, **kwargs):
+        raise AssertionError("called")
+
+    for module, name in ((generation, "MapRecorder"), (maps, "draw"), (maps, "keep"), (maps, "first_rows")):
+        monkeypatch.setattr(module, name, never)
+    assert len(make([True, 0.5]).images) == 1
