@@ -72,9 +72,11 @@ def webui_pins(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """A picture with and without merging, in a miniature WebUI."""
+    """A page with the panel and a tiny model in a miniature WebUI; with a prompt, the pictures alone."""
     _install(session)
-    session.run("python", "-m", "tomesd_core.demo", *session.posargs, env={"GRADIO_ANALYTICS_ENABLED": "False"})
+    env = {"GRADIO_ANALYTICS_ENABLED": "False"}
+    # Ctrl-C reaches the page too, which needs a moment to end by itself.
+    session.run("python", "-m", "tomesd_core.demo", *session.posargs, env=env, interrupt_timeout=20)
 
 
 @nox.session

@@ -132,8 +132,8 @@ class Host:
         """The page."""
         return self.demo
 
-    def serve(self, port: int = 7860) -> str:
-        """Serves page and API in a thread; returns the page's address."""
+    def serve(self, port: int | None = None) -> str:
+        """Serves page and API in a thread, on the first free port from 7860 if none is given; returns the address."""
         os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")  # gradio asks itself whether it is up
         allowed = [str(FOLDER), *(extension.path for extension in self.modules.extensions.extensions)]
         app, address, _ = self.demo.queue(64).launch(
@@ -147,7 +147,7 @@ class Host:
         )
         # As WebUI does: gradio lets any other page call this one.
         app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ != "CORSMiddleware"]
-        self._port = port
+        self._port = self.demo.server_port
         self._start_app(app)
         return address
 

@@ -4,8 +4,30 @@ from __future__ import annotations
 
 import argparse
 
-from tomesd_core.demo.host import start
+from tomesd_core.demo.host import Host, start
 from tomesd_core.demo.model import TinyModel
+
+
+def load_model() -> TinyModel:
+    """The trained model; without its weights, it says so and gives a random one."""
+    try:
+        return TinyModel.load()
+    except FileNotFoundError as e:
+        print(f"No trained model ({e}); going on with random weights.")
+        return TinyModel.random()
+
+
+def serve(host: Host, port: int | None) -> None:
+    """Serves the page and the API until Ctrl-C. Exits where the port is taken."""
+    try:
+        address = host.serve(port)
+    except OSError as e:
+        raise SystemExit(f"The page can't be served: {e}") from e
+    print(f"The page: {address} (Ctrl-C ends it)", flush=True)
+    try:
+        host.wait()
+    except KeyboardInterrupt:
+        print("Stopping.")
 
 
 def main() -> None:
@@ -18,17 +40,9 @@ def main() -> None:
     parser.add_argument("--extension", action="append", help="an extension's folder (default: this project)")
     parser.add_argument("--random", action="store_true", help="random weights in place of the trained ones")
     args = parser.parse_args()
-    try:
-        model = TinyModel.random() if args.random else TinyModel.load()
-    except FileNotFoundError as e:
-        print(f"No trained model ({e}); going on with random weights.")
-        model = TinyModel.random()
+    model = TinyModel.random() if args.random else load_model()
     with start(model, args.extension, args.data_dir, api_auth=args.api_auth, theme=args.theme) as host:
-        print(f"API: {host.serve(args.port)}docs. Ctrl-C ends the miniature host.", flush=True)
-        try:
-            host.wait()
-        except KeyboardInterrupt:
-            print("Stopping.")
+        serve(host, args.port)
 
 
 if __name__ == "__main__":

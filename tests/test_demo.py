@@ -1,0 +1,151 @@
+"""The demo's command, with whichever model there is; and what it lays its pictures out with."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from tomesd_core.demo.__main__ import main
+from tomesd_core.demo.compare import AMPLIFIED, LINE, MARGIN, difference, enlarged, sheet
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pictures_of(path, width=256, height=256):
+    """The pictures on a saved sheet."""
+    whole = Image.open(path)
+    count, rest = divmod(whole.width - MARGIN, width + MARGIN)
+    assert rest == 0 and whole.height == height + LINE + 2 * MARGIN
+    lefts = [MARGIN + number * (width + MARGIN) for number in range(count)]
+    top = MARGIN + LINE
+    return [whole.crop((left, top, left + width, top + height)) for left in lefts]
+
+
+def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
+    out = tmp_path / "new" / "cat.png"
+    assert main(["cat qwxyz", "--ratio", "0.5", "--steps", "3", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "does not know the word 'qwxyz'" in said and "'cat'" not in said
+    assert "self-attention layers, 1024 -> 512 tokens, 3 of 3 steps" in said
+    assert "merge map of step 1, layer 1" in said
+    assert len(re.findall(r"^with(out)? merging: \d+\.\d\d s$", said, re.MULTILINE)) == 2
+    assert said.endswith(f"saved: {out.resolve()}\n")
+    without, with_merging, apart, drawn = pictures_of(out)
+    assert without.tobytes() != with_merging.tobytes()
+    assert apart.tobytes() == difference(without, with_merging).tobytes()
+    small = without.resize((32, 32), Image.NEAREST)
+    assert enlarged(small).tobytes() == without.tobytes(), "each of the model's pixels is a square"
+    is_plain = [a == b for a, b in zip(with_merging.getdata(), drawn.getdata(), strict=True)]
+    assert 0.05 < sum(is_plain) / len(is_plain) < 0.95, "some tokens merged and some didn't"
+
+
+def test_the_same_command_makes_the_same_pictures(tmp_path, capsys):
+    made = []
+    for seed in (4, 4, 5):
+        main(["cat", "--steps", "2", "--seed", str(seed), "--out", str(tmp_path / "out.png")])
+        made.append([picture.tobytes() for picture in pictures_of(tmp_path / "out.png")])
+    assert made[0] == made[1]
+    assert made[0][0] != made[2][0]
+
+
+def test_another_size(tmp_path, capsys):
+    assert main(["cat", "--size", "40x32", "--steps", "2", "--out", str(tmp_path / "out.png")]) == 0
+    assert len(pictures_of(tmp_path / "out.png", 320, 256)) == 4
+    assert "1280 -> 640 tokens" in capsys.readouterr().out
+
+
+def test_where_nothing_merges_the_pictures_are_equal_and_there_is_no_map(tmp_path, capsys):
+    assert main(["cat", "--ratio", "0", "--steps", "2", "--out", str(tmp_path / "out.png")]) == 0
+    without, with_merging, apart = pictures_of(tmp_path / "out.png")
+    assert without.tobytes() == with_merging.tobytes()
+    assert apart.getbbox() is None
+    assert "nothing merged: at ratio 0" in capsys.readouterr().out
+
+
+def test_a_wrong_ratio_is_said_and_saves_nothing(tmp_path, capsys):
+    assert main(["cat", "--ratio", "0.9", "--steps", "1", "--out", str(tmp_path / "out.png")]) == 2
+    assert "ratio must lie in [0, 0.75]" in capsys.readouterr().out
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("size", ["33x32", "32", "8x32", "32x104", "x", "-32x32"])
+def test_a_size_that_the_model_can_not_make_is_refused(capsys, size):
+    with pytest.raises(SystemExit) as exit_:
+        main(["cat", f"--size={size}"])
+    assert exit_.value.code == 2
+    assert "must be two multiples of 8 in [16, 96]" in capsys.readouterr().err
+
+
+def test_without_weights_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+    from tomesd_core.demo import model
+
+    monkeypatch.setattr(model, "WEIGHTS", tmp_path)
+    assert main(["cat", "--steps", "1", "--out", str(tmp_path / "out.png")]) == 0
+    assert "tiny.safetensors is missing" in capsys.readouterr().out
+
+
+def test_without_a_prompt_a_page_is_served_until_ctrl_c():
+    command = [sys.executable, "-m", "tomesd_core.demo"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+    ) as process:
+        try:
+            for line in process.stdout:
+                found = re.fullmatch(r"The page: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)
+                if found:
+                    break
+            assert found, "it ended without saying its address"
+            with urllib.request.urlopen(found[1], timeout=60) as reply:
+                assert "gradio" in reply.read().decode()
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (rest, process.returncode) == ("Stopping.\n", 0)
+
+
+def test_a_port_that_is_taken_is_said():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SystemExit, match=f"The page can't be served: .*{taken.getsockname()[1]}"):
+            main(["--port", str(taken.getsockname()[1])])
+
+
+# Laying out
+
+
+def test_the_difference_is_amplified_and_clipped():
+    one, other = Image.new("RGB", (2, 1), (100, 100, 100)), Image.new("RGB", (2, 1), (100, 107, 0))
+    expected = (0, 7 * AMPLIFIED, 255)
+    assert list(difference(one, other).getdata()) == list(difference(other, one).getdata()) == [expected] * 2
+
+
+def test_a_sheet_holds_its_pictures_in_rows_under_their_labels():
+    colours = ["red", "lime", "blue"]
+    whole = sheet([Image.new("RGB", (100, 60), colour) for colour in colours], ["one", "two", "three"], columns=2)
+    assert whole.size == (2 * 100 + 3 * MARGIN, 2 * (60 + LINE) + 3 * MARGIN)
+    for number, colour in enumerate(colours):
+        left, top = MARGIN + number % 2 * (100 + MARGIN), MARGIN + number // 2 * (60 + LINE + MARGIN)
+        label = whole.crop((left, top, left + 100, top + LINE))
+        picture = whole.crop((left, top + LINE, left + 100, top + LINE + 60))
+        assert picture.getcolors() == [(6000, Image.new("RGB", (1, 1), colour).getpixel((0, 0)))]
+        inked = ImageChops.invert(label).getbbox()
+        assert inked and inked[0] < 5 and inked[3] < LINE, "the label is written, above its picture"
