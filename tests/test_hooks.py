@@ -537,7 +537,9 @@ def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, record,
     with tome.attach(unet, whole(), leave_out) as merging, record(unet) as calls:
         unet(*make_inputs())
     layers = {layer.name: layer for layer in merging.report().layers}
-    assert layers[FIRST].left_out == "another extension tiles it"
+    assert layers[FIRST].left_out == layers[FIRST].conflict == "another extension tiles it"
+    assert [layer.name for layer in layers.values() if layer.conflict] == [FIRST]
+    assert merging.report().summary.endswith("; 1 left out: another extension tiles it")
     assert_unmerged(calls[FIRST])
     assert len(merging.report().merged_layers) == 2
 

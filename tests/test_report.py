@@ -39,6 +39,20 @@ def test_on_is_never_silently_nothing():
     assert "this model has no layers" in Report([], 1, 0, 0.5, ["this model has no layers"]).summary
 
 
+def test_layers_left_out_for_another_extension_are_in_the_summary_beside_merged_ones():
+    layers = [layer("a", 2, 512, 256, 2, 2), layer("b", 1, 0, 0, 2, 0, "tiled"), layer("c", 1, 0, 0, 2, 0, "tiled")]
+    layers.append(layer("d", 4, 0, 0, 2, 0, "level 4 is above max downsample 2"))
+    for tiled in layers[1:3]:
+        tiled.conflict = "tiled"
+    summary = Report(layers, 2, 2, 0.5, []).summary
+    assert summary == "1 of 4 self-attention layers, 512 -> 256 tokens, 2 of 2 steps; 2 left out: tiled"
+
+
+def test_a_note_does_not_hide_why_nothing_was_merged():
+    summary = Report([layer(calls=1, left_out="too small")], 1, 0, 0.5, ["no attention at level 1"]).summary
+    assert summary == "nothing merged: too small; no attention at level 1"
+
+
 def test_the_whole_report_names_every_layer_and_why_it_was_left_out():
     layers = [
         layer("input_blocks.1.1", 1, 4096, 2048, 20, 15),

@@ -253,7 +253,9 @@ class Merging:
             report, place = state.report, state.place
             report.calls += 1
             report.level = place.level
-            why_not = place.why_not or self._why_not(module, place, args, kwargs)
+            why_not = place.why_not or self._why_not(place, args, kwargs)
+            if not why_not and self._leave_out is not None:
+                why_not = report.conflict = self._leave_out(module)
             if why_not:
                 report.left_out = why_not
                 return None
@@ -289,7 +291,7 @@ class Merging:
 
         return hook
 
-    def _why_not(self, module: nn.Module, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def _why_not(self, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why this call of `attn1` is left alone, or None."""
         if place.grid is None:
             return "its token grid is not known"
@@ -301,7 +303,7 @@ class Merging:
         mask = args[2] if len(args) > 2 else kwargs.get("mask")
         if mask is not None and (context is None or context is args[0]):
             return "its attention is masked token by token"
-        return self._leave_out(module) if self._leave_out is not None else None
+        return None
 
     def _token_map(self, state: _LayerState, x: Tensor, grid: Grid) -> TokenMap | str:
         """The map for this call, by the similarity of x's tokens, or why there is none."""

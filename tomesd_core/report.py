@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 
 @dataclasses.dataclass
@@ -23,6 +24,8 @@ class LayerReport:
     fewest_tokens: int = 0
     most_tokens: int = 0
     """Between which numbers `merged_tokens` lay, under a schedule."""
+    conflict: str | None = None
+    """What `leave_out` said when it was last asked."""
 
     @property
     def change(self) -> str:
@@ -52,16 +55,17 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: layers, tokens, steps, notes."""
+        """One line: layers, tokens, steps, conflicts, notes."""
         merged = self.merged_layers
         if not merged:
-            why = "; ".join(self.notes or sorted({layer.left_out for layer in self.layers if layer.left_out}))
+            why = "; ".join([*sorted({layer.left_out for layer in self.layers if layer.left_out}), *self.notes])
             return f"nothing merged{f': {why}' if why else ''}"
         # Largest first; a dict keeps one of each.
         changes = dict.fromkeys(layer.change for layer in sorted(merged, key=lambda layer: -layer.tokens))
         line = f"{len(merged)} of {len(self.layers)} self-attention layers, {', '.join(changes)}"
         line += f", {self.merged_steps} of {self.steps} steps"
-        return "; ".join([line, *self.notes])
+        conflicts = Counter(layer.conflict for layer in self.layers if layer.conflict)
+        return "; ".join([line, *(f"{count} left out: {why}" for why, count in conflicts.items()), *self.notes])
 
     def __str__(self) -> str:
         lines = [f"token merging: {self.summary}"]

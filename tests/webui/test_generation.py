@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from copy import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -596,6 +597,26 @@ def test_another_unet_in_its_place(make):
         sd_unet.apply_unet()
     assert pixels(processed) == pixels(expected)
     assert "nothing merged: the model's attention layers did not run: the UNet was replaced" in processed.comments
+
+
+def test_layers_that_hypertile_tiles_are_left_to_it_and_this_is_said(host, make, log_lines):
+    attentions = [module.attn1 for module in host.sd_model.modules() if hasattr(module, "attn1")]
+    tiling = SimpleNamespace(enabled=True)
+    try:
+        setattr(attentions[0], "__webui_hypertile_params", tiling)
+        make(ON)
+        for attention in attentions:
+            setattr(attention, "__webui_hypertile_params", tiling)
+        make(ON)
+        tiling.enabled = False
+        make(ON)
+    finally:
+        for attention in attentions:
+            delattr(attention, "__webui_hypertile_params")
+    some, nothing, off = log_lines
+    assert some == "2 of 4 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps; 1 left out: tiled by Hypertile"
+    assert nothing.startswith("nothing merged: ") and "tiled by Hypertile" in nothing
+    assert off == "3 of 4 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps"
 
 
 # WebUI's own token merging

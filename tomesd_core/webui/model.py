@@ -23,4 +23,4 @@ def loaded_layers() -> list[Layer] | None:
 def hypertile_of(attention: nn.Module) -> str | None:
     """Why a layer is left to Hypertile, or None. It takes a layer's width and height off the token count."""
     tiling = getattr(attention, "__webui_hypertile_params", None)
-    return "Hypertile tiles it" if tiling is not None and tiling.enabled else None
+    return "tiled by Hypertile" if tiling is not None and tiling.enabled else None
