@@ -1,61 +1,88 @@
 // Keeps the panel's preview and title in step with what is set, without a server call while a slider is moving.
-var toMeTabSize;
+var toMeTabSize, toMeChanged;
 
 (function() {
     "use strict";
 
     const QUIET_MS = 250;
+    const previews = {};
     const byId = id => gradioApp().querySelector("#" + id);
 
-    // The tab's width, height and steps, in place of the last three values given.
+    // The tab's width, height and steps, in place of the first three values given. What gradio gives goes on: after
+    // the inputs come the outputs.
     toMeTabSize = function(tab, given) {
         const read = name => {
             const input = byId(`${tab}_${name}`)?.querySelector("input[type=number]");
             return input ? Number(input.value) : null;
         };
-        const own = given.slice(0, -3);
-        return own.concat(["width", "height", "steps"].map((name, i) => read(name) ?? given[own.length + i]));
+        return ["width", "height", "steps"].map((name, i) => read(name) ?? given[i]).concat(given.slice(3));
     };
+
+    // Told by gradio whenever one of a panel's controls has another value, whoever set it.
+    toMeChanged = tab => previews[tab]?.();
+
+    // The title folds and unfolds by keyboard too: gradio's can't be reached by it.
+    function makeReachable(title) {
+        const tell = () => title.setAttribute("aria-expanded", title.classList.contains("open"));
+        title.tabIndex = 0;
+        title.setAttribute("role", "button");
+        title.addEventListener("keydown", event => {
+            // The switch lies in the title and has keys of its own.
+            if (event.target !== title || !["Enter", " "].includes(event.key)) return;
+            event.preventDefault();
+            title.click();
+        });
+        new MutationObserver(tell).observe(title, {attributes: true, attributeFilter: ["class"]});
+        tell();
+    }
 
     function follow(tab) {
         const prefix = `script_${tab}_tome_`;
         const panel = byId(prefix + "enabled");
         const preview = byId(prefix + "preview");
         if (!panel || !preview) return;
+        makeReachable(panel.querySelector(".label-wrap"));
         let timer = null;
-        let pressed = false;
+        let held = false;
+        let waiting = false;
 
         const refresh = () => {
+            waiting = true;
             clearTimeout(timer);
             timer = setTimeout(() => {
                 // A slider that is held still moves: wait until it is let go.
-                if (pressed) return;
+                if (held) return;
+                waiting = false;
                 byId(prefix + "refresh")?.click();
             }, QUIET_MS);
         };
-        window.addEventListener("pointerdown", () => pressed = true, true);
+        previews[tab] = refresh;
+        window.addEventListener("pointerdown", () => held = true, true);
         for (const end of ["pointerup", "pointercancel"]) {
             window.addEventListener(end, () => {
-                if (pressed && timer) refresh();
-                pressed = false;
+                held = false;
+                if (waiting) refresh();
             }, true);
         }
 
-        const watched = [panel, ...["width", "height", "steps"].map(name => byId(`${tab}_${name}`))];
-        for (const element of watched) {
-            for (const kind of ["input", "change", "click"]) element?.addEventListener(kind, refresh);
+        // The tab's own sliders. One that is set by pasted parameters has no event but draws its track anew.
+        for (const slider of ["width", "height", "steps"].map(name => byId(`${tab}_${name}`))) {
+            slider?.addEventListener("input", refresh);
+            const track = slider?.querySelector("input[type=range]");
+            if (track) new MutationObserver(refresh).observe(track, {attributes: true, attributeFilter: ["style"]});
         }
-        // Presets, pasted parameters and a finished generation change things without an event of their own.
+        // A finished generation.
         const results = byId(`html_info_${tab}`);
         if (results) new MutationObserver(refresh).observe(results, {childList: true, subtree: true});
-        new MutationObserver(() => {
+        const entitle = () => {
             const title = preview.querySelector("[data-title]")?.dataset.title;
             const label = panel.querySelector(".label-wrap > span");
             if (!title || !label) return;
             const text = [...label.childNodes].filter(node => node.nodeType === Node.TEXT_NODE).pop();
             if (text && text.textContent !== title) text.textContent = title;
-        }).observe(preview, {childList: true, subtree: true});
-        refresh();
+        };
+        new MutationObserver(entitle).observe(preview, {childList: true, subtree: true});
+        entitle();
     }
 
     onUiLoaded(() => ["txt2img", "img2img"].forEach(follow));

@@ -1,6 +1,7 @@
 """The WebUI that WEBUI_URL names, started with --api; without one, the miniature host with its tiny model.
 
-So anyone can point these tests at their own WebUI, and CI takes the same steps without one.
+So anyone can point these tests at their own WebUI, and CI takes the same steps without one. WEBUI_SIDE sets the width
+and height of the pictures there, 512 by default; a smaller one is quicker where merging still pays.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class WebUI:
 @pytest.fixture(scope="session")
 def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     if URL:
-        yield WebUI(URL, side=512)
+        yield WebUI(URL, side=int(os.environ.get("WEBUI_SIDE", "512")))
         return
     missing = [name for name in ("torch", "gradio", "ldm") if importlib.util.find_spec(name) is None]
     if missing:

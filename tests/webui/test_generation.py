@@ -74,6 +74,23 @@ def test_max_downsample_and_min_tokens(make):
     assert "nothing merged: " in make(arguments(least=2048)).comments
 
 
+@pytest.mark.parametrize(
+    ("tome", "said"),
+    [
+        (ON, "3 of 4 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps"),
+        ([True, 1.5], "nothing merged: ratio must lie in [0, 0.75] for a 2×2 stride, got 1.5"),
+        (arguments(apply_to="hires pass"), "nothing merged: apply to is 'hires pass', and a picture without hires fix"),
+        ([False], None),
+    ],
+    ids=["on", "wrong", "no such pass", "off"],
+)
+def test_the_panel_says_what_the_last_generation_did(make, generation, tome, said):
+    make(ON)
+    make(tome)
+    assert generation.last_summary() == said or generation.last_summary().startswith(said)
+    assert (generation.settings_in_use() is None) == (tome != ON)
+
+
 def test_img2img(make, attention):
     picture = make().images[0]
     attention.tokens.clear()
@@ -642,7 +659,7 @@ def own_merging():
 
 
 @pytest.mark.parametrize("hires", [{}, HIRES], ids=["one pass", "hires"])
-def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, add_script, hires):
+def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, add_script, generation, hires):
     from modules import shared
 
     seen = []
@@ -653,6 +670,7 @@ def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, ad
     assert attention.tokens[:2] == [HALF] * 2
     assert "Token merging ratio" not in processed.infotexts[0]
     assert "WebUI's own token merging is left out" in processed.comments
+    assert generation.last_summary().endswith("WebUI's own token merging is left out")
     assert shared.opts.data == own_merging
 
 

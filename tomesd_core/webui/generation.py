@@ -21,19 +21,19 @@ ERROR_KEY = "ToMe error"
 COMMENT = "ToMe: "
 
 _running: Sampling | None = None
-_last: tuple[MergeSettings, str] | None = None
-"""The settings of the last sampling, and what they merged."""
+_last: tuple[MergeSettings | None, str] | None = None
+"""The settings of the last generation that was asked to merge, None where it couldn't, and what was said of it."""
 
 
 def settings_in_use() -> MergeSettings | None:
-    """The settings of the sampling that is running, or of the last one."""
+    """The settings of the sampling that is running, or of the last generation. None where that didn't merge."""
     if _running is not None:
         return _running.settings
     return _last[0] if _last else None
 
 
 def last_summary() -> str | None:
-    """What the last sampling merged, in one line; None before the first."""
+    """What the last generation merged, in one line; None where it wasn't asked to."""
     return _last[1] if _last else None
 
 
@@ -42,6 +42,7 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
 
     A wrong value switches merging off for this generation, and says so there, under the picture and in the log.
     """
+    global _last
     _forget(p)
     try:
         settings = _settings(p, args)
@@ -52,16 +53,15 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         _say(p, f"nothing merged: {error}")
         return
     if settings is None:
+        _last = None
         return
     if not _has_pass(p, settings):
         where = "a picture without hires fix" if hasattr(p, "enable_hr") else "img2img"
         _say(p, f"nothing merged: apply to is {settings.apply_to!r}, and {where} has none")
         return
-    if _built_in_is_on(p):
-        if not options.option(options.OVERRULE_BUILT_IN, True):
-            _say(p, "nothing merged: WebUI's own token merging is on, and the settings say not to overrule it")
-            return
-        _say(p, "WebUI's own token merging is left out of this generation")
+    if _built_in_is_on(p) and not options.option(options.OVERRULE_BUILT_IN, True):
+        _say(p, "nothing merged: WebUI's own token merging is on, and the settings say not to overrule it")
+        return
     unused = unused_fields(settings, has_hires_pass=bool(getattr(p, "enable_hr", False)))
     for name, value in panel_values(settings).items():
         if name not in unused:
@@ -221,6 +221,8 @@ class Sampling:
         """Says what was merged, under the picture and, once a generation, in the log."""
         global _last
         summary = "; ".join(self._summaries) or "nothing merged: no step reached the UNet"
+        if _built_in_is_on(self._p):
+            summary += "; WebUI's own token merging is left out"
         if self.settings is not None:
             _last = self.settings, summary
         self._p.comment(COMMENT + summary)
@@ -234,7 +236,9 @@ def _no_built_in_merging(for_hr: bool = False) -> float:
 
 
 def _built_in_is_on(p: Any) -> bool:
-    return bool(p.get_token_merging_ratio() or p.get_token_merging_ratio(for_hr=True))
+    """Whether WebUI's own token merging would be on, whatever stands in the place of p's method."""
+    ratio = type(p).get_token_merging_ratio
+    return bool(ratio(p) or (getattr(p, "enable_hr", False) and ratio(p, for_hr=True)))
 
 
 def _has_pass(p: Any, settings: MergeSettings) -> bool:
@@ -246,5 +250,7 @@ def _merges_in(settings: MergeSettings, is_hires: bool) -> bool:
 
 
 def _say(p: Any, line: str) -> None:
+    global _last
+    _last = None, line
     p.comment(COMMENT + line)
     log.warning(line)

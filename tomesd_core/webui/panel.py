@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 from modules import devices, processing
 from modules.ui_components import FormRow, InputAccordion, ToolButton
 
@@ -47,7 +48,7 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         with FormRow():
             for name, setting in MAP_FIELDS.items():
                 controls[name] = _control(setting, elem_id(name))
-        # Pressed by the page's script when something has changed and no slider is moving. The last three inputs are
+        # Pressed by the page's script when something has changed and no slider is moving. The first three inputs are
         # read off the page by it: width, height and steps belong to the tab.
         refresh = gr.Button("Refresh", visible=False, elem_id=elem_id("refresh"))
         sizes = [gr.Number(value, visible=False, elem_id=elem_id(name)) for name, value in _TAB.items()]
@@ -55,14 +56,17 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     fields = [controls[name] for name in PANEL_FIELDS]
     for component in (*sizes, shown, refresh):
         component.do_not_save_to_config = True
-    refresh.click(
-        _preview,
-        _js=f"(...given) => toMeTabSize('{tab}', given)",
-        inputs=[*controls.values(), *sizes],
-        outputs=[shown],
-        show_progress=False,
-        queue=False,
-    )
+    for event in (refresh.click, Context.root_block.load):
+        event(
+            _preview,
+            _js=f"(...given) => toMeTabSize('{tab}', given)",
+            inputs=[*sizes, *controls.values()],
+            outputs=[shown],
+            show_progress=False,
+            queue=False,
+        )
+    for control in controls.values():
+        control.change(None, _js=f"() => toMeChanged('{tab}')")
     controls["schedule"].change(
         _visibility, inputs=[controls["schedule"]], outputs=fields, show_progress=False, queue=False
     )
@@ -75,6 +79,7 @@ _TAB = {"width": 512, "height": 512, "steps": 20}
 
 def _control(setting: Setting, elem_id: str, visible: bool = True) -> Any:
     common = {"value": setting.default, "label": setting.label, "elem_id": elem_id, "visible": visible}
+    common["tooltip"] = setting.help
     if setting.kind == "choice":
         return gr.Radio(choices=list(setting.choices), **common)
     # WebUI casts what the API sends by the type of a control's value: a float lets every number pass.
@@ -88,9 +93,8 @@ def _visibility(schedule: str) -> list[dict[str, Any]]:
     return [gr.update(visible=name in shown) for name in PANEL_FIELDS]
 
 
-def _preview(*given: Any) -> str:
+def _preview(width: Any, height: Any, steps: Any, *args: Any) -> str:
     """The preview's HTML. The page's script takes the panel's title from it."""
-    *args, width, height, steps = given
     try:
         on, settings = bool(args[0]), read_arguments([True, *args[1:]])
         factor = processing.opt_f
@@ -107,7 +111,7 @@ def _preview(*given: Any) -> str:
 
 def _preset_row(elem_id: Callable[[str], str]) -> Callable[[list[Any]], None]:
     """The row of presets; what it gives connects it to the panel's fields, once those are there."""
-    with FormRow():
+    with FormRow(elem_classes=["tome-presets"]):
         preset = gr.Dropdown(
             choices=store.presets.names(),
             label="Preset",
@@ -125,7 +129,12 @@ def _preset_row(elem_id: Callable[[str], str]) -> Callable[[list[Any]], None]:
             )
         )
         upload = gr.UploadButton(
-            "📥", elem_id=elem_id("preset_import"), elem_classes=["tool"], file_types=[".json"], type="binary"
+            "📥",
+            elem_id=elem_id("preset_import"),
+            elem_classes=["gradio-button", "tool"],
+            tooltip="Import presets from a file",
+            file_types=[".json"],
+            type="bytes",
         )
     message = gr.HTML(elem_id=elem_id("preset_message"), elem_classes=["tome-message"])
     exported = gr.File(label="Your presets", visible=False, interactive=False, elem_id=elem_id("preset_file"))
@@ -137,7 +146,9 @@ def _preset_row(elem_id: Callable[[str], str]) -> Callable[[list[Any]], None]:
         preset.select(_choose, inputs=[preset], outputs=[message, *fields], **quiet)
         save.click(_save, inputs=[preset, *fields], outputs=[message, preset], **quiet)
         delete.click(_delete, inputs=[preset], outputs=[message, preset], **quiet)
-        reload.click(_reload, outputs=[message, preset], **quiet)
+        # The page as it was made holds the presets that there were then.
+        for event in (reload.click, Context.root_block.load):
+            event(_reload, outputs=[message, preset], **quiet)
         export.click(_export, outputs=[message, exported], **quiet)
         upload.upload(_import, inputs=[upload], outputs=[message, preset], **quiet)
 

@@ -41,7 +41,8 @@ def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tu
     if not changes:
         return f"0 of {len(layers)} self-attention layers: nothing would be merged"
     merged = ", ".join(
-        f"{change} tokens each" if len(changes) == 1 else f"{count}× {change}" for change, count in changes.items()
+        f"{change} tokens each" if len(changes) == 1 else f"{count}× {change} tokens"
+        for change, count in changes.items()
     )
     line = f"{sum(changes.values())} of {len(layers)} self-attention layers, {merged}"
     if coarsest > settings.max_downsample:

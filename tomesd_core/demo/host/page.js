@@ -107,6 +107,15 @@ onUiLoaded(() => {
     }
 });
 
+/* Help on hover. */
+
+onUiLoaded(() => {
+    for (const {props} of window.gradio_config.components) {
+        const element = props.webui_tooltip && props.elem_id && gradioApp().getElementById(props.elem_id);
+        if (element) element.title = props.webui_tooltip;
+    }
+});
+
 /* Generating: the buttons, the progress bar, and which picture of the gallery is shown. */
 
 function showSubmitButtons(tab, idle) {

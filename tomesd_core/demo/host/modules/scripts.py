@@ -289,12 +289,8 @@ class ScriptRunner:
         )
         self.inputs[0] = dropdown
         self.setup_ui_for_section(None, self.selectable_scripts)
-        if self.selectable_scripts:
-            dropdown.change(
-                lambda i: [gr.update(visible=i == n + 1) for n in range(len(self.selectable_scripts))],
-                inputs=[dropdown],
-                outputs=[script.group for script in self.selectable_scripts],
-            )
+        for number, script in enumerate(self.selectable_scripts, start=1):
+            dropdown.change(lambda i, n=number: gr.update(visible=i == n), inputs=[dropdown], outputs=[script.group])
         self.infotext_fields.append((dropdown, lambda d: gr.update(value=d.get("Script", "None"))))
         return self.inputs
 
