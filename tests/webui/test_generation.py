@@ -540,6 +540,8 @@ def test_refiner_beside_the_first_model(host, make, attention, refiner):
     assert states[-1] == {first: False, second: True}
     assert [hooked(first), hooked(second)] == [[], []]
     assert processed.comments.count("self-attention layers") == (1 if refiner == "twin" else 2)
+    # Both halves merged alike: it must not read as half of the steps.
+    assert ("2 of 2 steps (2 times)" in processed.comments) == (refiner == "twin")
 
 
 def test_refiner_that_throws_the_first_model_away(host, make, attention):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,7 +160,8 @@ class Sampling:
         self._merging: Merging | None = None
         self._unet: nn.Module | None = None
         self._is_hires = False
-        self._summaries: dict[str, None] = {}
+        self._summaries: Counter[str] = Counter()
+        """Of each part of the sampling between two changes of the UNet; a refiner may merge as the model before it."""
         self._outer: Sampling | None = None
 
     def __enter__(self) -> Sampling:
@@ -211,7 +213,7 @@ class Sampling:
             report = self._merging.report()
             has_two = bool(getattr(self._p, "enable_hr", False))
             where = f"{'hires' if self._is_hires else 'first'} pass: " if has_two else ""
-            self._summaries[where + report.summary] = None
+            self._summaries[where + report.summary] += 1
             if options.option(options.LOG_LAYERS, False):
                 log.info(str(report))
             self._merging.detach()
@@ -220,7 +222,8 @@ class Sampling:
     def tell(self, in_log: bool) -> None:
         """Says what was merged, under the picture and, once a generation, in the log."""
         global _last
-        summary = "; ".join(self._summaries) or "nothing merged: no step reached the UNet"
+        parts = [part if times == 1 else f"{part} ({times} times)" for part, times in self._summaries.items()]
+        summary = "; ".join(parts) or "nothing merged: no step reached the UNet"
         if _built_in_is_on(self._p):
             summary += "; WebUI's own token merging is left out"
         if self.settings is not None:
