@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 import time
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 HIRES = {"enable_hr": True, "hr_scale": 1.25, "hr_upscaler": "Latent", "denoising_strength": 0.6}
 
 
@@ -92,6 +97,28 @@ def test_a_preset_can_be_asked_for_by_name(webui):
     presets = {preset["name"]: preset["settings"] for preset in webui.get("/tome/presets").json()}
     picture = webui.make([{"preset": "Fast"}])
     assert picture.parameters["ToMe ratio"] == presets["Fast"]["ratio"]
+
+
+def test_the_client_webuiapi(webui):
+    webuiapi = pytest.importorskip("webuiapi")
+    address = urlsplit(webui.url)
+    api = webuiapi.WebUIApi(host=address.hostname, port=address.port, use_https=address.scheme == "https")
+    for arguments in ([{"ratio": 0.6, "late_ratio": 0.3}], [{"preset": "Fast", "late_ratio": 0.3}], [True, 0.6]):
+        made = api.txt2img(**webui.request(arguments))
+        assert made.image.convert("RGB").tobytes() == webui.make(arguments).pixels
+        assert made.info["extra_generation_params"]["ToMe ratio"] == 0.6
+    assert "alwayson_scripts={" in README and '{"ratio": 0.6, "late_ratio": 0.3}' in README
+
+
+def test_the_readmes_requests(webui):
+    bodies = re.findall(r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", README, re.DOTALL)
+    assert len(bodies) == 2
+    for body in bodies:
+        arguments = json.loads(body)["alwayson_scripts"]["ToMe"]["args"]
+        assert webui.make(arguments).parameters["ToMe late ratio"] == 0.3
+    routes = re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", README)
+    assert sorted(routes) == ["/tome/presets", "/tome/status"]
+    assert all(webui.get(route).ok for route in routes)
 
 
 def test_the_status_names_the_layers_of_the_loaded_model(webui):
