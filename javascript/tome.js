@@ -1,11 +1,12 @@
 // Keeps the panel's preview and title in step with what is set, without a server call while a slider is moving.
-var toMeTabSize, toMeChanged;
+// Called by gradio: for the tab's size, when a control has another value or the page is there, after an answer.
+var toMeTabSize, toMeChanged, toMeAnswered;
 
 (function() {
     "use strict";
 
     const QUIET_MS = 250;
-    const previews = {};
+    const previews = {txt2img: {}, img2img: {}};
     const byId = id => gradioApp().querySelector("#" + id);
 
     // The tab's width, height and steps, in place of the first three values given. What gradio gives goes on: after
@@ -18,8 +19,12 @@ var toMeTabSize, toMeChanged;
         return ["width", "height", "steps"].map((name, i) => read(name) ?? given[i]).concat(given.slice(3));
     };
 
-    // Told by gradio whenever one of a panel's controls has another value, whoever set it.
-    toMeChanged = tab => previews[tab]?.();
+    // Before the first of these gradio has not connected the page's buttons.
+    toMeChanged = tab => {
+        previews[tab].connected = true;
+        previews[tab].refresh?.();
+    };
+    toMeAnswered = tab => previews[tab].answered?.();
 
     // The title folds and unfolds by keyboard too: gradio's can't be reached by it.
     function makeReachable(title) {
@@ -45,18 +50,25 @@ var toMeTabSize, toMeChanged;
         let timer = null;
         let held = false;
         let waiting = false;
+        let asking = false;
 
         const refresh = () => {
             waiting = true;
             clearTimeout(timer);
             timer = setTimeout(() => {
-                // A slider that is held still moves: wait until it is let go.
-                if (held) return;
+                // A slider that is held still moves: wait until it is let go. Of two questions at a time gradio drops
+                // the second: wait for the answer.
+                if (held || asking || !previews[tab].connected) return;
                 waiting = false;
-                byId(prefix + "refresh")?.click();
+                asking = true;
+                byId(prefix + "refresh").click();
             }, QUIET_MS);
         };
-        previews[tab] = refresh;
+        const answered = () => {
+            asking = false;
+            if (waiting) refresh();
+        };
+        Object.assign(previews[tab], {refresh, answered});
         window.addEventListener("pointerdown", () => held = true, true);
         for (const end of ["pointerup", "pointercancel"]) {
             window.addEventListener(end, () => {
@@ -82,7 +94,7 @@ var toMeTabSize, toMeChanged;
             if (text && text.textContent !== title) text.textContent = title;
         };
         new MutationObserver(entitle).observe(preview, {childList: true, subtree: true});
-        entitle();
+        refresh();
     }
 
     onUiLoaded(() => ["txt2img", "img2img"].forEach(follow));

@@ -125,7 +125,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any, webui: Any) -> Iterator[Callable[..., Any]]:
-    """Opens the page; its scripts must report no error."""
+    """Opens the page; the extension's scripts must report no error. WebUI's own may: 1.6.1's do, without it too."""
     errors: list[str] = []
     pages = []
 
@@ -133,7 +133,7 @@ def open_page(browser: Any, webui: Any) -> Iterator[Callable[..., Any]]:
         page = browser.new_page(viewport={"width": width, "height": 1400})
         pages.append(page)
         page.set_default_timeout(PATIENCE_MS)
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("pageerror", lambda error: errors.append(f"{error}\n{error.stack}"))
         page.goto(f"{webui.url}/{query}")
         wait_until_loaded(page)
         return page
@@ -141,7 +141,7 @@ def open_page(browser: Any, webui: Any) -> Iterator[Callable[..., Any]]:
     yield open_it
     for page in pages:
         page.close()
-    assert not errors
+    assert not [error for error in errors if "tome" in error.lower()]
 
 
 @pytest.fixture
@@ -422,8 +422,9 @@ def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page):
     page.locator("#html_log_txt2img .performance").evaluate("element => element.remove()")
     values.fill("0.3, 0.6")
     results = generate(page, webui.side, steps=1)
-    expect(results).to_contain_text("X Type: [ToMe] Ratio")
     expect(results).to_contain_text("ToMe ratio: 0.3")
+    grid = results.locator("[id$=_gallery] img").first
+    assert grid.evaluate("image => image.decode().then(() => image.naturalWidth)") >= 2 * webui.side
 
 
 def test_the_settings_page_has_a_section(webui, page):
@@ -431,7 +432,7 @@ def test_the_settings_page_has_a_section(webui, page):
     page.locator("#settings > .tab-nav > button").get_by_text("ToMe", exact=True).click()
     for option in ("overrule_built_in", "log_level", "log_layers"):
         expect(page.locator(f"#setting_tome_{option}")).to_be_visible()
-    before = webui.get("/sdapi/v1/options").json()["tome_log_layers"]
+    before = webui.get("/sdapi/v1/options").json().get("tome_log_layers", False)  # 1.6 lists what was set once
     try:
         page.locator("#setting_tome_log_layers input").click()
         page.locator("#settings_submit").click()

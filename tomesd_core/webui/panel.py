@@ -56,17 +56,16 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     fields = [controls[name] for name in PANEL_FIELDS]
     for component in (*sizes, shown, refresh):
         component.do_not_save_to_config = True
-    for event in (refresh.click, Context.root_block.load):
-        event(
-            _preview,
-            _js=f"(...given) => toMeTabSize('{tab}', given)",
-            inputs=[*sizes, *controls.values()],
-            outputs=[shown],
-            show_progress=False,
-            queue=False,
-        )
-    for control in controls.values():
-        control.change(None, _js=f"() => toMeChanged('{tab}')")
+    refresh.click(
+        _preview,
+        _js=f"(...given) => toMeTabSize('{tab}', given)",
+        inputs=[*sizes, *controls.values()],
+        outputs=[shown],
+        show_progress=False,
+        queue=False,
+    ).then(None, _js=f"() => toMeAnswered('{tab}')")
+    for event in (Context.root_block.load, *(control.change for control in controls.values())):
+        event(None, _js=f"() => toMeChanged('{tab}')")
     controls["schedule"].change(
         _visibility, inputs=[controls["schedule"]], outputs=fields, show_progress=False, queue=False
     )
