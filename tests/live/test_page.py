@@ -295,6 +295,8 @@ def test_choosing_a_preset_sets_the_fields_and_leaves_the_switch(panel, on):
     expect(panel.switch).to_be_checked(checked=on)
     choose(panel.element("preset"), "Hires only")
     panel.expect({**DEFAULTS, "apply_to": "hires pass"})
+    if on:
+        expect(panel.preview).to_contain_text("hires pass only")
 
 
 @pytest.mark.parametrize("text", ["{}", "<img src=x onerror=\"document.title='run'\"> {}", "🐈 {}", "../../{}"])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..plan import coarsest_level, removed_or_why_not, why_left_out
 from ..schedule import progress_of
-from ..settings import MergeSettings
+from ..settings import PASSES, MergeSettings
 from ..unet import Layer
 
 WIDTH, HEIGHT = 120, 28
@@ -47,6 +47,8 @@ def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tu
     line = f"{sum(changes.values())} of {len(layers)} self-attention layers, {merged}"
     if coarsest > settings.max_downsample:
         line += f" (level {coarsest}, this model's finest)"
+    if settings.apply_to != PASSES[0]:
+        line += f", {settings.apply_to} only"
     return line
 
 
