@@ -28,18 +28,23 @@ class Compare(scripts.Script):
             component.change(_words, inputs=[component], outputs=[words], show_progress=False, queue=False)
 
     def run(self, p, *args):
-        """Makes the page's picture, and where that merged, the same without; each with its time."""
+        """Makes the page's picture without merging and then as the panel says; each with its time.
+
+        In this order: what the panel tells of the last generation is of the merged one.
+        """
         p.do_not_save_grid = True
         processing.fix_seed(p)
         shared.state.job_count = 2 * p.n_iter
-        merged, with_merging = _timed(p)
-        if "ToMe ratio" not in p.extra_generation_params or shared.state.interrupted:
-            return merged
         twin = copy(p)
         twin.extra_generation_params, twin.comments = dict(p.extra_generation_params), {}
         setattr(twin, OVERRIDES, {"enabled": False})
         plain, without_merging = _timed(twin)
-        return merged if shared.state.interrupted else _compared(plain, merged, without_merging, with_merging)
+        if shared.state.interrupted:
+            return plain
+        merged, with_merging = _timed(p)
+        if "ToMe ratio" not in p.extra_generation_params or shared.state.interrupted:
+            return merged
+        return _compared(plain, merged, without_merging, with_merging)
 
 
 def _words(prompt: str) -> str:
