@@ -86,7 +86,9 @@ class Studio:
         model = self.model()
         prompts = [model.captions[number] for number in self.captions(first + CHUNK)[first:]]
         unet, dtype = model.model.diffusion_model, DTYPES[self.dtype]
-        narrow = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        # Older torch refuses to make an autocast to fp32, even one that is off.
+        wide = dtype == torch.float32
+        narrow = contextlib.nullcontext() if wide else torch.autocast(self.device.type, dtype)
         # `tomesd` draws from a copy of the global random state, which is made in its first call.
         with torch.random.fork_rng(devices=[]), attention(unet, self.attention), narrow:
             torch.manual_seed(first)
