@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..presets import BUILT_IN
 from ..settings import MergeSettings
 from .contenders import CORNER, OURS, RANDOM, UNMERGED, WAYS, Running
 
@@ -105,6 +106,21 @@ def _change(schedule: str, early: float, late: float) -> dict[str, Any]:
     return {"ratio": early, "late_ratio": late, "schedule": schedule}
 
 
+def _presets() -> list[Row]:
+    """The shipped presets: here what is measured is what people get."""
+    named = {name: MergeSettings(**values, skip_unprofitable=False) for name, (values, _) in BUILT_IN.items()}
+    return [
+        Row(name, _mean_ratio(settings), Variant(OURS, settings.ratio, settings))
+        for name, settings in named.items()
+        if settings.apply_to == "both passes"
+    ]
+
+
+def _mean_ratio(settings: MergeSettings) -> float:
+    """Over many steps."""
+    return sum(settings.ratio_at(step / 999) for step in range(1000)) / 1000
+
+
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75)
 PEER_RATIOS = (0.25, 0.5, 0.7)
 
@@ -130,6 +146,8 @@ TABLES = {
             "linear 40 to 60 %": _change("linear", 0.4, 0.6),
             "linear 75 to 25 %": _change("linear", 0.75, 0.25),
             "linear 25 to 75 %": _change("linear", 0.25, 0.75),
+            "step 60 to 40 %": _change("step", 0.6, 0.4),
+            "step 40 to 60 %": _change("step", 0.4, 0.6),
             "step 75 to 25 %": _change("step", 0.75, 0.25),
             "step 25 to 75 %": _change("step", 0.25, 0.75),
         },
@@ -149,6 +167,20 @@ TABLES = {
         "own",
         **{"own": {}, "shared": {"share_layers": True}},
     ),
+    "together": _halved(
+        "Together: linear 60 to 40 % and a matching kept for 4 steps, and what may change beside them",
+        "random 2x2",
+        **{
+            name: {**_change("linear", 0.6, 0.4), "reuse_steps": 4, **changed}
+            for name, changed in {
+                "random 2x2": {},
+                "corner 2x2": {"partition": "corner"},
+                "uniform": {"partition": "uniform"},
+                "window 8": {"window": 8},
+                "levels 1, 2": {"max_downsample": 2},
+            }.items()
+        },
+    ),
     "where": _halved(
         "Where: the levels that merge, by their least tokens (paper, table 3b)",
         "level 1",
@@ -163,8 +195,11 @@ TABLES = {
         [WHOLE, *(row for contender in (OURS, CORNER, RANDOM) for row in _over_ratio(contender, PEER_RATIOS))],
         over_ratio=True,
     ),
+    "presets": Table(
+        "Presets: the built-in ones that a picture of one pass tells apart", "Balanced", [WHOLE, *_presets()]
+    ),
 }
-"""By name; those that set a default come first."""
+"""By name; those that set a default come first, `presets` after the tables that set its rows."""
 
 
 def at_equal_time(seconds: Mapping[str, Mapping[float, float]]) -> Table:
