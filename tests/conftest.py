@@ -17,12 +17,14 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 @pytest.fixture(scope="session")
 def small_settings() -> Callable[..., tome.MergeSettings]:
-    """Settings for small models, in which merging can't pay: never left out for that."""
+    """Settings for small models, in which merging can't pay: never left out for that.
+
+    What isn't given is the simplest: one ratio, matched in every step.
+    """
 
     def make(**values: object) -> tome.MergeSettings:
-        if "skip_unprofitable" in tome.settings.FIELDS:
-            values.setdefault("skip_unprofitable", False)
-        return tome.MergeSettings(**values)
+        simple = {"ratio": 0.5, "schedule": "constant", "reuse_steps": 1, "skip_unprofitable": False}
+        return tome.MergeSettings(**{**simple, **values})
 
     return make
 

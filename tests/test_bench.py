@@ -23,7 +23,7 @@ from tomesd_core.settings import MergeSettings
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 CPU = torch.device("cpu")
-FORCED = MergeSettings(skip_unprofitable=False)
+FORCED = MergeSettings(schedule="constant", reuse_steps=1, skip_unprofitable=False)
 EVERYONE = [UNMERGED, OURS, CORNER, RANDOM, LIMIT]
 
 

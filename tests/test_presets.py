@@ -21,7 +21,7 @@ from tomesd_core.presets import BUILT_IN, MAX_NAME, VERSION, PresetError, Preset
 from tomesd_core.settings import FIELDS, PANEL_FIELDS, MergeSettings
 
 NAMES = ["Quality", "Balanced", "Fast", "Hires only", "Paper (60 %)"]
-MINE = MergeSettings(ratio=0.4, schedule="linear", late_ratio=0.1, max_downsample=4, min_tokens=512)
+MINE = MergeSettings(ratio=0.4, schedule="step", late_ratio=0.1, max_downsample=4, min_tokens=512)
 ODD_NAMES = [
     "../../x",
     "<img src=x onerror=alert(1)>",
@@ -72,7 +72,7 @@ def kept_aside(path):
 
 def assert_built_ins_work(file):
     assert file.names()[: len(NAMES)] == NAMES
-    assert file.get("Quality").ratio == 0.3
+    assert file.get("Quality").ratio == 0.4
 
 
 ALONE = """
@@ -137,12 +137,13 @@ def test_missing_fields_have_their_defaults(file, path):
 def test_the_built_in_presets(file, path):
     assert file.names() == list(BUILT_IN) == NAMES
     values = {name: file.get(name) for name in NAMES}
-    assert (
-        values["Quality"].ratio < values["Balanced"].ratio < values["Fast"].ratio == values["Paper (60 %)"].ratio == 0.6
-    )
+    by_speed = [(values[name].ratio, values[name].late_ratio) for name in ("Quality", "Balanced", "Fast")]
+    assert by_speed == sorted(set(by_speed)) and by_speed[0][1] < by_speed[1][1] < by_speed[2][1]
+    assert values["Balanced"] == MergeSettings()
     assert values["Hires only"].apply_to == "hires pass"
     assert values["Fast"].max_downsample == 2
-    assert (values["Paper (60 %)"].schedule, values["Paper (60 %)"].max_downsample) == ("constant", 1)
+    paper = values["Paper (60 %)"]
+    assert (paper.ratio, paper.schedule, paper.max_downsample, paper.reuse_steps) == (0.6, "constant", 1, 1)
     assert all(values[name].apply_to == "both passes" for name in NAMES if name != "Hires only")
     assert len(set(values.values())) == len(NAMES)
     assert not file.messages
@@ -159,7 +160,7 @@ def test_a_users_own_is_described_by_what_it_sets(file):
     file.save("mine", MINE)
     file.save("plain", MergeSettings())
     assert file.describe(" mine ") == (
-        "Your own: ratio 0.4, late ratio 0.1, schedule linear, max downsample 4, min tokens 512."
+        "Your own: ratio 0.4, late ratio 0.1, schedule step, max downsample 4, min tokens 512."
     )
     assert file.describe("plain") == "Your own: the default settings."
     assert "no" in error_of(file.describe, "other")
@@ -754,7 +755,7 @@ def test_a_built_in_one_is_exported_by_its_name_and_never_replaced(file, path):
     assert not path.exists(), "nothing to write"
     different = '{"version": 1, "presets": {"quality": {"ratio": 0.11}}}'
     assert file.import_(different).added == ["quality (2)"]
-    assert (file.get("Quality").ratio, file.get("quality (2)").ratio) == (0.3, 0.11)
+    assert (file.get("Quality").ratio, file.get("quality (2)").ratio) == (0.4, 0.11)
 
 
 def test_a_namesake_gets_a_new_name_and_only_once(file):

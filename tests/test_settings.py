@@ -30,7 +30,7 @@ def error_of(**values):
             {"late_ratio": 0.8, "schedule": "linear"},
             "late_ratio must lie in [0, 0.75] for a 2×2 stride, got 0.8",
         ),
-        ({"late_ratio": 1.1}, "late_ratio must lie in [0, 1], got 1.1"),
+        ({"late_ratio": 1.1, "schedule": "constant"}, "late_ratio must lie in [0, 1], got 1.1"),
         ({"schedule": "cosine"}, "schedule must be one of constant, linear, step, got 'cosine'"),
         ({"schedule": None}, "schedule must be one of constant, linear, step, got None"),
         ({"switch_at": 2}, "switch_at must lie in [0, 1], got 2"),
@@ -125,7 +125,8 @@ def test_no_window_is_the_whole_image():
 )
 def test_the_highest_ratio_is_the_share_of_sources(stride, partition, highest):
     assert max_ratio(stride, partition) == highest
-    assert tome.MergeSettings(ratio=highest, stride=stride, partition=partition).ratio == highest
+    settings = tome.MergeSettings(ratio=highest, late_ratio=highest, stride=stride, partition=partition)
+    assert (settings.ratio, settings.late_ratio) == (highest, highest)
     with pytest.raises(tome.SettingsError, match=r"^ratio must lie in"):
         tome.MergeSettings(ratio=highest + 1e-6, stride=stride, partition=partition)
     with pytest.raises(tome.SettingsError, match=r"^late_ratio must lie in"):
@@ -135,7 +136,7 @@ def test_the_highest_ratio_is_the_share_of_sources(stride, partition, highest):
 
 
 def test_a_late_ratio_that_is_never_reached_may_be_any():
-    assert tome.MergeSettings(ratio=0, late_ratio=0.2, stride=(1, 1)).late_ratio == 0.2
+    assert tome.MergeSettings(ratio=0, late_ratio=0.2, schedule="constant", stride=(1, 1)).late_ratio == 0.2
 
 
 def test_from_mapping_fills_in_the_defaults():

@@ -51,10 +51,12 @@ def apply_patch(
         model,
         MergeSettings(
             ratio=ratio,
+            schedule="constant",
             max_downsample=max_downsample,
             stride=(sy, sx),
             partition=partition,
             window=None,
+            reuse_steps=1,
             skip_unprofitable=False,
         ),
     )

@@ -176,7 +176,14 @@ def match_tokens(
     is rounded, see `tokens_removed`.
     """
     grid = tuple(grid)
-    settings = MergeSettings(ratio=ratio, stride=stride, partition=partition, window=window, shared_draw=shared_draw)
+    settings = MergeSettings(
+        ratio=ratio,
+        schedule="constant",
+        stride=stride,
+        partition=partition,
+        window=window,
+        shared_draw=shared_draw,
+    )
     if x.ndim != 3 or x.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"x must be [B, {grid[0] * grid[1]}, C] on a grid of {grid[0]}×{grid[1]}, got {list(x.shape)}")
     split = make_partition(

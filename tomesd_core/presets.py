@@ -26,17 +26,20 @@ MAX_IMPORT_BYTES, MAX_IMPORT_PRESETS = 1_000_000, 200
 LOCK_SECONDS, BUSY_SECONDS = 10.0, 1.0
 
 BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
-    "Quality": ({"ratio": 0.3}, "Stays closest to the picture without merging; a little faster."),
-    "Balanced": ({"ratio": 0.5}, "Clearly faster, with small changes in detail; a good start."),
+    "Quality": ({"ratio": 0.4, "late_ratio": 0.2}, "Stays closest to the picture without merging; a little faster."),
+    "Balanced": ({}, "Clearly faster, with small changes in detail; a good start."),
     "Fast": (
-        {"ratio": 0.6, "late_ratio": 0.4, "schedule": "linear", "max_downsample": 2},
-        "For drafts: merges more, in coarser layers too, and less towards the last step.",
+        {"ratio": 0.75, "late_ratio": 0.5, "max_downsample": 2},
+        "For drafts: merges as much as can be in the early steps, and in coarser layers too.",
     ),
     "Hires only": (
-        {"ratio": 0.5, "apply_to": "hires pass"},
+        {"apply_to": "hires pass"},
         "Speeds up the second pass of hires fix, where most of the time goes; the first stays as it is.",
     ),
-    "Paper (60 %)": ({"ratio": 0.6}, "The paper's highest ratio, constant, at full resolution only."),
+    "Paper (60 %)": (
+        {"ratio": 0.6, "schedule": "constant", "reuse_steps": 1},
+        "The paper's highest ratio, constant, at full resolution only, matched anew in every step.",
+    ),
 }
 """The read-only presets by name: what differs from the defaults, and what each is for."""
 

@@ -96,7 +96,7 @@ class MergeSettings:
     """
 
     ratio: float = _setting(
-        0.5,
+        0.6,
         "number",
         "Ratio",
         "Share of the tokens removed before self-attention. More is faster and less exact.",
@@ -106,7 +106,7 @@ class MergeSettings:
         infotext="ToMe ratio",
     )
     late_ratio: float = _setting(
-        0.2,
+        0.4,
         "number",
         "Late ratio",
         "The ratio in the late steps, where details are made.",
@@ -116,7 +116,7 @@ class MergeSettings:
         infotext="ToMe late ratio",
     )
     schedule: str = _setting(
-        "constant",
+        "linear",
         "choice",
         "Schedule",
         "constant: the same ratio in every step. linear: from ratio to late ratio. step: a change at one point.",
@@ -160,7 +160,7 @@ class MergeSettings:
         infotext="ToMe apply to",
     )
     reuse_steps: int = _setting(
-        1,
+        4,
         "integer",
         "Rematch every",
         "How many steps a matching is kept for. 1 matches in every step.",

@@ -27,14 +27,14 @@ expect = sync_api.expect
 
 TABS = ["txt2img", "img2img"]
 DEFAULTS = {
-    "ratio": 0.5,
-    "late_ratio": 0.2,
-    "schedule": "constant",
+    "ratio": 0.6,
+    "late_ratio": 0.4,
+    "schedule": "linear",
     "switch_at": 0.5,
     "max_downsample": "1",
     "min_tokens": 0,
     "apply_to": "both passes",
-    "reuse_steps": 1,
+    "reuse_steps": 4,
 }
 OTHERS = {
     "ratio": 0.4,
@@ -217,12 +217,12 @@ def generate(page: Any, side: int, steps: int = 2) -> Any:
 def test_the_title_says_what_is_set_and_the_preview_what_will_happen(page, tab):
     go_to(page, tab)
     panel = Panel(page, tab).unfold()
-    expect(panel.title).to_contain_text("ToMe: 50 %, level 1")
+    expect(panel.title).to_contain_text("ToMe: 60 % → 40 %, level 1")
     expect(panel.preview).to_contain_text("self-attention layers")
     panel.set(ratio=0.25)
+    expect(panel.title).to_contain_text("ToMe: 25 % → 40 %, level 1")
+    panel.set(schedule="constant")
     expect(panel.title).to_contain_text("ToMe: 25 %, level 1")
-    panel.set(schedule="linear")
-    expect(panel.title).to_contain_text("ToMe: 25 % → 20 %, level 1")
 
 
 @pytest.mark.parametrize("tab", TABS)
@@ -263,7 +263,7 @@ def test_help_is_shown_on_hover(panel):
 
 def test_no_server_call_while_a_slider_is_moving(panel):
     calls = []
-    expect(panel.title).to_contain_text("50 %")
+    expect(panel.title).to_contain_text("60 %")
     panel.page.on("request", lambda request: calls.append(request.url) if request.method == "POST" else None)
     box = panel.element("ratio").locator("input[type=range]").bounding_box()
     panel.page.mouse.move(box["x"] + box["width"] * 0.66, box["y"] + box["height"] / 2)
@@ -287,11 +287,11 @@ def test_choosing_a_preset_sets_the_fields_and_leaves_the_switch(panel, on):
             pytest.skip("this WebUI's fold is its switch: unfolded is on")
         checkbox.click()
     choose(panel.element("preset"), "Fast")
-    panel.expect({"ratio": 0.6, "late_ratio": 0.4, "schedule": "linear", "max_downsample": "2"})
+    panel.expect({"ratio": 0.75, "late_ratio": 0.5, "schedule": "linear", "max_downsample": "2"})
     expect(panel.element("late_ratio")).to_be_visible()
     expect(panel.message).to_contain_text("For drafts")
     if on:
-        expect(panel.title).to_contain_text("ToMe: 60 % → 40 %, level 2")
+        expect(panel.title).to_contain_text("ToMe: 75 % → 50 %, level 2")
     expect(panel.switch).to_be_checked(checked=on)
     choose(panel.element("preset"), "Hires only")
     panel.expect({**DEFAULTS, "apply_to": "hires pass"})
@@ -518,11 +518,11 @@ def test_the_keyboard_alone_is_enough(page):
     expect(panel.switch).to_be_checked()
     tab_to(panel.element("ratio").locator("input[type=range]"))
     page.keyboard.press("ArrowRight")
-    panel.expect({"ratio": 0.51})
-    expect(panel.title).to_contain_text("ToMe: 51 %")
-    tab_to(panel.element("schedule").locator("input[type=radio]").first)
+    panel.expect({"ratio": 0.61})
+    expect(panel.title).to_contain_text("ToMe: 61 %")
+    tab_to(panel.element("schedule").locator("input[type=radio]:checked"))
     page.keyboard.press("ArrowRight")
-    panel.expect({"schedule": "linear"})
+    panel.expect({"schedule": "step"})
 
 
 def test_axes_and_panels_are_there_once_also_after_reload_ui(page):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_host import REQUEST, hooked, other_script, pixels, script_args
+from in_host import HALVED, REQUEST, hooked, other_script, pixels, script_args
 from torch import nn
 
 from tomesd_core.demo.host import Host, start
@@ -122,7 +122,7 @@ def plain(host) -> list[bytes]:
 @pytest.fixture(scope="module")
 def merged(host, plain) -> list[bytes]:
     """The same picture, half its tokens merged."""
-    picture = pixels(host.txt2img(**REQUEST, alwayson_scripts={"ToMe": {"args": [True, 0.5]}}))
+    picture = pixels(host.txt2img(**REQUEST, alwayson_scripts={"ToMe": {"args": HALVED}}))
     assert picture != plain
     return picture
 

@@ -9,17 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from in_host import HIRES, HIRES_TOKENS, KEYS, failing_unet, hooked, left, pixels, script_args
+from in_host import HALVED, HIRES, HIRES_TOKENS, KEYS, failing_unet, hooked, left, pixels, script_args
 from PIL import Image, ImageChops
 from torch import nn
 
-ON = [True, 0.5]
+ON = HALVED
 HALF = left(0.5)
 FULL = left(0.0)
 
 
 def arguments(ratio=0.5, late=0.2, schedule="constant", switch_at=0.5, level=1, least=0, apply_to="both passes"):
-    return [True, ratio, late, schedule, switch_at, level, least, apply_to]
+    return [True, ratio, late, schedule, switch_at, level, least, apply_to, 1]
 
 
 def keys_of(processed):
@@ -145,7 +145,7 @@ def test_halves_of_guidance_in_two_calls(make, merged, attention):
 )
 def test_keys_of_fields_that_have_an_effect(make, tome, hires, effective):
     processed = make(tome, steps=1, **(HIRES if hires else {}))
-    expected = {**effective, "max downsample": tome[5]}
+    expected = {**effective, "max downsample": tome[5], "rematch every": 1}
     assert keys_of(processed) == {f"ToMe {name}": value for name, value in expected.items()}
 
 
@@ -417,7 +417,7 @@ def test_a_batch_that_fails_before_sampling_leaves_no_wrapped_sample(host, make_
     assert attention.tokens == [FULL] * 2
 
 
-@pytest.mark.parametrize("inner", [None, [False], [True, 0.7]], ids=["without scripts", "off", "on"])
+@pytest.mark.parametrize("inner", [None, [False], [True, 0.7, 0.7]], ids=["without scripts", "off", "on"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_generation_inside_another(make, make_p, on_denoised, attention, merged, inner, fails):
     """As ADetailer's and others': the inner one merges as it says itself, and the outer one goes on."""
@@ -489,12 +489,23 @@ def test_cells_with_other_values_and_a_wrong_one(host, make_p, plain):
     from modules import processing
 
     p, seen = make_p(ON), []
-    for tome in (arguments(0.6, 0.3, "linear"), [True, 9], [True, 0.5], [True, "abc"], [False]):
+    for tome in (arguments(0.6, 0.3, "linear"), [True, 9], ON, [True, "abc"], [False]):
         p.script_args = script_args(host, tome)
         seen.append(keys_of(processing.process_images(copy(p))))
-    assert list(seen[0]) == ["ToMe ratio", "ToMe late ratio", "ToMe schedule", "ToMe max downsample"]
+    assert list(seen[0]) == [
+        "ToMe ratio",
+        "ToMe late ratio",
+        "ToMe schedule",
+        "ToMe max downsample",
+        "ToMe rematch every",
+    ]
     assert list(seen[1]) == list(seen[3]) == ["ToMe error"]
-    assert seen[2] == {"ToMe ratio": 0.5, "ToMe schedule": "constant", "ToMe max downsample": 1}
+    assert list(seen[2].items()) == [
+        ("ToMe ratio", 0.5),
+        ("ToMe schedule", "constant"),
+        ("ToMe max downsample", 1),
+        ("ToMe rematch every", 1),
+    ]
     assert seen[4] == {}
 
 
@@ -778,7 +789,7 @@ def test_a_wrong_value_leaves_the_picture_unmerged_and_is_said(make, one_step, l
 
 
 def test_numbers_of_other_types_are_numbers(make, merged):
-    assert pixels(make([True, 0.5, 0, "constant", 1, 1.0, 0.0])) == merged
+    assert pixels(make([True, 0.5, 0, "constant", 1, 1.0, 0.0, "both passes", 1.0])) == merged
 
 
 def test_values_without_effect_may_be_anything_in_range(make, merged):
@@ -786,7 +797,7 @@ def test_values_without_effect_may_be_anything_in_range(make, merged):
 
 
 def test_more_arguments_than_fields_are_ignored(make, merged):
-    assert pixels(make([*arguments(), 1, 0, 1, *["too", "many"] * 20])) == merged
+    assert pixels(make([*arguments(), 0, 1, *["too", "many"] * 20])) == merged
 
 
 def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
@@ -800,16 +811,20 @@ def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
 @pytest.mark.parametrize(
     ("given", "effective"),
     [
-        ({}, {"ratio": 0.5, "schedule": "constant"}),
-        ({"ratio": 0.6}, {"ratio": 0.6, "schedule": "constant"}),
+        ({}, {}),
+        ({"ratio": 0.5}, {"ratio": 0.5}),
+        ({"ratio": 0.5, "schedule": "constant"}, {"ratio": 0.5, "schedule": "constant"}),
         ({"ratio": 0.6, "late_ratio": 0.3}, {"ratio": 0.6, "late ratio": 0.3, "schedule": "linear"}),
-        ({"late_ratio": 0.3, "schedule": "constant"}, {"ratio": 0.5, "schedule": "constant"}),
-        ({"enabled": True, "min_tokens": 512}, {"ratio": 0.5, "schedule": "constant", "min tokens": 512}),
+        ({"late_ratio": 0.3, "schedule": "constant"}, {"schedule": "constant"}),
+        ({"enabled": True, "min_tokens": 512}, {"min tokens": 512}),
     ],
 )
 def test_an_object_switches_on_and_missing_keys_are_defaults(make, given, effective):
-    keys = keys_of(make([given], steps=1))
-    assert keys == {f"ToMe {name}": value for name, value in {**effective, "max downsample": 1}.items()}
+    expected = {"ratio": 0.6, "late ratio": 0.4, "schedule": "linear", "max downsample": 1, "rematch every": 4}
+    expected |= effective
+    if expected["schedule"] == "constant":
+        del expected["late ratio"]
+    assert keys_of(make([given], steps=1)) == {f"ToMe {name}": value for name, value in expected.items()}
 
 
 def test_an_object_may_say_off(make, plain):

@@ -117,7 +117,7 @@ def test_a_wrong_value_is_the_default_and_logged(read, log_lines, name, value):
 
 def test_values_that_a_webui_split_or_that_are_no_texts_are_defaults(read, log_lines):
     for value in (None, 8, ["0.5"], {}):
-        assert read({"ToMe schedule": value})["schedule"] == "constant"
+        assert read({"ToMe schedule": value})["schedule"] == "linear"
     assert len(log_lines) == 4
     assert read({"ToMe ratio-1": "8", "ToMe ratio-2": "8"})["enabled"] is False
 
@@ -173,10 +173,10 @@ def test_the_apis_infotext_sets_the_arguments(make, attention):
     assert attention.tokens == [SIDE * SIDE] * 2
 
 
-@pytest.mark.parametrize("values", [{"ratio": "abc"}, {"ratio": 0.5, "min_tokens": "0.5"}, {"ratio": "False"}])
+@pytest.mark.parametrize("values", [{"ratio": "abc"}, {"ratio": 0.6, "min_tokens": "0.5"}, {"ratio": "False"}])
 def test_the_apis_infotext_may_be_wrong(make, attention, log_lines, values):
     processed = make(infotext=text(**values), steps=1)
-    assert attention.tokens == [left(0.5)]
+    assert attention.tokens == [left(0.6)]
     assert "ToMe error" not in processed.extra_generation_params
     assert "is ignored" in log_lines[0]
 

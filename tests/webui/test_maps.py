@@ -8,19 +8,20 @@ from copy import copy
 import numpy as np
 import pytest
 import torch
-from in_host import HIRES, SIDE, failing_unet, pixels
+from in_host import HALVED, HIRES, SIDE, failing_unet, pixels
 from PIL import Image
 from starlette.testclient import TestClient
 
 from tomesd_core import merge_map
 from tomesd_core.settings import PANEL_FIELDS
 
-DEFAULTS = [setting.default for setting in PANEL_FIELDS.values()]
+CONSTANT = {"ratio": 0.5, "schedule": "constant", "reuse_steps": 1}
 
 
 def shown(step=1, layer=1, **values):
     """The script's arguments with a merge map."""
-    return [True, *{**dict(zip(PANEL_FIELDS, DEFAULTS, strict=True)), **values}.values(), step, layer]
+    settings = {name: values.get(name, CONSTANT.get(name, field.default)) for name, field in PANEL_FIELDS.items()}
+    return [True, *settings.values(), step, layer]
 
 
 def line(processed):
@@ -64,7 +65,7 @@ def drawn_over(picture, slots, grid):
 
 
 def test_off_by_default_and_while_merging_is_off(make, merged, plain):
-    assert pixels(make([True, 0.5])) == pixels(make(shown(step=0))) == merged
+    assert pixels(make(HALVED)) == pixels(make(shown(step=0))) == merged
     assert pixels(make([False, *shown()[1:]])) == plain
 
 

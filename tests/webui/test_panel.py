@@ -61,7 +61,7 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
 def test_defaults_of_the_page_are_a_generation(controls, make):
     processed = make([True, *[control.value for control in list(controls.values())[1:]]], steps=1)
     assert "ToMe error" not in processed.extra_generation_params
-    assert processed.extra_generation_params["ToMe ratio"] == 0.5
+    assert processed.extra_generation_params["ToMe ratio"] == 0.6
 
 
 def test_labels_are_unique_in_the_script(controls):
@@ -87,18 +87,18 @@ def test_the_api_lists_the_script(host, controls, tab):
     assert script["is_alwayson"] is True
     assert [argument["label"] for argument in script["args"]] == [control.label for control in controls.values()]
     ratio = script["args"][1]
-    assert (ratio["value"], ratio["minimum"], ratio["maximum"]) == (0.5, 0.0, 0.75)
+    assert (ratio["value"], ratio["minimum"], ratio["maximum"]) == (0.6, 0.0, 0.75)
 
 
 def test_over_http(host, tab):
     picture = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
     body = {"prompt": "cat", "steps": 1, "width": 32, "height": 32, "sampler_name": "Euler", "init_images": [picture]}
-    body["alwayson_scripts"] = {"tome": {"args": [True, 0.6]}}
+    body["alwayson_scripts"] = {"tome": {"args": [True, 0.5]}}
     reply = TestClient(host.app).post(f"/sdapi/v1/{tab}", json=body)
     assert reply.status_code == 200, reply.text
     info = json.loads(reply.json()["info"])
-    assert info["extra_generation_params"]["ToMe ratio"] == 0.6
-    assert "ToMe ratio: 0.6" in info["infotexts"][0]
+    assert info["extra_generation_params"]["ToMe ratio"] == 0.5
+    assert "ToMe ratio: 0.5" in info["infotexts"][0]
 
 
 def test_every_key_belongs_to_one_field(tab):

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from in_host import REQUEST, SIDE, left, pixels
+from in_host import HALVED, REQUEST, SIDE, left, pixels
 
 ROOT = Path(__file__).parents[2]
-ON = [True, 0.5]
+ON = HALVED
 
 
 def ours():
@@ -125,7 +125,7 @@ def updated(tmp_path_factory):
 
 def test_changed_files_are_run_after_reload_ui(updated):
     assert updated["labels"] == ["Ratio", "Share", "Share"]
-    assert updated["ratios"] == [0.5, 0.25, 0.25]
+    assert updated["ratios"] == [0.6, 0.25, 0.25]
     assert updated["new"] == [True, False]
 
 
@@ -193,7 +193,7 @@ def change(*replacements):
 
 look()
 default = "    ratio: float = _setting(\\n        "
-for changes in ([('"Ratio",', '"Share",'), (f"{default}0.5", f"{default}0.25")], []):
+for changes in ([('"Ratio",', '"Share",'), (f"{default}0.6", f"{default}0.25")], []):
     before = sys.modules["tomesd_core.settings"]
     change(*changes)
     host.reload_ui()

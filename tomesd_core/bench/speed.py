@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from ..settings import FIELDS, MergeSettings
+from ..settings import MergeSettings
 from . import output
 from .contenders import OVER_OTHERS, UNMERGED, Contender
 from .options import add_shared, add_unet, fill_in, whole_number
@@ -23,7 +23,7 @@ USUAL = {
     "ratios": [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75],
     "rounds": 5,
     "attention": "plain",
-    "reuse_steps": FIELDS["reuse_steps"].default,
+    "reuse_steps": 1,
 }
 QUICK = {"sizes": [(256, 256)], "ratios": [0.3, 0.6], "rounds": 3}
 TINY = {"sizes": [(128, 128)], "ratios": [0.3, 0.6], "rounds": 1}

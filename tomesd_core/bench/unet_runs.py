@@ -35,9 +35,9 @@ class Case:
 def cases(args: argparse.Namespace, settings: MergeSettings) -> Iterator[list[Case]]:
     """One case for each of the arguments' sizes, all of one UNet, which has the arguments' attention while open.
 
-    `settings` is how ours merges; with `--force` also where the rule says that it can't pay.
+    `settings` is how ours merges, at one ratio in all steps; with `--force` also where the rule says that it can't pay.
     """
-    settings = dataclasses.replace(settings, skip_unprofitable=not args.force)
+    settings = dataclasses.replace(settings, schedule="constant", skip_unprofitable=not args.force)
     config, weights = (TINY if args.tiny else SD1), None
     if args.checkpoint is not None:
         config, weights = read_checkpoint(args.checkpoint)

@@ -89,7 +89,7 @@ def _make(host: Host, prompt: str, tome: list[Any] | dict[str, Any], **request: 
 
 def _save(host: Host, options: argparse.Namespace) -> int:
     width, height = options.size
-    tome = {"ratio": options.ratio, "map_step": max(options.steps // 2, 1)}
+    tome = {"ratio": options.ratio, "schedule": "constant", "map_step": max(options.steps // 2, 1)}
     made = _make(host, options.prompt, tome, steps=options.steps, seed=options.seed, width=width, height=height)
     print(made.comments.strip())
     if "ToMe error" in made.extra_generation_params:

@@ -99,12 +99,11 @@ def unused_fields(settings: MergeSettings, has_hires_pass: bool) -> set[str]:
         "switch_at": settings.schedule != "step",
         "min_tokens": not settings.min_tokens,
         "apply_to": not has_hires_pass,
-        "reuse_steps": settings.reuse_steps == 1,
     }
     return {name for name, has_none in unused.items() if has_none}
 
 
 def shown_fields(schedule: str) -> set[str]:
     """The panel's fields that a person needs to see with this schedule."""
-    settings = dataclasses.replace(MergeSettings(), schedule=schedule, min_tokens=1, reuse_steps=2)
+    settings = dataclasses.replace(MergeSettings(), schedule=schedule, min_tokens=1)
     return set(PANEL_FIELDS) - unused_fields(settings, has_hires_pass=True)
