@@ -245,7 +245,7 @@ def test_ours_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> Non
         (UNMERGED, 0),
         *((OURS, 0.42), (CORNER, 0.25)),  # 7.1 s: at 0.1 + 0.4 * 3.9 / 5 = 0.412
         *((OURS, 0.62), (CORNER, 0.5)),  # 5.1 s: at 0.5 + 0.25 * 0.9 / 2 = 0.6125
-        *((OURS, 0.62), (CORNER, 0.7)),  # past the last measured ratio, the same
+        # corner wasn't measured at 0.7.
         *((OURS, 0.31), (RANDOM, 0.25)),  # 8.43 s: at 0.1 + 0.4 * 2.57 / 5 = 0.306
         *((OURS, 0.65), (RANDOM, 0.5)),  # 4.86 s: at 0.5 + 0.25 * 1.14 / 2 = 0.643
         # At 0.7 tomesd takes 2 s, which ours never does.

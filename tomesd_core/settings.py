@@ -99,7 +99,7 @@ class MergeSettings:
         0.6,
         "number",
         "Ratio",
-        "Share of the tokens removed before self-attention. More is faster and less exact.",
+        "Share of the tokens removed before self-attention, in the early steps. More is faster and less exact.",
         minimum=0.0,
         maximum=0.75,
         step=0.01,

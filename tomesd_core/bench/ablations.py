@@ -206,22 +206,30 @@ def at_equal_time(seconds: Mapping[str, Mapping[float, float]]) -> Table:
     """Each of the peers' rows beside ours at the ratio that takes as long.
 
     `seconds`: by contender the seconds of each measured ratio; between them a straight line is drawn. Ours is at the
-    lowest ratio, in whole percents, that takes no longer; a peer's row is left out where none does.
+    lowest ratio, in whole percents, that takes no longer. A peer's row is left out where none does, and outside of what
+    was measured.
     """
     rows = [WHOLE]
     for peer in (CORNER, RANDOM):
-        for ratio in PEER_RATIOS if peer in seconds else ():
+        for ratio in PEER_RATIOS:
+            if not _is_measured(seconds.get(peer, {}), ratio):
+                continue
             allowed = _between(seconds[peer], ratio)
-            fast = [percent for percent in range(76) if _between(seconds[OURS], percent / 100) <= allowed]
+            percents = [percent for percent in range(76) if _is_measured(seconds[OURS], percent / 100)]
+            fast = [percent for percent in percents if _between(seconds[OURS], percent / 100) <= allowed]
             if fast:
                 rows += [_at(OURS, fast[0] / 100, pair=(peer, ratio)), _at(peer, ratio, pair=(peer, ratio))]
     return Table("Time: ours and tomesd at equal time", OURS, rows, over_ratio=True)
 
 
+def _is_measured(points: Mapping[float, float], x: float) -> bool:
+    return bool(points) and min(points) <= x <= max(points)
+
+
 def _between(points: Mapping[float, float], x: float) -> float:
-    """What the line through `points`, y by x, is at `x`; past its ends, what it is there."""
+    """What the line through `points`, y by x, is at `x`, which lies between them."""
     known = sorted(points)
-    after = min(max(bisect.bisect_left(known, x), 1), len(known) - 1)
+    after = max(bisect.bisect_left(known, x), 1)
     low, high = known[after - 1], known[after]
-    part = min(max((x - low) / (high - low), 0), 1)
+    part = (x - low) / (high - low)
     return points[low] * (1 - part) + points[high] * part
