@@ -30,6 +30,11 @@ def address() -> Iterator[str]:
             yield next(line[1] for line in lines if line)
         finally:
             process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
 
 
 @pytest.fixture(scope="module")
