@@ -23,6 +23,7 @@ USUAL = {
     "ratios": [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75],
     "rounds": 5,
     "attention": "plain",
+    # Not the default of the setting: more would time every contender over as many steps.
     "reuse_steps": 1,
 }
 QUICK = {"sizes": [(256, 256)], "ratios": [0.3, 0.6], "rounds": 3}
