@@ -236,6 +236,7 @@ def test_two_unets_merge_side_by_side(make_unet, whole, make_inputs):
 
 def test_detach_of_a_model_without_anything_attached_does_no_harm(unet):
     hooks.detach(unet)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
 
 @pytest.mark.parametrize("model", [None, object(), "unet"], ids=["none", "object", "text"])

@@ -401,7 +401,10 @@ def test_png_info_sends_every_field_and_switches_off_without_them(webui, baselin
         page.locator("#pnginfo_image input[type=file]").set_input_files(file)
         # What is shown may still be the picture before.
         shown = page.locator("#tab_pnginfo")
-        expect(shown).to_contain_text("ToMe ratio") if name == "merged" else expect(shown).not_to_contain_text("ToMe")
+        if name == "merged":
+            expect(shown).to_contain_text("ToMe ratio")
+        else:
+            expect(shown).not_to_contain_text("ToMe")
         expect(shown).to_contain_text("Sampler")
         page.locator(f"#tab_pnginfo #{tab}_tab").click()
         expect(page.locator(f"#{tab}_prompt textarea")).to_be_visible()

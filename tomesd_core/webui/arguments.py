@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -105,5 +104,5 @@ def unused_fields(settings: MergeSettings, has_hires_pass: bool) -> set[str]:
 
 def shown_fields(schedule: str) -> set[str]:
     """The panel's fields that a person needs to see with this schedule."""
-    settings = dataclasses.replace(MergeSettings(), schedule=schedule, min_tokens=1)
+    settings = MergeSettings(schedule=schedule, min_tokens=1)
     return set(PANEL_FIELDS) - unused_fields(settings, has_hires_pass=True)
