@@ -10,6 +10,7 @@ import base64
 import json
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,17 +129,24 @@ def open_page(browser: Any, webui: Any) -> Iterator[Callable[..., Any]]:
     """Opens the page; the extension's scripts must report no error. WebUI's own may: 1.6.1's do, without it too."""
     errors: list[str] = []
     pages = []
+    questions: list[Any] = []
 
     def open_it(query: str = "", width: int = 1200) -> Any:
         page = browser.new_page(viewport={"width": width, "height": 1400})
         pages.append(page)
         page.set_default_timeout(PATIENCE_MS)
         page.on("pageerror", lambda error: errors.append(f"{error}\n{error.stack}"))
+        page.on("websocket", lambda question: questions.append(question))
         page.goto(f"{webui.url}/{query}")
         wait_until_loaded(page)
         return page
 
     yield open_it
+    # A page that leaves before its question was taken up stays open on gradio's side for ever, and WebUI's Reload UI
+    # waits for it, with or without this extension.
+    deadline = time.monotonic() + 30
+    while not all(question.is_closed() for question in questions) and time.monotonic() < deadline:
+        pages[0].wait_for_timeout(50)
     for page in pages:
         page.close()
     assert not [error for error in errors if "tome" in error.lower()]
