@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -91,6 +92,19 @@ def test_a_failing_request(host, client, generate_by_api):
     assert reply.status_code == 500
     assert reply.json() == {"error": "ValueError", "detail": "", "body": "", "errors": "on purpose"}
     assert generate_by_api()[0].status_code == 200
+
+
+def test_a_request_may_come_before_the_api_is_there(host):
+    from modules import call_queue
+    from modules.api.api import Api
+
+    app = FastAPI()
+    client = TestClient(app, raise_server_exceptions=False)
+    assert client.get("/sdapi/v1/samplers").status_code == 404
+    Api(app, call_queue.queue_lock)
+    app.middleware_stack = app.build_middleware_stack()
+    assert client.get("/sdapi/v1/samplers").status_code == 200
+    assert client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "missing"}).json()["error"] == "RuntimeError"
 
 
 def test_progress_and_interrupt(client, recorded):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
             process.terminate()
 
 
-def _wait(host: WebUI, process: subprocess.Popen) -> None:
+def _wait(host: WebUI, process: subprocess.Popen, log: Path) -> None:
     import requests
 
     deadline = time.monotonic() + 120
@@ -121,7 +122,7 @@ def _wait(host: WebUI, process: subprocess.Popen) -> None:
                 return
         except requests.ConnectionError:
             time.sleep(0.2)
-    pytest.fail("the miniature host did not start")
+    pytest.fail(f"the miniature host did not start:\n{log.read_text()}")
 
 
 @pytest.fixture(scope="session")

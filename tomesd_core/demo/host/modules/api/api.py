@@ -22,6 +22,8 @@ from modules import errors, images, infotext_utils, script_callbacks, scripts, s
 from modules.api import models
 from modules.processing import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img, process_images
 from PIL import Image, PngImagePlugin
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 
 
 def script_name_to_index(name, scripts):
@@ -69,12 +71,14 @@ def api_middleware(app: FastAPI):
         status = vars(e).get("status_code", 500)
         return JSONResponse(status_code=status, content=jsonable_encoder({**detail, "errors": str(e)}))
 
-    @app.middleware("http")
     async def exception_handling(request: Request, call_next):
         try:
             return await call_next(request)
         except Exception as e:
             return handle_exception(request, e)
+
+    # `app.middleware` refuses once a request has come, and the page's server is up before the API is there.
+    app.user_middleware.insert(0, Middleware(BaseHTTPMiddleware, dispatch=exception_handling))
 
     @app.exception_handler(HTTPException)
     async def http_exception_handler(request: Request, e: HTTPException):
