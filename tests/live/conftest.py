@@ -106,7 +106,7 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
             host = WebUI(f"http://127.0.0.1:{port}", side=32)
-            _wait(host, process)
+            _wait(host, process, log)
             yield host
         finally:
             process.terminate()
