@@ -93,6 +93,8 @@ class Api:
         logins = shared.cmd_opts.api_auth.split(",") if shared.cmd_opts.api_auth else []
         self.credentials = dict(login.split(":", maxsplit=1) for login in logins)
         api_middleware(app)
+        self.default_script_arg_txt2img = self.init_default_script_args(scripts.scripts_txt2img)
+        self.default_script_arg_img2img = self.init_default_script_args(scripts.scripts_img2img)
         for path, endpoint, methods in [
             ("txt2img", self.text2imgapi, ["POST"]),
             ("img2img", self.img2imgapi, ["POST"]),
@@ -108,8 +110,6 @@ class Api:
             ("script-info", self.get_script_info, ["GET"]),
         ]:
             self.add_api_route(f"/sdapi/v1/{path}", endpoint, methods=methods)
-        self.default_script_arg_txt2img = self.init_default_script_args(scripts.scripts_txt2img)
-        self.default_script_arg_img2img = self.init_default_script_args(scripts.scripts_img2img)
 
     def add_api_route(self, path: str, endpoint, **kwargs):
         """Adds a route, behind the credentials if there are any."""
