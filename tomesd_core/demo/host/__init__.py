@@ -91,10 +91,10 @@ class Host:
         from modules.api.api import Api
 
         self._app = app
-        app.middleware_stack = None  # a launched app has built its stack already; this lets it be added to
         progress.setup_progress_api(app)
         self.api = Api(app, call_queue.queue_lock)
         script_callbacks.app_started_callback(self.demo, app)
+        # A launched app has answered gradio's own question: its stack was built without what was added here.
         app.middleware_stack = app.build_middleware_stack()
 
     @property

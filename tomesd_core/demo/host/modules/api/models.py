@@ -42,26 +42,36 @@ StableDiffusionImg2ImgProcessingAPI = _request_model(
 
 
 class TextToImageResponse(BaseModel):
+    """A reply with pictures: PNGs in base64, the request, and the `Processed` as JSON."""
+
     images: list[str] | None = None
     parameters: dict
     info: str
 
 
 class PNGInfoRequest(BaseModel):
+    """A picture in base64 whose parameters are asked for."""
+
     image: str
 
 
 class PNGInfoResponse(BaseModel):
+    """What a picture says of itself: its infotext, all of its items, and the infotext's parameters."""
+
     info: str
     items: dict = {}
     parameters: dict = {}
 
 
 class ProgressRequest(BaseModel):
+    """Taken as WebUI takes it; a picture of the moment is never sent here."""
+
     skip_current_image: bool = False
 
 
 class ProgressResponse(BaseModel):
+    """How far the generation is, from 0 to 1, and what WebUI says beside it."""
+
     progress: float
     eta_relative: float
     state: dict
