@@ -57,6 +57,7 @@ def apply_patch(
             partition=partition,
             window=None,
             reuse_steps=1,
+            method="paper",
             skip_unprofitable=False,
         ),
     )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import weakref
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from .hook import Hook, remove_hooks, whose_forward, whose_hook
 from .matching import Matching, match
 from .partition import Partition, make_partition
 from .plan import coarsest_level, removed_or_why_not, why_left_out
+from .proportional import Heads, Projections, Weighed, ask_heads, can_be_weighed, widen_input
 from .report import LayerReport, Report
 from .schedule import progress_of
 from .settings import MergeSettings
@@ -22,6 +28,9 @@ from .unet import Layer, find_layers, find_unet, measured_level
 Grid = tuple[int, int]
 LeaveOut = Callable[[nn.Module], "str | None"]
 OnMap = Callable[[str, int, Grid, TokenMap], None]
+
+KEPT_TOKENS = 2**22
+"""Matchings are kept over steps for up to so many tokens of all layers together, about 60 bytes each."""
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Merging] = weakref.WeakKeyDictionary()
 
@@ -39,46 +48,72 @@ def attach(
     of an `attn1` module, and keeps it unmerged by giving a reason. `on_map` is told of every call that is merged: the
     layer's name, the step (from 0), the grid (rows, columns) and the `TokenMap` of the call's batch.
 
+    Threads that run the UNet at once each have a sampling of their own: `set_step` speaks for the thread that calls it.
+    Under gradient checkpointing a pass is left unmerged, since backward runs it again; where that can't be seen before,
+    backward raises `RuntimeError`.
+
     Raises `TypeError` for what is no UNet, and for a diffusers model.
     """
     unet = find_unet(model)
-    if unet in _attached:
-        _attached[unet].detach()
+    detach(unet)
     merging = Merging(unet, settings or MergeSettings(), leave_out, on_map)
     _attached[unet] = merging
     return merging
 
 
 def detach(model: object) -> None:
-    """Detaches what is attached to `model`'s UNet, if anything is."""
-    merging = _attached.get(find_unet(model))
+    """Detaches what is attached to `model`'s UNet, if anything is; takes hooks off that came with a copy of another."""
+    unet = find_unet(model)
+    merging = _attached.get(unet)
     if merging is not None:
         merging.detach()
+    remove_hooks(unet)
+
+
+@dataclasses.dataclass
+class _Step:
+    """One step of the sampling, made anew for each."""
+
+    number: int
+    ratio: float
+    draw: int
+    """Which random choice of destinations is made."""
+    passes: int = 0
+    """Passes of the UNet in this step so far."""
+    has_merged: bool = False
 
 
 @dataclasses.dataclass
 class _Place:
-    """Where a SpatialTransformer's layers are in the current pass."""
+    """Where the layers of a SpatialTransformer are in the running pass."""
 
-    built_level: int | None
-    """The level by the structure."""
-    level: int | None
-    """The level as measured in the last pass."""
     grid: Grid | None = None
+    level: int | None = None
+    """The level as it is measured."""
     why_not: str | None = None
 
 
 @dataclasses.dataclass
-class _LayerState:
-    """What the hooks of one layer tell each other."""
+class _Call:
+    """One call of `attn1` that is running."""
 
-    place: _Place
-    report: LayerReport
+    given: tuple[list[Callable[[], Any]], dict[str, Callable[[], Any]]] | None = None
+    """Its arguments as they came, its tensors weak; None for a call that is left alone."""
+    tokens: int = 0
+    token_map: TokenMap | None = None
+    """By which its output is unmerged, if it is."""
+    weighed: Weighed | None = None
+
+
+@dataclasses.dataclass
+class _LayerPass:
+    """What the hooks of one layer tell each other in a pass."""
+
     normed: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
     """The block's input, before norm1, and norm1's output; weak, to keep no activations."""
-    maps: list[TokenMap | None] = dataclasses.field(default_factory=list)
-    """The maps of the attention calls that are running, the innermost last; None for a call left alone."""
-    calls_in_pass: int = 0
+    calls: list[_Call] = dataclasses.field(default_factory=list)
+    """Those that are running, the innermost last."""
+    matched_calls: int = 0
 
 
 @dataclasses.dataclass
@@ -95,6 +130,21 @@ class _Kept:
         return self.token_map
 
 
+class _Sampling(threading.local):
+    """What one thread's passes share. Every thread has its own."""
+
+    def __init__(self, ratio: float) -> None:
+        self.step = _Step(-1, ratio, 0)
+        self.counts_passes = True
+        self.latent: Grid | None = None
+        self.is_checkpointed = False
+        self.places: dict[_GridHook, _Place] = {}
+        self.layers: defaultdict[_LayerHooks, _LayerPass] = defaultdict(_LayerPass)
+        self.kept: dict[tuple[Any, ...], _Kept] = {}
+        self.kept_tokens = 0
+        self.partitions: dict[tuple[Any, ...], Partition] = {}
+
+
 class Merging:
     """The hooks on one UNet. A context manager; `detach`, or leaving it, removes every hook.
 
@@ -109,32 +159,28 @@ class Merging:
         on_map: OnMap | None = None,
     ) -> None:
         self.settings = settings
-        self._leave_out = leave_out
-        self._on_map = on_map
+        self.leave_out, self.on_map = leave_out, on_map
+        self.sampling = _Sampling(settings.ratio_at(0.0))
+        self.failure: str | None = None
+        """Why nothing is merged any more: an error of the device's."""
+        self.heads: dict[tuple[Any, ...], Heads | None] = {}
         self._attached = True
-        self._step = -1
-        self._counts_passes = True
-        self._ratio = settings.ratio_at(0.0)
-        self._latent: Grid | None = None
-        self._steps = 0
-        self._step_began = self._step_merged = False
-        self._merged_steps = 0
-        self._partitions: dict[tuple[Grid, int, torch.device], Partition] = {}
-        self._kept: dict[tuple[Any, ...], _Kept] = {}
-        self._pass: tuple[int, ...] = ()
-        """The batch sizes of the UNet passes of this step so far: what tells one pass of a step from another."""
+        self._steps = self._merged_steps = 0
+        self._is_compiled = hasattr(unet, "_orig_mod") or getattr(unet, "_compiled_call_impl", None) is not None
         layers = find_layers(unet)
-        self._coarsest = coarsest_level(settings, layers)
-        self._layers: list[_LayerState] = []
-        self._handles = [unet.register_forward_pre_hook(self._on_unet, with_kwargs=True)] if layers else []
-        places: dict[nn.Module, _Place] = {}
+        self.coarsest = coarsest_level(settings, layers)
+        self._layers: list[_LayerHooks] = []
+        self._handles: list[RemovableHandle] = []
+        if layers:
+            self._handles.append(unet.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True))
+        grids: dict[nn.Module, _GridHook] = {}
         for layer in layers:
-            if layer.transformer not in places:
-                place = places[layer.transformer] = _Place(layer.level, layer.level)
-                self._handles.append(
-                    layer.transformer.register_forward_pre_hook(self._on_transformer(place), with_kwargs=True)
-                )
-            self._add(layer, places[layer.transformer])
+            if layer.transformer not in grids:
+                grid = grids[layer.transformer] = _GridHook(self, layer.level)
+                self._handles.append(layer.transformer.register_forward_pre_hook(Hook(grid), with_kwargs=True))
+            hooks = _LayerHooks(self, layer, grids[layer.transformer])
+            self._layers.append(hooks)
+            self._handles += hooks.register(layer)
 
     @property
     def attached(self) -> bool:
@@ -146,7 +192,7 @@ class Merging:
 
         Without it every pass counts as the next step, and the total is unknown, so that the ratio is the early one.
         """
-        self._counts_passes = False
+        self.sampling.counts_passes = False
         self._begin_step(step, total)
 
     def report(self) -> Report:
@@ -154,19 +200,19 @@ class Merging:
         notes = []
         if not self._layers:
             notes.append("this model has no self-attention layers that can be merged")
-        elif self._coarsest > self.settings.max_downsample:
+        elif self.coarsest > self.settings.max_downsample:
             notes.append(
-                f"no attention at level {self.settings.max_downsample}: merging at level {self._coarsest}, "
+                f"no attention at level {self.settings.max_downsample}: merging at level {self.coarsest}, "
                 "the finest of this model"
             )
-        if (
-            self._steps
-            and self._layers
-            and not any(state.report.calls or state.report.left_out for state in self._layers)
-        ):
-            notes.append("the model's attention layers did not run: the UNet was replaced")
-        layers = [dataclasses.replace(state.report) for state in self._layers]
-        return Report(layers, self._steps, self._merged_steps, self._ratio if self._steps else None, notes)
+        reports = [dataclasses.replace(hooks.report) for hooks in self._layers]
+        if self._steps and self._layers and not any(report.calls or report.left_out for report in reports):
+            why = ": it was compiled before merging was attached" if self._is_compiled else ""
+            notes.append(f"the model's own attention layers did not run{why}")
+        if self.failure and any(report.merged_calls for report in reports):
+            notes.append(self.failure)
+        ratio = self.sampling.step.ratio if self._steps else None
+        return Report(reports, self._steps, self._merged_steps, ratio, notes)
 
     def detach(self) -> None:
         """Removes every hook; once more does no harm."""
@@ -174,11 +220,8 @@ class Merging:
             handle.remove()
         self._handles.clear()
         self._attached = False
-        self._partitions.clear()
-        self._kept.clear()
-        for state in self._layers:
-            state.normed = None
-            state.maps.clear()
+        ratio = self.sampling.step.ratio
+        self.sampling = _Sampling(ratio)
         for unet in [unet for unet, merging in _attached.items() if merging is self]:
             del _attached[unet]
 
@@ -188,147 +231,309 @@ class Merging:
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _add(self, layer: Layer, place: _Place) -> None:
-        state = _LayerState(place, LayerReport(layer.name, layer.level))
-        self._layers.append(state)
-        if not layer.is_self_attention:
-            state.report.left_out = "it is no self-attention (disable_self_attn)"
-            return
-        self._handles += [
-            layer.block.norm1.register_forward_hook(self._on_norm(state)),
-            layer.block.attn1.register_forward_pre_hook(self._before_attention(state), with_kwargs=True),
-            layer.block.attn1.register_forward_hook(self._after_attention(state)),
-        ]
-
-    def _begin_step(self, step: int, total: int | None) -> None:
-        every = self.settings.reuse_steps
+    def _begin_step(self, number: int, total: int | None) -> None:
+        sampling, every = self.sampling, self.settings.reuse_steps
+        before = sampling.step.number
         # A step that doesn't come after the last one belongs to another run. Without `set_step` a pass may be any part
         # of a step, so nothing is kept from one to the next.
-        if self._counts_passes or step <= self._step or step // every != self._step // every:
-            self._kept.clear()
-        self._step = max(step, 0)
-        self._pass = ()
-        self._ratio = self.settings.ratio_at(progress_of(self._step, total))
-        self._partitions.clear()
-        self._step_began = self._step_merged = False
+        if sampling.counts_passes or number <= before or number // every != before // every:
+            sampling.kept.clear()
+            sampling.kept_tokens = 0
+        if self.settings.draws_anew:
+            sampling.partitions.clear()
+        number = max(number, 0)
+        ratio = self.settings.ratio_at(progress_of(number, total))
+        sampling.step = _Step(number, ratio, number if self.settings.draws_anew else 0)
 
-    def _on_unet(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latent = args[0] if args else kwargs.get("x")
-        self._latent = tuple(latent.shape[-2:]) if isinstance(latent, Tensor) and latent.ndim == 4 else None
-        if self._counts_passes:
-            self._begin_step(self._step + 1, None)
-        self._pass += (latent.shape[0] if self._latent else 0,)
-        if not self._step_began:
-            self._step_began = True
-            self._steps += 1
-        for state in self._layers:
-            state.calls_in_pass = 0
-            # Left behind by a pass that raised.
-            state.normed = None
-            state.maps.clear()
+    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _is_in_backward():
+            return
+        latent, sampling = args[0] if args else kwargs.get("x"), self.sampling
+        is_image = isinstance(latent, Tensor) and latent.ndim == 4
+        sampling.latent = tuple(latent.shape[-2:]) if is_image else None
+        sampling.is_checkpointed = is_image and _will_run_again(latent)
+        # A pass that raised has left some behind.
+        sampling.layers.clear()
+        if sampling.counts_passes:
+            self._begin_step(sampling.step.number + 1, None)
+        self._steps += not sampling.step.passes
+        sampling.step.passes += 1
 
-    def _on_transformer(self, place: _Place) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("x")
-            if not isinstance(x, Tensor) or x.ndim != 4:
-                place.grid, place.why_not = None, "its input is not an image"
-                return
-            rows, columns = place.grid = tuple(x.shape[-2:])
-            if self._latent is not None:
-                place.level = measured_level(self._latent, place.grid, place.built_level)
-            place.why_not = why_left_out(self.settings, place.level, rows * columns, self._coarsest)
+    def count_merged_step(self) -> None:
+        """Notes that a layer merges in the current step."""
+        step = self.sampling.step
+        self._merged_steps += not step.has_merged
+        step.has_merged = True
 
-        return hook
-
-    def _on_norm(self, state: _LayerState) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if state.place.why_not is None and args:
-                state.normed = weakref.ref(args[0]), weakref.ref(output)
-
-        return hook
-
-    def _before_attention(self, state: _LayerState) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            state.maps.append(None)
-            report, place = state.report, state.place
-            report.calls += 1
-            report.level = place.level
-            why_not = place.why_not or self._why_not(place, args, kwargs)
-            if not why_not and self._leave_out is not None:
-                why_not = report.conflict = self._leave_out(module)
-            if why_not:
-                report.left_out = why_not
-                return None
-            y = args[0]
-            report.tokens = y.shape[1]
-            source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
-            # A call with another tensor than norm1's output (part of the batch, say) is matched by what it was given.
-            token_map = self._token_map(state, source if normed is y and source is not None else y, place.grid)
-            if isinstance(token_map, str):
-                report.left_out = token_map
-                return None
-            state.maps[-1] = token_map
-            report.merged_tokens = token_map.merged_tokens
-            report.fewest_tokens = min(report.fewest_tokens or report.merged_tokens, report.merged_tokens)
-            report.most_tokens = max(report.most_tokens, report.merged_tokens)
-            report.merged_calls += 1
-            if not self._step_merged:
-                self._step_merged = True
-                self._merged_steps += 1
-            if self._on_map is not None:
-                self._on_map(report.name, self._step, place.grid, token_map)
-            merged = token_map.merge(y)
-            # A context that is the input itself is self-attention; one of its own is left whole.
-            swap = [merged if value is y else value for value in args]
-            return tuple(swap), {name: merged if value is y else value for name, value in kwargs.items()}
-
-        return hook
-
-    def _after_attention(self, state: _LayerState) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            token_map = state.maps.pop() if state.maps else None
-            return None if token_map is None else token_map.unmerge(output)
-
-        return hook
-
-    def _why_not(self, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why this call of `attn1` is left alone, or None."""
-        if place.grid is None:
-            return "its token grid is not known"
-        if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
-            return "its input is not a batch of tokens"
-        if args[0].shape[1] != place.grid[0] * place.grid[1]:
-            return f"its {args[0].shape[1]} tokens are not the grid's {place.grid[0]}x{place.grid[1]}"
-        context = args[1] if len(args) > 1 else kwargs.get("context")
-        mask = args[2] if len(args) > 2 else kwargs.get("mask")
-        if mask is not None and (context is None or context is args[0]):
-            return "its attention is masked token by token"
-        return None
-
-    def _token_map(self, state: _LayerState, x: Tensor, grid: Grid) -> TokenMap | str:
-        """The map for this call, by the similarity of x's tokens, or why there is none."""
-        settings, ratio, (items, tokens, channels) = self.settings, self._ratio, x.shape
-        removed = removed_or_why_not(settings, tokens, channels, ratio, x.device.type)
+    def token_map(self, layer: _LayerHooks, x: Tensor, grid: Grid) -> TokenMap | str:
+        """The map for a call of a layer, by the similarity of x's tokens, or why there is none."""
+        settings, sampling, (items, tokens, channels) = self.settings, self.sampling, x.shape
+        step, state = sampling.step, sampling.layers[layer]
+        removed = removed_or_why_not(settings, tokens, channels, step.ratio, x.device.type)
         if isinstance(removed, str):
             return removed
-        number, state.calls_in_pass = state.calls_in_pass, state.calls_in_pass + 1
-        key = (None if settings.share_layers else id(state), self._pass, number, grid, items, x.device)
-        kept = self._kept.get(key)
+        key = (layer, step.passes, state.matched_calls, grid, items, x.device)
+        state.matched_calls += 1
+        kept = sampling.kept.get(key)
         if kept is None:
             partition = self._partition(grid, 1 if settings.shared_draw else items, x.device)
             if not partition.most_removed:
-                return f"its {grid[0]}x{grid[1]} grid is smaller than a {settings.stride[0]}x{settings.stride[1]} cell"
-            kept = _Kept(match(x, partition, exact=settings.window is None))
-            if settings.reuse_steps > 1 or settings.share_layers:
-                self._kept[key] = kept
+                return f"its {grid[0]}x{grid[1]} grid is smaller than a {settings.cell[0]}x{settings.cell[1]} cell"
+            kept = _Kept(match(x, partition, settings.exact))
+            if settings.reuse_steps > 1 and sampling.kept_tokens + items * tokens <= KEPT_TOKENS:
+                sampling.kept[key] = kept
+                sampling.kept_tokens += items * tokens
         return kept.map_of(removed)
 
     def _partition(self, grid: Grid, items: int, device: torch.device) -> Partition:
-        """This step's partition of a grid, made once for all layers on it."""
+        """The partition of a grid, made once for all layers on it."""
+        settings, sampling = self.settings, self.sampling
         key = grid, items, device
-        if key not in self._partitions:
-            settings = self.settings
-            self._partitions[key] = make_partition(
-                grid, settings.stride, settings.partition, max(self._step, 0), settings.window, items, device
+        if key not in sampling.partitions:
+            sampling.partitions[key] = make_partition(
+                grid, settings.cell, settings.partition, sampling.step.draw, settings.window, items, device
             )
-        return self._partitions[key]
+        return sampling.partitions[key]
+
+
+class _GridHook:
+    """Sees where a SpatialTransformer's layers are in the running pass."""
+
+    def __init__(self, merging: Merging, built_level: int | None) -> None:
+        self._merging, self._built_level = merging, built_level
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sampling, x = self._merging.sampling, args[0] if args else kwargs.get("x")
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            sampling.places[self] = _Place(None, self._built_level, "its input is not an image")
+            return
+        rows, columns = grid = tuple(x.shape[-2:])
+        level = self._built_level
+        if sampling.latent is not None:
+            level = measured_level(sampling.latent, grid, level)
+        why_not = why_left_out(self._merging.settings, level, rows * columns, self._merging.coarsest)
+        sampling.places[self] = _Place(grid, level, why_not)
+
+
+class _LayerHooks:
+    """The hooks of one self-attention layer: what its attention is given is merged, and what it gives is unmerged."""
+
+    def __init__(self, merging: Merging, layer: Layer, grid: _GridHook) -> None:
+        self._merging, self._grid = merging, grid
+        self.report = LayerReport(layer.name, layer.level, merging.settings.method)
+        self._was_checkpointed = False
+        self._odd_output: str | None = None
+
+    def register(self, layer: Layer) -> list[RemovableHandle]:
+        """Puts the hooks on the layer's modules."""
+        attention = layer.block.attn1
+        if not layer.is_self_attention:
+            self.report.left_out = "it is no self-attention (disable_self_attn)"
+            return []
+        handles = [
+            layer.block.norm1.register_forward_hook(Hook(self._after_norm)),
+            attention.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
+            attention.register_forward_hook(Hook(self._after)),
+        ]
+        if self._merging.settings.method != "paper" and can_be_weighed(attention):
+            handles += Projections(attention, self._weighed_call).handles
+        return handles
+
+    @property
+    def _state(self) -> _LayerPass:
+        return self._merging.sampling.layers[self]
+
+    @property
+    def _place(self) -> _Place:
+        return self._merging.sampling.places.get(self._grid) or _Place(level=self.report.level)
+
+    def _weighed_call(self) -> Weighed | None:
+        calls = self._state.calls
+        return calls[-1].weighed if calls else None
+
+    def _after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._place.why_not is None and args:
+            self._state.normed = weakref.ref(args[0]), weakref.ref(output)
+
+    def _before(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = _Call()
+        self._state.calls.append(call)
+        if _is_in_backward():
+            self._check_run_again()
+            return None
+        report, x = self.report, args[0] if args else kwargs.get("x")
+        report.calls += 1
+        report.level = self._place.level
+        given = self._why_left_alone(attention, x, args, kwargs)
+        if given is None:
+            given = self._merged(call, attention, x, args, kwargs)
+        if isinstance(given, str):
+            report.left_out = given
+            return None
+        return given
+
+    def _why_left_alone(
+        self, attention: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
+        """Why this call of attention is left alone, by all but its tokens; or None."""
+        merging, place = self._merging, self._place
+        if place.why_not or merging.failure or self._odd_output:
+            return place.why_not or merging.failure or self._odd_output
+        if place.grid is None:
+            return "its token grid is not known"
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            return "its input is not a batch of tokens"
+        if x.shape[1] != place.grid[0] * place.grid[1]:
+            return f"its {x.shape[1]} tokens are not the grid's {place.grid[0]}x{place.grid[1]}"
+        context = args[1] if len(args) > 1 else kwargs.get("context")
+        mask = args[2] if len(args) > 2 else kwargs.get("mask")
+        is_own = context is None or context is x
+        if mask is not None and is_own:
+            return "its attention is masked token by token"
+        value = kwargs.get("value")
+        if merging.settings.method == "keys" and not (is_own and (value is None or value is x)):
+            return "its keys and values are not its own tokens alone"
+        self._was_checkpointed |= merging.sampling.is_checkpointed or _will_run_again(x)
+        if self._was_checkpointed:
+            return "backward would run it again (gradient checkpointing)"
+        self.report.conflict = merging.leave_out(attention) if merging.leave_out else None
+        self.report.conflict = self.report.conflict or _left_to(attention)
+        return self.report.conflict
+
+    def _merged(
+        self, call: _Call, attention: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What attention is given in place of its arguments, or why it is left alone."""
+        merging, report, state = self._merging, self.report, self._state
+        report.tokens = x.shape[1]
+        source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
+        # A call with another tensor than norm1's output (part of the batch, say) is matched by what it was given.
+        source = source if normed is x and source is not None else x
+        try:
+            token_map = merging.token_map(self, source, self._place.grid)
+            if isinstance(token_map, str):
+                return token_map
+            given = self._given(call, attention, token_map, x, args, kwargs)
+        except Exception as error:
+            # A device without one of the operations, or without memory: the picture is worth more than its speed.
+            merging.failure = f"matching failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            return merging.failure
+        if isinstance(given, str):
+            return given
+        call.given = [_weak(value) for value in args], {name: _weak(value) for name, value in kwargs.items()}
+        report.merged_tokens = token_map.merged_tokens
+        report.fewest_tokens = min(report.fewest_tokens or report.merged_tokens, report.merged_tokens)
+        report.most_tokens = max(report.most_tokens, report.merged_tokens)
+        report.merged_calls += 1
+        merging.count_merged_step()
+        if merging.on_map is not None:
+            merging.on_map(report.name, merging.sampling.step.number, self._place.grid, token_map)
+        return given
+
+    def _given(
+        self,
+        call: _Call,
+        attention: nn.Module,
+        token_map: TokenMap,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | str:
+        """The arguments with merged tokens, by the method; fills in what `call` needs for the way back."""
+        method = self._merging.settings.method
+        context = args[1] if len(args) > 1 else kwargs.get("context")
+        # Keys that aren't the layer's own tokens stay as they are, and count as ever.
+        weighs = method != "paper" and (context is None or context is x)
+        heads = self._heads(attention, x) if weighs else None
+        if weighs and heads is None:
+            return "its attention has no scale that is known, to weigh merged keys by (the method paper needs none)"
+        merged = token_map.merge(x)
+        call.tokens = x.shape[1]
+        call.token_map = None if method == "keys" else token_map
+        queries = x if method == "keys" else merged
+        if heads is not None:
+            call.weighed = Weighed(heads, token_map.counts)
+            queries = widen_input(heads, queries)
+        # A context that is the input itself is self-attention; one of its own is left whole.
+        swapped = [merged if value is x else value for value in args]
+        named = {name: merged if value is x else value for name, value in kwargs.items()}
+        if args:
+            swapped[0] = queries
+        else:
+            named["x"] = queries
+        if heads is not None and len(args) > 1:
+            swapped[1] = merged
+        elif heads is not None:
+            named["context"] = merged
+        return tuple(swapped), named
+
+    def _heads(self, attention: nn.Module, x: Tensor) -> Heads | None:
+        """How this layer's attention splits and scales: asked once for each implementation and size."""
+        if not can_be_weighed(attention):
+            return None
+        heads = self._merging.heads
+        key = type(attention).forward, attention.heads, x.shape[-1], getattr(attention, "scale", None)
+        if key not in heads:
+            heads[key] = ask_heads(attention, x, self._running)
+        return heads[key]
+
+    @contextlib.contextmanager
+    def _running(self, weighed: Weighed) -> Iterator[None]:
+        """While open, the innermost call of attention is this one."""
+        calls = self._state.calls
+        calls.append(_Call(weighed=weighed))
+        try:
+            yield
+        finally:
+            calls.pop()
+
+    def _after(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        calls = self._state.calls
+        call = calls.pop() if calls else _Call()
+        if call.given is None:
+            return None
+        token_map = call.token_map
+        if token_map is not None and isinstance(output, Tensor) and output.shape[:2] == token_map.merged_shape:
+            return token_map.unmerge(output)
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == call.tokens:
+            return None
+        self._odd_output = "its attention gave something else than its tokens"
+        whole, named = call.given
+        return attention.forward(*(value() for value in whole), **{name: value() for name, value in named.items()})
+
+    def _check_run_again(self) -> None:
+        """Raises `RuntimeError` where backward runs a layer again that was merged when it ran first."""
+        if self.report.merged_calls and not self._was_checkpointed:
+            raise RuntimeError(
+                f"{self.report.name} was merged, and gradient checkpointing runs it again in backward, where it would "
+                "not be: detach merging, or switch checkpointing off (use_checkpoint=False)"
+            )
+
+
+def _left_to(attention: nn.Module) -> str | None:
+    """Whose code inside attention counts on all tokens, so that the layer is left to it; or None."""
+    name = whose_forward(attention)
+    if name:
+        return f"left to {name}, which has its own forward there"
+    parts = [attention, *(getattr(attention, part, None) for part in ("to_q", "to_k", "to_v", "to_out"))]
+    to_out = parts[-1]
+    for part in (*parts, *(to_out.children() if isinstance(to_out, nn.Module) else ())):
+        name = whose_hook(part) if isinstance(part, nn.Module) else None
+        if name:
+            return f"left to {name}, whose hook sees its tokens"
+    return None
+
+
+def _weak(value: Any) -> Callable[[], Any]:
+    """Gives `value`, without keeping it alive if it is a tensor."""
+    return weakref.ref(value) if isinstance(value, Tensor) else lambda: value
+
+
+def _will_run_again(x: Tensor) -> bool:
+    """Whether x runs under gradient checkpointing: it needs a gradient, and yet none is recorded."""
+    return x.requires_grad and not torch.is_grad_enabled()
+
+
+def _is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .partition import Partition, make_partition
+from .profit import tokens_removed
 from .settings import FIELDS, MergeSettings
 from .token_map import TokenMap
 
@@ -28,8 +29,6 @@ class Matching:
     """[B, n_src]: the best dst of each src, as its place in the partition's `dst`."""
     order: Tensor
     """[B, n_src]: the src, most similar first."""
-    finite: Tensor
-    """[B, N]: false for a token with a NaN or an infinity."""
 
     def token_map(self, removed: int) -> TokenMap:
         """The map that merges the `removed` most similar src into their dst; at most as many as can merge."""
@@ -39,58 +38,33 @@ class Matching:
         own = torch.arange(dst_count, dst_count + sources - removed, device=device).expand(items, -1)
         src_slots = self.best.scatter(1, self.order[:, removed:], own)
         dst_slots = torch.arange(dst_count, device=device).expand(items, -1)
-        if removed and removed == partition.most_removed:
-            src_slots, dst_slots = self._apart(src_slots, dst_slots)
         slots = torch.empty(items, partition.tokens, dtype=torch.long, device=device)
         slots.scatter_(1, partition.dst.expand(items, -1), dst_slots)
         slots.scatter_(1, partition.src.expand(items, -1), src_slots)
         return TokenMap(slots, partition.tokens - removed)
-
-    def _apart(self, src_slots: Tensor, dst_slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Where every src must merge, also one that is not finite: it takes its slot alone, and the others move on."""
-        (items, dst_count), partition = dst_slots.shape, self.partition
-        finite = self.finite.gather(1, partition.src.expand(items, -1))
-        in_dst = src_slots < dst_count
-        place = src_slots.clamp(max=dst_count - 1)
-        taken = torch.zeros_like(dst_slots).scatter_add(1, place, (in_dst & ~finite).long()) > 0
-        sound = self.finite.gather(1, partition.dst.expand(items, -1))
-        refuge = (sound & ~taken).float().argmax(dim=1, keepdim=True)
-        dst_slots = torch.where(taken & sound, refuge, dst_slots)
-        return torch.where(in_dst & finite & taken.gather(1, place), refuge, src_slots), dst_slots
 
 
 @torch.no_grad()
 def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     """Finds every src's most similar dst of its window, by the cosine of x's tokens ([B, N, C]).
 
-    A token of zero norm is similar to none. A token that is not finite is no one's destination where its window has
-    another, and merges last; at the highest ratio, where every src must merge, it takes the slot it falls into alone.
+    A token of zero norm is similar to none. What isn't finite in one batch item leaves the other items' matching as it
+    is; inside its own item attention spreads it to every token, whatever is merged.
     `exact` keeps at least x's own precision; else a lower one may be used where that is faster: `similarity_dtype`.
     """
-    (items, _, _), windows = x.shape, partition.windows
-    if not partition.most_removed:
+    items, windows = x.shape[0], partition.windows
+    if not partition.most_removed or not items:
         order = torch.arange(partition.src.shape[1], device=x.device).expand(items, -1)
-        return Matching(partition, torch.zeros_like(order), order, x.new_ones(x.shape[:2], dtype=torch.bool))
+        return Matching(partition, torch.zeros_like(order), order)
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    finite = norm.isfinite()
     # In norm's own precision: in a half type the inverse of a small norm is infinite.
-    scale = torch.where(finite & norm.reciprocal().isfinite(), norm.reciprocal(), torch.zeros_like(norm)).flatten()
+    scale = torch.where(norm.reciprocal().isfinite(), norm.reciprocal(), torch.zeros_like(norm)).flatten()
     with _own_precision(x) if exact else contextlib.nullcontext():
         dtype = similarity_dtype(x, exact)
         similarity, best = _best_in_windows(x, partition, scale, dtype, exact)
-
-    # A src may have found a dst that is not finite, where all others are dissimilar: it goes to one that is, and last.
-    dst_finite = finite.gather(1, partition.dst.expand(items, -1))
-    sound = dst_finite.gather(1, best)
-    in_window = windows.dst.expand(items, -1, -1)
-    window_finite = dst_finite.gather(1, in_window.flatten(1)).view(in_window.shape)
-    other = in_window.gather(2, window_finite.float().argmax(-1, keepdim=True))
-    other = other.expand_as(windows.src.expand(items, -1, -1)).flatten(1).gather(1, windows.src_place.expand(items, -1))
-    best = torch.where(sound, best, other)
-    similarity = similarity.masked_fill(~(sound & finite.gather(1, partition.src.expand(items, -1))), -2.0)
     if windows.stranded is not None:
         similarity = similarity.masked_fill(windows.stranded, -torch.inf)
-    return Matching(partition, best, similarity.sort(dim=1, descending=True, stable=True).indices, finite)
+    return Matching(partition, best, similarity.sort(dim=1, descending=True, stable=True).indices)
 
 
 def _own_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -137,12 +111,7 @@ def _best_in_windows(
     windows_at_once = max(1, limit // (rows_at_once * row_bytes)) if rows_at_once == sources else 1
     values, indices = [], []
     for some in range(0, count, windows_at_once):
-        b = (
-            tokens_at(dst[some : some + windows_at_once], unit=True)
-            .nan_to_num_(0.0, 0.0, 0.0)
-            .to(dtype)
-            .transpose(1, 2)
-        )
+        b = tokens_at(dst[some : some + windows_at_once], unit=True).to(dtype).transpose(1, 2)
         for top in range(0, sources, rows_at_once):
             a = tokens_at(src[some : some + windows_at_once, top : top + rows_at_once], src_is_unit).to(dtype)
             value, index = torch.bmm(a, b).max(dim=-1)
@@ -162,7 +131,7 @@ def match_tokens(
     grid: tuple[int, int],
     ratio: float,
     *,
-    stride: tuple[int, int] = (2, 2),
+    stride: tuple[int, int] | None = (2, 2),
     partition: str = "random",
     step: int = 0,
     window: int | None = FIELDS["window"].default,
@@ -187,20 +156,7 @@ def match_tokens(
     if x.ndim != 3 or x.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"x must be [B, {grid[0] * grid[1]}, C] on a grid of {grid[0]}×{grid[1]}, got {list(x.shape)}")
     split = make_partition(
-        grid, settings.stride, settings.partition, step, settings.window, 1 if shared_draw else x.shape[0], x.device
+        grid, settings.cell, settings.partition, step, settings.window, 1 if shared_draw else x.shape[0], x.device
     )
-    exact = settings.window is None
-    return match(x, split, exact).token_map(tokens_removed(x.shape[1], settings.ratio, exact))
-
-
-def tokens_removed(tokens: int, ratio: float, exact: bool = True) -> int:
-    """How many of `tokens` a ratio removes: rounded down, as `tomesd` counts them.
-
-    Unless `exact`, the number left is rounded to the nearest multiple of 16 where that changes it by 3 % at most: plain
-    attention was measured up to 20 % slower over lengths that 8 doesn't divide.
-    """
-    removed = int(tokens * ratio)
-    left = tokens - removed
-    if exact or not removed or left < 256:
-        return removed
-    return tokens - min((left + 8) // 16 * 16, tokens)
+    removed = tokens_removed(x.shape[1], settings.ratio, rounded=not settings.exact)
+    return match(x, split, settings.exact).token_map(removed)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .matching import tokens_removed
-from .profit import pays
+from .profit import pays, tokens_removed
 from .settings import MergeSettings
 from .unet import Layer, finest_level
 
@@ -28,9 +27,9 @@ def removed_or_why_not(
     settings: MergeSettings, tokens: int, channels: int, ratio: float, device_type: str
 ) -> int | str:
     """How many of a layer's tokens a ratio removes, or why it removes none."""
-    removed = tokens_removed(tokens, ratio, exact=settings.window is None)
+    removed = tokens_removed(tokens, ratio, rounded=not settings.exact)
     if not removed:
         return f"at ratio {ratio:g} there is nothing to remove"
-    if settings.skip_unprofitable and not pays(tokens, channels, ratio, device_type):
+    if settings.skip_unprofitable and not pays(tokens, channels, ratio, device_type, settings.method):
         return f"merging {ratio:g} of {tokens} tokens would not save time"
     return removed

@@ -13,6 +13,7 @@ class LayerReport:
     name: str
     level: int | None
     """The downsample factor: as measured in the last call, or, before the first, as the structure says."""
+    method: str = "paper"
     tokens: int = 0
     """Tokens of an item in the last call."""
     merged_tokens: int = 0
@@ -20,18 +21,19 @@ class LayerReport:
     calls: int = 0
     merged_calls: int = 0
     left_out: str | None = None
-    """Why the last call that was not merged was not."""
+    """The reason of the last call that was left unmerged."""
     fewest_tokens: int = 0
     most_tokens: int = 0
     """Between which numbers `merged_tokens` lay, under a schedule."""
     conflict: str | None = None
-    """What `leave_out` said when it was last asked."""
+    """Whose code inside its attention it was left to, in the last call that could have merged."""
 
     @property
     def change(self) -> str:
         """Tokens before and after, in words."""
         fewest, most = self.fewest_tokens or self.merged_tokens, self.most_tokens or self.merged_tokens
-        return f"{self.tokens} -> {fewest if fewest == most else f'{fewest} to {most}'} tokens"
+        what = "keys" if self.method == "keys" else "tokens"
+        return f"{self.tokens} -> {fewest if fewest == most else f'{fewest} to {most}'} {what}"
 
 
 @dataclasses.dataclass

@@ -9,12 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from .schedule import SCHEDULES, ratio_at
 
+METHODS = ("keys", "tokens", "paper")
 PARTITIONS = ("random", "corner", "uniform", "alternating")
+CELLS = ((2, 2), (4, 4))
+"""Rows and columns of the cells that have one destination each, from which the ratio chooses: see `MergeSettings.cell`."""
+
+HIGHEST_RATIO = 1 - 1 / (CELLS[-1][0] * CELLS[-1][1])
+"""The largest ratio that the largest cell allows."""
+
 PASSES = ("both passes", "first pass", "hires pass")
 
 
@@ -101,8 +107,8 @@ class MergeSettings:
         "Ratio",
         "Share of the tokens removed before self-attention, in the early steps. More is faster and less exact.",
         minimum=0.0,
-        maximum=0.75,
-        step=0.01,
+        maximum=HIGHEST_RATIO,
+        step=0.0125,
         infotext="ToMe ratio",
     )
     late_ratio: float = _setting(
@@ -111,8 +117,8 @@ class MergeSettings:
         "Late ratio",
         "The ratio in the late steps, where details are made.",
         minimum=0.0,
-        maximum=0.75,
-        step=0.01,
+        maximum=HIGHEST_RATIO,
+        step=0.0125,
         infotext="ToMe late ratio",
     )
     schedule: str = _setting(
@@ -160,7 +166,7 @@ class MergeSettings:
         infotext="ToMe apply to",
     )
     reuse_steps: int = _setting(
-        4,
+        1,
         "integer",
         "Rematch every",
         "How many steps a matching is kept for. 1 matches in every step.",
@@ -169,13 +175,23 @@ class MergeSettings:
         step=1,
         infotext="ToMe rematch every",
     )
-    stride: tuple[int, int] = _setting(
-        (2, 2),
+    method: str = _setting(
+        "keys",
+        "choice",
+        "Method",
+        "keys: merges keys and values, each counted as often as the tokens it stands for. tokens: queries too, which "
+        "are unmerged. paper: as published, not counted.",
+        choices=METHODS,
+        infotext="ToMe method",
+    )
+    stride: tuple[int, int] | None = _setting(
+        None,
         "pair",
         "Stride",
-        "Rows and columns of the cell that has one destination.",
+        "Rows and columns of the cell that has one destination; none: 2x2, or 4x4 for ratios above 0.75.",
         minimum=1,
         maximum=16,
+        optional=True,
     )
     partition: str = _setting(
         "random",
@@ -193,12 +209,6 @@ class MergeSettings:
         maximum=4096,
         optional=True,
     )
-    share_layers: bool = _setting(
-        False,
-        "flag",
-        "Share among layers",
-        "One matching for all layers on the same grid within a UNet pass: the first one's.",
-    )
     skip_unprofitable: bool = _setting(
         True,
         "flag",
@@ -211,15 +221,23 @@ class MergeSettings:
         "Shared draw",
         "One random choice for the whole batch, so that both halves of guidance share it (paper, section 4.1).",
     )
+    redraw: bool | None = _setting(
+        None,
+        "flag",
+        "Redraw",
+        "Whether each new matching has a new random choice; none: with the method paper alone.",
+        optional=True,
+    )
 
     def __post_init__(self) -> None:
         for name in ("stride", "partition"):
             object.__setattr__(self, name, FIELDS[name].check(name, getattr(self, name)))
-        highest = max_ratio(self.stride, self.partition)
-        rows, columns = self.stride
-        where = (
-            f" for a {rows}×{columns} stride" if self.partition != "alternating" else " for the alternating partition"
-        )
+        highest = max_ratio(self.stride or CELLS[-1], self.partition)
+        where = ""
+        if self.partition == "alternating":
+            where = " for the alternating partition"
+        elif self.stride:
+            where = f" for a {self.stride[0]}×{self.stride[1]} stride"
         for name, setting in FIELDS.items():
             if name in ("ratio", "late_ratio"):
                 # A late ratio that the schedule never reaches can't be too high.
@@ -229,13 +247,27 @@ class MergeSettings:
                 )
             object.__setattr__(self, name, setting.check(name, getattr(self, name)))
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> MergeSettings:
-        """Settings from named values, defaults for missing ones. Raises `SettingsError`, also for unknown names."""
-        unknown = [str(name) for name in values if name not in FIELDS]
-        if unknown:
-            raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(FIELDS)}")
-        return cls(**values)
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Rows and columns of the cell that has one destination: `stride`, or the smallest that allows the ratio.
+
+        The largest ratio that the schedule reaches decides, so that a picture has cells of one size.
+        """
+        if self.stride is not None:
+            return self.stride
+        ends = {"constant": (self.ratio,), "linear": (self.ratio, self.late_ratio)}
+        largest = max(ends.get(self.schedule, (self.ratio_at(0.0), self.ratio_at(1.0))))
+        return next(cell for cell in CELLS if largest <= max_ratio(cell, self.partition))
+
+    @property
+    def exact(self) -> bool:
+        """Whether matching is as published: over the whole image, in the tokens' own precision, no count rounded."""
+        return self.window is None
+
+    @property
+    def draws_anew(self) -> bool:
+        """Whether each new matching has a new random choice of destinations."""
+        return self.method == "paper" if self.redraw is None else self.redraw
 
     def ratio_at(self, progress: float) -> float:
         """The ratio at `progress`, from 0 (first step) to 1 (last). See `schedule.ratio_at`."""

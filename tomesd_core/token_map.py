@@ -26,6 +26,11 @@ class TokenMap:
         return self.slots.shape[1]
 
     @property
+    def merged_shape(self) -> tuple[int, int]:
+        """Items and tokens of what was merged: (B, merged_tokens)."""
+        return self.slots.shape[0], self.merged_tokens
+
+    @property
     def counts(self) -> Tensor:
         """How many tokens fell into each slot: int64 [B, merged_tokens]."""
         members, starts = self._tokens_by_slot()
@@ -59,7 +64,8 @@ class TokenMap:
     def _mean(self, x: Tensor) -> Tensor:
         """[B·N, C] to [B·merged_tokens, C]."""
         members, starts = self._tokens_by_slot()
-        if x.device.type in BAG_DEVICES:
+        # A bag's gradient has no gradient of its own.
+        if x.device.type in BAG_DEVICES and not (x.requires_grad and torch.is_grad_enabled()):
             # Half types are summed in fp32: a bag's rounded sum, divided, would be rounded twice.
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
             return F.embedding_bag(members, wide, starts, mode="mean").to(x.dtype)

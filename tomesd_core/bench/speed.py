@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
     csv_path, plot_path = (args.out / f"speed-{args.attention}{ending}" for ending in (".csv", ".png"))
     rows: list[output.Row] = []
     panels, notes = [], []
-    settings = MergeSettings(reuse_steps=args.reuse_steps, share_layers=args.share_layers)
+    settings = MergeSettings(
+        reuse_steps=args.reuse_steps,
+    )
     with cases(args, settings) as found, progress(_runs(args, found)) as tick:
         for case in found:
             panel = output.Panel(f"{case.size_name}, {args.attention} attention", "ratio", "times faster than unmerged")
