@@ -1,4 +1,7 @@
+import concurrent.futures
 import contextlib
+import copy
+import functools
 import gc
 import random
 import types
@@ -7,14 +10,17 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tomesd_core as tome
 from tomesd_core import hooks, token_map
+from tomesd_core.hook import Hook
 from tomesd_core.matching import match
 from tomesd_core.partition import make_partition
 
+METHODS = tome.settings.METHODS
 SD1 = {"attention_resolutions": [1, 2, 4], "channel_mult": (1, 1, 1, 1)}
 FIRST = "input_blocks.1.1.transformer_blocks.0"
 
@@ -32,7 +38,10 @@ def whole(small_settings):
 
 @pytest.fixture
 def record(blocks_of):
-    """Records every layer's calls: grid, block input x, norm1's y, what attention saw (q) and what came of it."""
+    """Records every layer's calls: grid, block input x, norm1's y, what attention saw (q) and what came of it.
+
+    A foreign hook on the output would have the layer left to it, so that one is put there as one of ours.
+    """
 
     @contextlib.contextmanager
     def recording(unet):
@@ -46,7 +55,7 @@ def record(blocks_of):
                 ),
                 block.norm1.register_forward_hook(lambda _, args, y: vars(call).update(x=args[0], y=y)),
                 block.attn1.to_q.register_forward_pre_hook(lambda _, args: vars(call).update(q=args[0])),
-                block.attn1.register_forward_hook(lambda _, args, output: vars(call).update(output=output)),
+                block.attn1.register_forward_hook(Hook(lambda _, args, output: vars(call).update(output=output))),
             ]
 
         for name, block in blocks_of(unet).items():
@@ -69,13 +78,13 @@ def assert_merged(call, settings, step=0):
         assert removed == int(call.y.shape[1] * settings.ratio)
     split = make_partition(
         call.grid,
-        settings.stride,
+        settings.cell,
         settings.partition,
-        step,
+        step if settings.draws_anew else 0,
         settings.window,
         1 if settings.shared_draw else call.x.shape[0],
     )
-    the_map = match(call.x, split, exact=settings.window is None).token_map(removed)
+    the_map = match(call.x, split, settings.exact).token_map(removed)
     assert torch.equal(call.q, the_map.merge(call.y))
     expected = the_map.unmerge(call.attn.forward(the_map.merge(call.y)))
     torch.testing.assert_close(call.output, expected, rtol=0, atol=1e-6)
@@ -125,7 +134,7 @@ def add_foreign_hooks(unet, blocks_of):
     calls = []
     for block in blocks_of(unet).values():
         block.attn1.register_forward_pre_hook(lambda module, args, kwargs: calls.append("attn1"), with_kwargs=True)
-        block.attn1.register_forward_hook(lambda module, args, output: calls.append("attn1 out"))
+        block.attn1.to_q.register_forward_pre_hook(lambda module, args: calls.append("to_q"))
         block.norm1.register_forward_hook(lambda module, args, output: calls.append("norm1 out"))
     unet.register_forward_pre_hook(lambda module, args: calls.append("unet"))
     return calls
@@ -147,7 +156,7 @@ def test_after_detach_every_hook_list_holds_what_it_held(unet, whole, make_input
     assert hook_dicts(unet) != before
     later = unet.middle_block.register_forward_hook(lambda *_: None)
     unet(*make_inputs())
-    assert {"attn1", "attn1 out", "norm1 out", "unet"} == set(foreign)
+    assert {"attn1", "to_q", "norm1 out", "unet"} == set(foreign)
     merging.detach()
     assert later.id in unet.middle_block._forward_hooks
     later.remove()
@@ -262,7 +271,7 @@ def test_the_handle_keeps_neither_the_model_nor_its_activations_alive(make_unet,
     for block in blocks_of(unet).values():
         block.norm1.register_forward_hook(lambda _, args, y: kept.extend([weakref.ref(args[0]), weakref.ref(y)]))
         block.attn1.to_q.register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0])))
-        block.attn1.register_forward_hook(lambda _, args, output: kept.append(weakref.ref(output)))
+        block.attn1.register_forward_hook(Hook(lambda _, args, output: kept.append(weakref.ref(output))))
     unet(*make_inputs())
     gc.collect()
     assert len(kept) == 7 * 4
@@ -529,7 +538,7 @@ def test_a_unet_whose_blocks_never_run_makes_its_picture_and_the_reason_is_said(
     inputs = make_inputs()
     with tome.attach(unet, whole()) as merging:
         assert torch.equal(unet(*inputs), inputs[0] + 1)
-    assert merging.report().notes == ["the model's attention layers did not run: the UNet was replaced"]
+    assert merging.report().notes == ["the model's own attention layers did not run"]
 
 
 def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, record, make_inputs, blocks_of):
@@ -985,19 +994,184 @@ def test_a_device_without_embedding_bags_gives_nearly_the_same(unet, whole, make
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_flow_through_a_merged_pass(make_unet, small_settings, make_inputs, method):
+    unet = make_unet().requires_grad_()
+    with tome.attach(unet, small_settings(method=method)) as merging:
+        unet(*make_inputs()).square().mean().backward()
+    assert len(merging.report().merged_layers) == 3
+    assert all(parameter.grad.abs().sum() > 0 for parameter in unet.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:.*autocast.*")
-def test_gradients_flow_through_a_merged_pass_with_and_without_checkpointing(make_unet, whole, make_inputs):
+def test_under_gradient_checkpointing_a_pass_stays_unmerged_and_its_gradient_is_right(make_unet, whole, make_inputs):
+    latent, *others = make_inputs()
     gradients = []
     for use_checkpoint in (False, True):
-        unet = make_unet(use_checkpoint=use_checkpoint).requires_grad_()
-        with tome.attach(unet, whole()) as merging:
-            merging.set_step(1)
-            unet(*make_inputs()).square().mean().backward()
-        assert merging.report().merged_layers
-        gradients.append([parameter.grad for parameter in unet.parameters()])
+        unet, x = make_unet(use_checkpoint=use_checkpoint).requires_grad_(), latent.clone().requires_grad_()
+        with tome.attach(unet, whole()) if use_checkpoint else contextlib.nullcontext() as merging:
+            unet(x, *others).square().mean().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in unet.parameters())])
+    assert "gradient checkpointing" in merging.report().summary
     for plain, checkpointed in zip(*gradients, strict=True):
-        assert plain.abs().sum() > 0
         torch.testing.assert_close(checkpointed, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_a_merged_layer_that_backward_runs_again_is_refused(make_unet, whole, make_inputs):
+    unet, inputs = make_unet().requires_grad_(), make_inputs()
+    with tome.attach(unet, whole()):
+        output = torch.utils.checkpoint.checkpoint(unet, *inputs, use_reentrant=False)
+        with pytest.raises(RuntimeError, match="gradient checkpointing runs it again in backward"):
+            output.mean().backward()
+
+
+# Beside others: threads, copies, other extensions' code, devices that lack something.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_that_run_at_once_have_a_sampling_each(unet, small_settings, make_inputs, method):
+    inputs = [make_inputs(size, seed=seed) for seed, size in enumerate([(16, 16), (12, 20)])]
+    with tome.attach(unet, small_settings(method=method, ratio=0.6, late_ratio=0.1, schedule="linear")) as merging:
+
+        def run(number):
+            outputs = []
+            for step in range(4):
+                merging.set_step(step if number else 3 - step, 4)
+                outputs.append(unet(*inputs[number]))
+            return outputs
+
+        alone = [run(0), run(1)]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(run, [0, 1]))
+    for right, seen in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(right, seen, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_of_a_merging_model_does_not_merge_and_can_be_cleaned(
+    unet, small_settings, make_inputs, hook_dicts, method
+):
+    before, inputs = hook_dicts(unet), make_inputs()
+    unmerged = unet(*inputs)
+    with tome.attach(unet, small_settings(method=method)):
+        theirs = copy.deepcopy(unet)
+        assert torch.equal(theirs(*inputs), unmerged)
+        tome.remove_patch(theirs)
+        assert {name for name, held in hook_dicts(theirs).items() if held} == set()
+        assert not torch.equal(unet(*inputs), unmerged)
+    assert hook_dicts(unet) == before
+
+
+def foreign_forward(inner, x, *args, **kwargs):
+    return inner(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("where", ["attn1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out", "attn1.to_out.0"])
+def test_a_layer_with_anothers_hook_in_its_attention_is_left_to_it(
+    unet, small_settings, make_inputs, blocks_of, where, method
+):
+    inputs, seen = make_inputs(), []
+    part = blocks_of(unet)[FIRST].get_submodule(where)
+    handle = part.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    unet(*inputs)
+    with tome.attach(unet, small_settings(method=method)) as merging:
+        unet(*inputs)
+        layers = {layer.name: layer for layer in merging.report().layers}
+        assert layers[FIRST].left_out == f"left to {__name__}, whose hook sees its tokens"
+        assert layers[FIRST].conflict in merging.report().summary
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+        handle.remove()
+        unet(*inputs)
+        assert {layer.name: layer for layer in merging.report().layers}[FIRST].merged_calls == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_with_anothers_forward_is_left_to_it(unet, small_settings, make_inputs, blocks_of, method):
+    attention = blocks_of(unet)[FIRST].attn1
+    attention.forward = functools.partial(foreign_forward, attention.forward)
+    with tome.attach(unet, small_settings(method=method)) as merging:
+        unet(*make_inputs())
+    layers = {layer.name: layer for layer in merging.report().layers}
+    assert layers[FIRST].left_out == f"left to {__name__}, which has its own forward there"
+    assert len(merging.report().merged_layers) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("is_whole", [False, True], ids=["fewer", "whole"])
+def test_an_attention_that_gives_something_else_costs_no_picture(
+    unet, small_settings, make_inputs, blocks_of, monkeypatch, is_whole, method
+):
+    kind, inputs, unmerged = type(blocks_of(unet)[FIRST].attn1), make_inputs(), unet(*make_inputs())
+    usual = kind.forward
+
+    def odd(self, x, context=None, mask=None):
+        output = usual(self, x, context, mask)
+        is_merged = 128 in (x.shape[1], -1 if context is None else context.shape[1])
+        return output if not is_merged else output.new_zeros(2, 256 if is_whole else 7, 32)
+
+    monkeypatch.setattr(kind, "forward", odd)
+    with tome.attach(unet, small_settings(method=method)) as merging:
+        first, second = unet(*inputs), unet(*inputs)
+    assert torch.equal(first, unmerged) == (not is_whole)
+    assert torch.equal(second, unmerged) == (not is_whole)
+    left = [layer.left_out for layer in merging.report().layers if layer.level == 1]
+    assert left == 3 * [None if is_whole else "its attention gave something else than its tokens"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_device_that_lacks_an_operation_costs_no_picture(unet, small_settings, make_inputs, monkeypatch, method):
+    inputs = make_inputs()
+    unmerged = unet(*inputs)
+
+    def lacking(*args, **kwargs):
+        raise NotImplementedError("The operator 'aten::searchsorted.Tensor' is not implemented for this device.\nMore")
+
+    with tome.attach(unet, small_settings(method=method)) as merging:
+        monkeypatch.setattr(torch, "searchsorted", lacking)
+        assert torch.equal(unet(*inputs), unmerged)
+        monkeypatch.undo()
+        assert torch.equal(unet(*inputs), unmerged)
+    assert merging.report().summary == (
+        "nothing merged: level 2 is above max downsample 1; matching failed: NotImplementedError: "
+        "The operator 'aten::searchsorted.Tensor' is not implemented for this device."
+    )
+    with tome.attach(unet, small_settings(method=method)) as merging:
+        unet(*inputs)
+    assert len(merging.report().merged_layers) == 3
+
+
+def test_the_input_of_attention_may_come_by_keyword(drive):
+    def body(block, x, context):
+        return block.attn1(x=block.norm1(x)) + x
+
+    assert drive(body).merged_calls == 1
+
+
+def test_what_is_not_finite_reaches_every_token_of_its_item_whatever_is_merged_and_no_other_item(
+    unet, small_settings, make_inputs, blocks_of
+):
+    """Self-attention spreads it: why matching does nothing about it."""
+    y = torch.randn(2, 256, 32, generator=torch.Generator().manual_seed(0))
+    healthy = blocks_of(unet)[FIRST].attn1(y)
+    y[0, 17, 3] = torch.nan
+    attention = blocks_of(unet)[FIRST].attn1
+    assert not attention(y)[0].isfinite().any(dim=-1).any()
+    for method in METHODS:
+        token_map = tome.match_tokens(y, (16, 16), 0.5, window=None)
+        merged = token_map.merge(y)
+        output = token_map.unmerge(attention(merged)) if method != "keys" else attention(y, context=merged)
+        assert not output[0].isfinite().any()
+        assert output[1].isfinite().all() and output[1].shape == healthy[1].shape
+
+
+def test_a_model_compiled_before_says_so(unet, whole, make_inputs):
+    compiled = torch.compile(unet, backend="eager")
+    compiled(*make_inputs())
+    with tome.attach(compiled, whole()) as merging:
+        compiled(*make_inputs())
+    summary = merging.report().summary
+    assert merging.report().merged_layers or "compiled before merging was attached" in summary
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])

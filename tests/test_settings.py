@@ -18,16 +18,17 @@ def error_of(**values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"ratio": 0.9}, "ratio must lie in [0, 0.75] for a 2×2 stride, got 0.9"),
-        ({"ratio": 1.5}, "ratio must lie in [0, 0.75] for a 2×2 stride, got 1.5"),
-        ({"ratio": -0.1}, "ratio must lie in [0, 0.75] for a 2×2 stride, got -0.1"),
+        ({"ratio": 0.95}, "ratio must lie in [0, 0.9375], got 0.95"),
+        ({"ratio": 1.5, "method": "paper"}, "ratio must lie in [0, 0.9375], got 1.5"),
+        ({"ratio": -0.1}, "ratio must lie in [0, 0.9375], got -0.1"),
+        ({"ratio": 0.9, "stride": (2, 2)}, "ratio must lie in [0, 0.75] for a 2×2 stride, got 0.9"),
         ({"ratio": 0.7, "stride": (1, 3)}, "ratio must lie in [0, 0.666667] for a 1×3 stride, got 0.7"),
         (
             {"ratio": 0.6, "partition": "alternating"},
             "ratio must lie in [0, 0.5] for the alternating partition, got 0.6",
         ),
         (
-            {"late_ratio": 0.8, "schedule": "linear"},
+            {"late_ratio": 0.8, "schedule": "linear", "stride": (2, 2)},
             "late_ratio must lie in [0, 0.75] for a 2×2 stride, got 0.8",
         ),
         ({"late_ratio": 1.1, "schedule": "constant"}, "late_ratio must lie in [0, 1], got 1.1"),
@@ -49,7 +50,9 @@ def error_of(**values):
         ({"stride": (2, 17)}, "stride must lie in [1, 16], got 17"),
         ({"stride": (2, 1.5)}, "stride must be an integer in [1, 16], got 1.5"),
         ({"stride": ("2", 2)}, "stride must be an integer in [1, 16], got '2'"),
-        ({"stride": None}, "stride must be two integers in [1, 16], got None"),
+        ({"stride": "2x2"}, "stride must be two integers in [1, 16], got '2x2'"),
+        ({"method": "values"}, "method must be one of keys, tokens, paper, got 'values'"),
+        ({"redraw": "no"}, "redraw must be true or false, got 'no'"),
         ({"partition": "best"}, "partition must be one of random, corner, uniform, alternating, got 'best'"),
         ({"window": 0}, "window must lie in [1, 4096], got 0"),
         ({"window": 2.5}, "window must be an integer in [1, 4096], got 2.5"),
@@ -139,22 +142,40 @@ def test_a_late_ratio_that_is_never_reached_may_be_any():
     assert tome.MergeSettings(ratio=0, late_ratio=0.2, schedule="constant", stride=(1, 1)).late_ratio == 0.2
 
 
-def test_from_mapping_fills_in_the_defaults():
-    assert tome.MergeSettings.from_mapping({}) == tome.MergeSettings()
-    values = {"ratio": 0.3, "schedule": "step", "window": None, "stride": [2, 4]}
-    assert tome.MergeSettings.from_mapping(values) == tome.MergeSettings(
-        ratio=0.3, schedule="step", window=None, stride=(2, 4)
-    )
+@pytest.mark.parametrize(
+    ("values", "cell"),
+    [
+        ({"ratio": 0.75, "schedule": "constant"}, (2, 2)),
+        ({"ratio": 0.7500001, "schedule": "constant"}, (4, 4)),
+        ({"ratio": 0.5, "late_ratio": 0.9, "schedule": "constant"}, (2, 2)),
+        ({"ratio": 0.5, "late_ratio": 0.9, "schedule": "linear"}, (4, 4)),
+        ({"ratio": 0.9, "late_ratio": 0.5, "schedule": "linear"}, (4, 4)),
+        ({"ratio": 0.9, "late_ratio": 0.5, "schedule": "step", "switch_at": 0.0}, (2, 2)),
+        ({"ratio": 0.5, "late_ratio": 0.9, "schedule": "step", "switch_at": 1.0}, (4, 4)),
+        ({"ratio": 0.5, "schedule": "constant", "stride": (4, 2)}, (4, 2)),
+    ],
+    ids=str,
+)
+def test_cells_follow_the_largest_ratio_that_the_schedule_reaches(values, cell):
+    assert tome.MergeSettings(**values).cell == cell
 
 
-def test_from_mapping_refuses_unknown_names_and_says_which_there_are():
-    with pytest.raises(tome.SettingsError, match=r"^unknown setting strength, 5: the settings are ratio, late_ratio, "):
-        tome.MergeSettings.from_mapping({"strength": 1, "ratio": 0.5, 5: 5})
+@pytest.mark.parametrize("method", FIELDS["method"].choices)
+@pytest.mark.parametrize("schedule", FIELDS["schedule"].choices)
+def test_no_part_of_the_ratio_sliders_gives_an_error(method, schedule):
+    for name in ("ratio", "late_ratio"):
+        setting = FIELDS[name]
+        steps = round((setting.maximum - setting.minimum) / setting.step)
+        assert setting.minimum + steps * setting.step == setting.maximum
+        for step in range(steps + 1):
+            settings = tome.MergeSettings(**{name: step * setting.step, "method": method, "schedule": schedule})
+            assert getattr(settings, name) == step * setting.step
 
 
-def test_from_mapping_refuses_wrong_values():
-    with pytest.raises(tome.SettingsError, match=r"^ratio must be a number in"):
-        tome.MergeSettings.from_mapping({"ratio": None})
+def test_the_paper_draws_anew_and_the_others_keep_their_draw_unless_it_is_said():
+    assert [tome.MergeSettings(method=method).draws_anew for method in ("keys", "tokens", "paper")] == [0, 0, 1]
+    assert tome.MergeSettings(method="keys", redraw=True).draws_anew
+    assert not tome.MergeSettings(method="paper", redraw=False).draws_anew
 
 
 def test_the_field_list_has_every_field_in_order():
@@ -169,7 +190,7 @@ def test_the_defaults_are_the_fields_own_and_valid():
 
 def test_the_panels_fields_and_their_infotext_keys():
     keys = [(name, setting.infotext) for name, setting in FIELDS.items() if setting.infotext]
-    assert keys[:7] == [
+    assert keys == [
         ("ratio", "ToMe ratio"),
         ("late_ratio", "ToMe late ratio"),
         ("schedule", "ToMe schedule"),
@@ -177,11 +198,14 @@ def test_the_panels_fields_and_their_infotext_keys():
         ("max_downsample", "ToMe max downsample"),
         ("min_tokens", "ToMe min tokens"),
         ("apply_to", "ToMe apply to"),
+        ("reuse_steps", "ToMe rematch every"),
+        ("method", "ToMe method"),
     ]
 
 
 def test_what_match_tokens_can_do_is_an_expert_field_that_the_panel_does_not_show():
-    assert all(FIELDS[name].infotext is None for name in ("stride", "partition", "window", "shared_draw"))
+    names = "stride", "partition", "window", "shared_draw", "redraw", "skip_unprofitable"
+    assert all(FIELDS[name].infotext is None for name in names)
 
 
 def test_settings_do_not_change():

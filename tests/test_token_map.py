@@ -141,6 +141,7 @@ def test_the_gradients_are_right():
     assert torch.autograd.gradcheck(token_map.merge, (x,))
     assert torch.autograd.gradcheck(token_map.unmerge, (y,))
     assert torch.autograd.gradcheck(lambda x: token_map.unmerge(token_map.merge(x).sin()), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: token_map.unmerge(token_map.merge(x).sin()), (x,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

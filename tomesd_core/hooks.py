@@ -320,7 +320,7 @@ class _LayerHooks:
 
     def __init__(self, merging: Merging, layer: Layer, grid: _GridHook) -> None:
         self._merging, self._grid = merging, grid
-        self.report = LayerReport(layer.name, layer.level, merging.settings.method)
+        self.report = LayerReport(layer.name, layer.level, method=merging.settings.method)
         self._was_checkpointed = False
         self._odd_output: str | None = None
 
@@ -354,6 +354,7 @@ class _LayerHooks:
     def _after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._place.why_not is None and args:
             self._state.normed = weakref.ref(args[0]), weakref.ref(output)
+            self._was_checkpointed |= _will_run_again(args[0])
 
     def _before(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call()
@@ -393,7 +394,7 @@ class _LayerHooks:
         value = kwargs.get("value")
         if merging.settings.method == "keys" and not (is_own and (value is None or value is x)):
             return "its keys and values are not its own tokens alone"
-        self._was_checkpointed |= merging.sampling.is_checkpointed or _will_run_again(x)
+        self._was_checkpointed |= merging.sampling.is_checkpointed
         if self._was_checkpointed:
             return "backward would run it again (gradient checkpointing)"
         self.report.conflict = merging.leave_out(attention) if merging.leave_out else None

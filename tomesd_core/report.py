@@ -13,7 +13,6 @@ class LayerReport:
     name: str
     level: int | None
     """The downsample factor: as measured in the last call, or, before the first, as the structure says."""
-    method: str = "paper"
     tokens: int = 0
     """Tokens of an item in the last call."""
     merged_tokens: int = 0
@@ -27,6 +26,8 @@ class LayerReport:
     """Between which numbers `merged_tokens` lay, under a schedule."""
     conflict: str | None = None
     """Whose code inside its attention it was left to, in the last call that could have merged."""
+    method: str = "paper"
+    """How tokens are merged: `MergeSettings.method`."""
 
     @property
     def change(self) -> str:

@@ -102,7 +102,7 @@ class MergeSettings:
     """
 
     ratio: float = _setting(
-        0.6,
+        0.9,
         "number",
         "Ratio",
         "Share of the tokens removed before self-attention, in the early steps. More is faster and less exact.",
@@ -112,7 +112,7 @@ class MergeSettings:
         infotext="ToMe ratio",
     )
     late_ratio: float = _setting(
-        0.4,
+        0.7,
         "number",
         "Late ratio",
         "The ratio in the late steps, where details are made.",

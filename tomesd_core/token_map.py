@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +44,7 @@ class TokenMap:
         The same bits on every run on one device. Raises `ValueError` when x has other items or tokens than the map.
         """
         self._check(x, self.tokens)
-        return self._mean(x.reshape(-1, x.shape[-1])).view(x.shape[0], self.merged_tokens, x.shape[-1])
+        return _Mean.apply(x.reshape(-1, x.shape[-1]), self).view(x.shape[0], self.merged_tokens, x.shape[-1])
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Each token's slot's value: [B, merged_tokens, C] to [B, N, C]. Raises `ValueError` as `merge` does."""
@@ -61,15 +63,31 @@ class TokenMap:
             self._members = members, torch.searchsorted(rows, slots)
         return self._members
 
-    def _mean(self, x: Tensor) -> Tensor:
-        """[B·N, C] to [B·merged_tokens, C]."""
+    def mean(self, x: Tensor) -> Tensor:
+        """[B·N, C] to [B·merged_tokens, C], as `merge` does it."""
         members, starts = self._tokens_by_slot()
-        # A bag's gradient has no gradient of its own.
-        if x.device.type in BAG_DEVICES and not (x.requires_grad and torch.is_grad_enabled()):
+        if x.device.type in BAG_DEVICES:
             # Half types are summed in fp32: a bag's rounded sum, divided, would be rounded twice.
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
             return F.embedding_bag(members, wide, starts, mode="mean").to(x.dtype)
         return _scanned_mean(x, self._rows, members, starts)
+
+    def shares(self, y: Tensor) -> Tensor:
+        """[B·merged_tokens, C] to [B·N, C]: each slot's value in equal shares for its tokens."""
+        return (y / self.counts.flatten()[:, None]).to(y.dtype).index_select(0, self._rows)
+
+
+class _Mean(torch.autograd.Function):
+    """The mean with a gradient that has a gradient itself, which `embedding_bag` has not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token_map: TokenMap) -> Tensor:
+        ctx.token_map = token_map
+        return token_map.mean(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.token_map.shares(grad), None
 
 
 def _scanned_mean(x: Tensor, rows: Tensor, members: Tensor, starts: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ BASE: dict[str, Any] = {
     "max_downsample": 1,
     "min_tokens": 0,
     "reuse_steps": 1,
+    "method": "paper",
     "stride": (2, 2),
     "partition": "random",
     "window": None,
-    "share_layers": False,
     "skip_unprofitable": False,
     "shared_draw": True,
 }
@@ -161,11 +161,6 @@ TABLES = {
         "Reuse: for how many steps a matching is kept",
         "1",
         **{"1": {}, "2": {"reuse_steps": 2}, "4": {"reuse_steps": 4}, "8": {"reuse_steps": 8}},
-    ),
-    "share": _halved(
-        "Share: a matching of each layer's own, or one for all layers on a grid",
-        "own",
-        **{"own": {}, "shared": {"share_layers": True}},
     ),
     "together": _halved(
         "Together: linear 60 to 40 % and a matching kept for 4 steps, and what may change beside them",

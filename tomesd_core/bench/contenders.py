@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import attach
-from ..matching import match, tokens_removed
+from ..matching import match
 from ..partition import make_partition
+from ..profit import tokens_removed
 from ..settings import FIELDS, MergeSettings
 from ..unet import Layer, find_layers, finest_level
 from .packages import INSTALL, MissingPackage, require
@@ -173,7 +174,7 @@ def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
     def fewer(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> tuple[object, object]:
         y, *others = args
         items, whole[module], channels = y.shape
-        kept = whole[module] - tokens_removed(whole[module], ratio, exact=False)
+        kept = whole[module] - tokens_removed(whole[module], ratio, rounded=True)
         # Not y[:, :kept], which is not contiguous: each of the three projections would copy it.
         return (y.view(-1, channels)[: items * kept].view(items, kept, channels), *others), kwargs
 
@@ -202,7 +203,7 @@ def _match_ours(
     x: Tensor, grid: tuple[int, int], ratio: float, step: int, window: int | None, exact: bool
 ) -> tuple[Apply, Apply]:
     split = make_partition(grid, step=step, window=window, device=x.device)
-    token_map = match(x, split, exact).token_map(tokens_removed(x.shape[1], ratio, exact=window is None))
+    token_map = match(x, split, exact).token_map(tokens_removed(x.shape[1], ratio, rounded=window is not None))
     return token_map.merge, token_map.unmerge
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -201,20 +200,15 @@ def attend(layer: nn.Module, tokens: Tensor) -> Tensor:
 @contextlib.contextmanager
 def attention(model: nn.Module, kind: str) -> Iterator[None]:
     """While open, every attention in `model` runs as `kind`: `plain` is ldm's own, `sdp` torch's fused one."""
-    layers = (
-        [module for module in model.modules() if type(module).__name__ == "CrossAttention"] if kind == "sdp" else []
-    )
-    for layer in layers:
-        # On the instance, for the benchmark alone: what it stands for is what the user's WebUI has chosen.
-        layer.forward = types.MethodType(_fused_attention, layer)
-    try:
+    kinds = {type(module) for module in model.modules() if type(module).__name__ == "CrossAttention"}
+    with contextlib.ExitStack() as stack:
+        for each in kinds if kind == "sdp" else ():
+            # On the class, as WebUI puts the attention that its user has chosen.
+            stack.enter_context(_replaced(each, "forward", _fused_attention))
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
-def _fused_attention(layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
+def _fused_attention(layer: nn.Module, x: Tensor, context: Tensor | None = None, mask: None = None) -> Tensor:
     context = x if context is None else context
     q, k, v = (
         projected.unflatten(-1, (layer.heads, -1)).transpose(1, 2)

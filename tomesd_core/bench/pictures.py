@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import hooks, matching, partition, plan, schedule, token_map
+from .. import hooks, matching, partition, plan, profit, proportional, schedule, settings, token_map
 from ..demo.model import FeatureNet, TinyModel
 from .ablations import Variant
 from .contenders import CORNER, OURS, RANDOM, Running
@@ -27,6 +27,9 @@ from .models import attention
 from .options import DTYPES
 from .packages import require
 from .timing import timed
+
+MODULES = (hooks, matching, partition, plan, profit, proportional, schedule, settings, token_map)
+"""What decides how tokens are merged."""
 
 CHUNK = 8
 """Pictures made at once, and kept in one file; guidance doubles them. On a CPU more at once were no faster."""
@@ -163,7 +166,7 @@ def _model_digest(model: TinyModel) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _code_digest() -> str:
-    sources = [inspect.getsource(module) for module in (hooks, matching, partition, plan, schedule, token_map)]
+    sources = [inspect.getsource(module) for module in MODULES]
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 

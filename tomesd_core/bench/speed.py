@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from ..settings import MergeSettings
+from ..settings import METHODS, MergeSettings
 from . import output
 from .contenders import OVER_OTHERS, UNMERGED, Contender
 from .options import add_shared, add_unet, fill_in, whole_number
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for how many steps our matching is kept; everything is timed over so many steps",
     )
-    parser.add_argument("--share-layers", action="store_true", help="one matching of ours for all layers of a grid")
+    parser.add_argument("--method", choices=METHODS, default="keys", help="how ours merges")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,13 +19,6 @@ from . import generation, preview, store
 from .arguments import ENABLED, MAP_FIELDS, panel_values, read_arguments, shown_fields
 from .model import loaded_layers
 
-ROWS = (
-    ("ratio", "late_ratio"),
-    ("schedule", "switch_at"),
-    ("max_downsample", "min_tokens"),
-    ("apply_to", "reuse_steps"),
-)
-
 
 def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     """Makes the panel; gives the script's controls by field name, in the order of its arguments.
@@ -41,9 +34,10 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         controls["enabled"] = enabled
         shown = gr.HTML(elem_id=elem_id("preview"), elem_classes=["tome-preview"])
         choose = _preset_row(elem_id)
-        for row in ROWS:
+        names = list(PANEL_FIELDS)
+        for first in range(0, len(names), 2):
             with FormRow():
-                for name in row:
+                for name in names[first : first + 2]:
                     controls[name] = _control(PANEL_FIELDS[name], elem_id(name), visible=name in shown_at_first)
         with FormRow():
             for name, setting in MAP_FIELDS.items():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..plan import coarsest_level, removed_or_why_not, why_left_out
 from ..schedule import progress_of
-from ..settings import PASSES, MergeSettings
+from ..settings import HIGHEST_RATIO, PASSES, MergeSettings
 from ..unet import Layer
 
 WIDTH, HEIGHT = 120, 28
@@ -18,7 +18,12 @@ def title(settings: MergeSettings | None) -> str:
     if settings is None:
         return "ToMe"
     ratios = [f"{settings.ratio_at(progress):.0%}".replace("%", " %") for progress in (0.0, 1.0)]
-    return f"ToMe: {' → '.join(dict.fromkeys(ratios))}, level {settings.max_downsample}"
+    return f"ToMe: {' → '.join(dict.fromkeys(ratios))} of {_merged(settings)}, level {settings.max_downsample}"
+
+
+def _merged(settings: MergeSettings) -> str:
+    """What there is less of, in a word."""
+    return "keys" if settings.method == "keys" else "tokens"
 
 
 def ratios_over_steps(settings: MergeSettings, steps: int) -> list[float]:
@@ -40,8 +45,9 @@ def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tu
             changes[change] = changes.get(change, 0) + 1
     if not changes:
         return f"0 of {len(layers)} self-attention layers: nothing would be merged"
+    what = _merged(settings)
     merged = ", ".join(
-        f"{change} tokens each" if len(changes) == 1 else f"{count}× {change} tokens"
+        f"{change} {what} each" if len(changes) == 1 else f"{count}× {change} {what}"
         for change, count in changes.items()
     )
     line = f"{sum(changes.values())} of {len(layers)} self-attention layers, {merged}"
@@ -68,7 +74,7 @@ def _change(
     return f"{tokens} → {' to '.join(str(count) for count in dict.fromkeys(left))}"
 
 
-def chart(ratios: Sequence[float], highest: float = 0.75) -> str:
+def chart(ratios: Sequence[float], highest: float = HIGHEST_RATIO) -> str:
     """An SVG of the ratio over the steps, a bar a step; drawn in the text's colour, so it fits any theme."""
     width = WIDTH / len(ratios)
     bars = "".join(

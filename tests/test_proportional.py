@@ -1,0 +1,221 @@
+"""Weighed keys: exact for equal tokens, and what softmax with log-counts added gives for any."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import tomesd_core as tome
+from tomesd_core.hook import Hook
+from tomesd_core.proportional import BIAS_CHANNELS, WIDTH, Heads, Projections, ask_heads, can_be_weighed
+from tomesd_core.settings import MergeSettings
+
+GRID = (8, 8)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def plain_softmax(q, k, v, scale):
+    return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """An attention as WebUI's: `kind` says where its scale and the size of its heads come from."""
+
+    def __init__(self, kind, heads, size):
+        super().__init__()
+        inner = heads * size
+        self.kind, self.heads, self.scale = kind, heads, size**-0.5
+        self.to_q = nn.Linear(inner, inner, bias=False)
+        self.to_k = nn.Linear(inner, inner, bias=False)
+        self.to_v = nn.Linear(inner, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, inner), nn.Dropout(0.0))
+
+    def forward(self, x, context=None, mask=None):
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        size = x.shape[-1] // self.heads if self.kind == "by input" else q.shape[-1] // self.heads
+        q, k, v = (each.view(each.shape[0], -1, self.heads, size).transpose(1, 2) for each in (q, k, v))
+        out = plain_softmax(q, k, v, self.scale if self.kind == "own scale" else size**-0.5)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class Strange(Attention):
+    """One whose scale nothing tells."""
+
+    def forward(self, x, context=None, mask=None):
+        self.scale = 0.5 * (self.to_q.in_features // self.heads) ** -0.5
+        out = super().forward(x, context)
+        self.scale = 1.0
+        return out
+
+
+class Block(nn.Module):
+    """A SpatialTransformer of one block, of attention alone."""
+
+    def __init__(self, attention, channels):
+        super().__init__()
+        inner = nn.Module()
+        inner.norm1, inner.attn1 = nn.LayerNorm(channels), attention
+        self.transformer_blocks = nn.ModuleList([inner])
+
+    def forward(self, x):
+        block = self.transformer_blocks[0]
+        return block.attn1(block.norm1(x.flatten(2).transpose(1, 2)))
+
+
+def make(kind, heads=2, size=8, dtype=torch.float32, cls=Attention):
+    torch.manual_seed(0)
+    attention = cls(kind, heads, size)
+    for projection in (attention.to_q, attention.to_k):
+        nn.init.normal_(projection.weight, std=1.5 * (heads * size) ** -0.5)
+    return Block(attention, heads * size).to(dtype).requires_grad_(False)
+
+
+def image(channels, dtype=torch.float32, cells=False, batch=2):
+    """Tokens on `GRID`; in `cells` all tokens of a 2×2 cell are equal."""
+    generator = torch.Generator().manual_seed(1)
+    side = 4 if cells else 8
+    x = torch.randn(batch, channels, side, side, generator=generator, dtype=torch.double)
+    return (x.repeat_interleave(2, -1).repeat_interleave(2, -2) if cells else x).to(dtype)
+
+
+def settings(method, ratio=0.75, **values):
+    return MergeSettings(
+        ratio=ratio, schedule="constant", method=method, window=None, skip_unprofitable=False, **values
+    )
+
+
+def run(block, x, how):
+    maps = []
+    with tome.attach(block, how, on_map=lambda name, step, grid, token_map: maps.append(token_map)) as merging:
+        out = block(x)
+    assert merging.report().layers[0].merged_calls == 1, merging.report()
+    return out, maps[0]
+
+
+def reference(block, x, token_map, method):
+    """Softmax with log-counts added, in double precision."""
+    inner = block.transformer_blocks[0]
+    attention, y = inner.attn1.double(), inner.norm1.double()(x.double().flatten(2).transpose(1, 2))
+    merged = token_map.merge(y)
+    q, k, v = attention.to_q(y if method == "keys" else merged), attention.to_k(merged), attention.to_v(merged)
+    heads = attention.heads
+    q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
+    similarity = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if method != "paper":
+        similarity = similarity + token_map.counts.double().log()[:, None, None]
+    out = attention.to_out((similarity.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    return out if method == "keys" else token_map.unmerge(out)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+KINDS = "own scale", "by heads", "by input"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("heads", "size"), [(8, 40), (1, 64), (10, 64), (5, 80), (2, 160), (3, 7), (2, 4)])
+@pytest.mark.parametrize("method", ["keys", "tokens"])
+def test_where_all_tokens_of_a_slot_are_equal_merging_changes_nothing(kind, heads, size, method):
+    block, x = make(kind, heads, size), image(heads * size, cells=True)
+    out, token_map = run(block, x, settings(method))
+    assert token_map.merged_tokens == 16 and token_map.counts.unique().tolist() != [1]
+    assert relative(out, block(x)) < 1e-5
+
+
+def test_unweighed_the_same_is_wrong_by_much():
+    """So the test above can fail: slots differ in size, and the paper's method forgets the large ones."""
+    block, x = make("own scale", 2, 40), image(80, cells=True)
+    assert relative(run(block, x, settings("paper", 0.4))[0], block(x)) > 1e-2
+    assert relative(run(block, x, settings("keys", 0.4))[0], block(x)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("ratio", [0.3, 0.75, 0.9])
+@pytest.mark.parametrize("method", ["keys", "tokens", "paper"])
+def test_any_tokens_give_softmax_with_log_counts_added(kind, dtype, ratio, method):
+    block, x = make(kind, 2, 40, dtype), image(80, dtype)
+    out, token_map = run(block, x, settings(method, ratio))
+    assert out.dtype == dtype
+    assert relative(out, reference(block, x, token_map, method)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["keys", "tokens"])
+def test_gradients_are_the_references(kind, method):
+    block, x = make(kind, 2, 8, torch.double), image(16, torch.double).requires_grad_()
+    out, token_map = run(block, x, settings(method))
+    weights = torch.randn(out.shape, dtype=torch.double, generator=torch.Generator().manual_seed(2))
+    (seen,) = torch.autograd.grad((out * weights).sum(), x)
+    (right,) = torch.autograd.grad((reference(block, x, token_map, method) * weights).sum(), x)
+    assert relative(seen, right) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [4, 8, 40, 64, 80, 160])
+def test_the_scale_is_read_off_the_attention(kind, dtype, size):
+    attention = make(kind, 2, size, dtype).transformer_blocks[0].attn1
+    running = []
+
+    @contextlib.contextmanager
+    def run_as(call):
+        running.append(call)
+        yield
+        running.pop()
+
+    handles = Projections(attention, lambda: running[-1] if running else None).handles
+    heads = ask_heads(attention, torch.zeros(2, 64, 2 * size, dtype=dtype), run_as)
+    for handle in handles:
+        handle.remove()
+    wide = math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
+    assert heads == Heads(2, size, size**-0.5 if kind == "own scale" else wide**-0.5)
+
+
+@pytest.mark.parametrize("method", ["keys", "tokens"])
+def test_an_attention_that_cant_be_weighed_is_left_alone_and_that_is_said(method):
+    block, x = make("own scale", cls=Strange), image(16)
+    unmerged = block(x)
+    with tome.attach(block, settings(method)) as merging:
+        assert torch.equal(block(x), unmerged)
+    assert "no scale that is known" in merging.report().summary
+    assert run(block, x, settings("paper"))
+
+
+def test_an_attention_without_heads_is_none_that_can_be_weighed():
+    attention = make("own scale").transformer_blocks[0].attn1
+    assert can_be_weighed(attention)
+    del attention.heads
+    assert not can_be_weighed(attention)
+
+
+@pytest.mark.parametrize("method", ["keys", "tokens"])
+def test_nothing_stays_on_the_projections(method, hook_dicts):
+    block, x = make("by input"), image(16)
+    before, unmerged = hook_dicts(block), block(x)
+    merging = tome.attach(block, settings(method))
+    merged = block(x)
+    assert isinstance(next(iter(block.transformer_blocks[0].attn1.to_k._forward_hooks.values())), Hook)
+    blow = block.transformer_blocks[0].attn1.to_v.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        block(x)
+    blow.remove()
+    assert torch.equal(block(x), merged)
+    merging.detach()
+    assert hook_dicts(block) == before
+    assert torch.equal(block(x), unmerged)
+
+
+@pytest.mark.parametrize("method", ["keys", "tokens"])
+def test_pre_hooks_of_others_on_to_q_and_to_out_see_the_width_that_they_would_see(method):
+    block, x, widths = make("by input"), image(16), set()
+    attention = block.transformer_blocks[0].attn1
+    for module in (attention.to_q, attention.to_out, attention.to_out[0]):
+        module.register_forward_pre_hook(lambda _, args: widths.add(args[0].shape[-1]))
+    run(block, x, settings(method))
+    assert widths == {16}
