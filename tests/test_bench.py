@@ -73,23 +73,21 @@ def test_speed(bench: Callable) -> None:
     assert "nothing merged" in next(row for row in rows if row["contender"] == OURS)["merged"]
 
 
-@pytest.mark.parametrize(("options", "matched_layers"), [((), 3), (("--share-layers",), 1)])
-def test_speed_over_several_steps(
-    bench: Callable, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], matched_layers: int
-) -> None:
+@pytest.mark.parametrize("method", ["keys", "paper"])
+def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     matched = []
     match = hooks.match
     monkeypatch.setattr(hooks, "match", lambda *args, **how: matched.append(args) or match(*args, **how))
     rows, _ = bench(
         *("speed", "--tiny", "--rounds", 2, "--ratios", 0.5, "--sizes", "64x64", "--reuse-steps", 2),
-        *("--force", "--attention", "sdp", "--dtype", "bfloat16"),
-        *options,
+        *("--force", "--attention", "sdp", "--dtype", "bfloat16", "--method", method),
     )
     ours = next(row for row in rows if row["contender"] == OURS)
     assert float(ours["seconds_low"]) <= float(ours["seconds"]) <= float(ours["seconds_high"])
     assert ours["attention"] == "sdp"
     # A warm-up and two rounds of two steps, which share a matching; the tiny UNet has three layers on that grid.
-    assert len(matched) == matched_layers * 3
+    assert len(matched) == 3 * 3
+    assert (" keys" in ours["merged"]) == (method == "keys")
     assert "bfloat16" in ours["versions"]
 
 

@@ -100,20 +100,20 @@ def test_all_tables_share_what_they_have_in_common(bench: Callable, made: list, 
         assert [row["row"] for row in rows] == [row.name for row in table.rows]
         assert {row["table"] for row in rows} == {name}
     half = [row["psnr"] for row in read(tmp_path / "quality-ratio.csv") if row["ratio"] == "0.5"]
-    assert half == [row["psnr"] for row in read(tmp_path / "quality-share.csv") if row["row"] == "own"]
+    assert half == [row["psnr"] for row in read(tmp_path / "quality-reuse.csv") if row["row"] == "1"]
 
 
 def test_more_samples_make_only_the_new_ones(bench: Callable, made: list, tmp_path: Path) -> None:
-    bench("--tiny", "--tables", "share", "--samples", CHUNK)
+    bench("--tiny", "--tables", "reuse", "--samples", CHUNK)
     assert [first for _, first in made] == [0, 0, 0]
-    before = read(tmp_path / "quality-share.csv")
+    before = read(tmp_path / "quality-reuse.csv")
     made.clear()
-    bench("--tiny", "--tables", "share", "--samples", CHUNK + 1)
+    bench("--tiny", "--tables", "reuse", "--samples", CHUNK + 1)
     assert [first for _, first in made] == [CHUNK] * 3
     made.clear()
-    bench("--tiny", "--tables", "share", "--samples", CHUNK)
+    bench("--tiny", "--tables", "reuse", "--samples", CHUNK)
     assert not made
-    again = read(tmp_path / "quality-share.csv")
+    again = read(tmp_path / "quality-reuse.csv")
     assert [row["psnr"] for row in again] == [row["psnr"] for row in before]
 
 
@@ -128,10 +128,10 @@ def test_an_interrupted_run_goes_on_where_it_was(bench: Callable, made: list, mo
     with monkeypatch.context() as patched:
         patched.setattr(pictures.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            bench("--tiny", "--tables", "share", "where")
+            bench("--tiny", "--tables", "reuse", "where")
     done, half_written = made[:2], made[2]
     made.clear()
-    bench("--tiny", "--tables", "share", "where")
+    bench("--tiny", "--tables", "reuse", "where")
     assert made[0] == half_written and len(made) == 3
     assert not set(done) & set(made)
 
@@ -372,11 +372,11 @@ def test_chunks_are_made_in_turns_and_once(tmp_path: Path) -> None:
 
 
 def test_what_is_judged(bench: Callable, tmp_path: Path) -> None:
-    bench("--tiny", "--tables", "share", "--samples", 6)
+    bench("--tiny", "--tables", "reuse", "--samples", 6)
     studio = dataclasses.replace(STUDIO, steps=2)
     plain, merged = (studio.make(variant, 0)[0][:6] for variant in (WHOLE.variant, ours()))
-    row = read(tmp_path / "quality-share.csv")[1]
-    assert row["row"] == "own"
+    row = read(tmp_path / "quality-reuse.csv")[1]
+    assert row["row"] == "1"
     assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, plain).mean()), abs=0.2)
     net = studio.classifier()
     logits = net(merged.permute(0, 3, 1, 2) / 255)

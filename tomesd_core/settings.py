@@ -16,7 +16,7 @@ from .schedule import SCHEDULES, ratio_at
 METHODS = ("keys", "tokens", "paper")
 PARTITIONS = ("random", "corner", "uniform", "alternating")
 CELLS = ((2, 2), (4, 4))
-"""Rows and columns of the cells that have one destination each, from which the ratio chooses: see `MergeSettings.cell`."""
+"""Rows and columns of the cells that the ratio chooses from; each has one destination. See `MergeSettings.cell`."""
 
 HIGHEST_RATIO = 1 - 1 / (CELLS[-1][0] * CELLS[-1][1])
 """The largest ratio that the largest cell allows."""
@@ -102,7 +102,7 @@ class MergeSettings:
     """
 
     ratio: float = _setting(
-        0.9,
+        0.6,
         "number",
         "Ratio",
         "Share of the tokens removed before self-attention, in the early steps. More is faster and less exact.",
@@ -112,7 +112,7 @@ class MergeSettings:
         infotext="ToMe ratio",
     )
     late_ratio: float = _setting(
-        0.7,
+        0.4,
         "number",
         "Late ratio",
         "The ratio in the late steps, where details are made.",
@@ -166,7 +166,7 @@ class MergeSettings:
         infotext="ToMe apply to",
     )
     reuse_steps: int = _setting(
-        1,
+        4,
         "integer",
         "Rematch every",
         "How many steps a matching is kept for. 1 matches in every step.",
@@ -176,7 +176,7 @@ class MergeSettings:
         infotext="ToMe rematch every",
     )
     method: str = _setting(
-        "keys",
+        "paper",
         "choice",
         "Method",
         "keys: merges keys and values, each counted as often as the tokens it stands for. tokens: queries too, which "

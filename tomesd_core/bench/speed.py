@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for how many steps our matching is kept; everything is timed over so many steps",
     )
-    parser.add_argument("--method", choices=METHODS, default="keys", help="how ours merges")
+    parser.add_argument("--method", choices=METHODS, default="paper", help="how ours merges")
 
 
 def run(args: argparse.Namespace) -> None:
