@@ -121,7 +121,7 @@ def test_expert_fields_are_not_saved_and_not_read(file, path):
 
 def test_a_ratio_that_only_an_expert_field_allows_is_refused(file, path):
     error = error_of(file.save, "mine", MergeSettings(ratio=0.9, stride=(4, 4)))
-    assert error == "ratio must lie in [0, 0.75] for a 2×2 stride, got 0.9"
+    assert error == "ratio must lie in [0, 0.9375], got 0.95"
     assert not path.exists()
 
 
@@ -328,11 +328,11 @@ def test_saving_keeps_the_other_presets_byte_for_byte_equal_json(file, path):
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"ratio": 0.9}, "ratio must lie in [0, 0.75] for a 2×2 stride, got 0.9"),
-        ({"ratio": "0.5"}, "ratio must be a number in [0, 0.75], got '0.5'"),
-        ({"ratio": float("nan")}, "ratio must be a number in [0, 0.75], got nan"),
+        ({"ratio": 0.95}, "ratio must lie in [0, 0.9375], got 0.95"),
+        ({"ratio": "0.5"}, "ratio must be a number in [0, 0.9375], got '0.5'"),
+        ({"ratio": float("nan")}, "ratio must be a number in [0, 0.9375], got nan"),
         ({"ratio": None}, "ratio must be a number"),
-        ({"ratio": 10**400}, "ratio must lie in [0, 0.75] for a 2×2 stride, got inf"),
+        ({"ratio": 10**400}, "ratio must lie in [0, 0.9375], got inf"),
         ({"schedule": "cosine"}, "schedule must be one of constant, linear, step, got 'cosine'"),
         ({"schedule": ["linear"]}, "schedule must be one of"),
         ({"max_downsample": 3}, "max_downsample must be one of 1, 2, 4, 8, got 3"),
@@ -782,7 +782,7 @@ def test_of_an_import_the_good_ones_are_added_and_the_others_told(file, path):
     result = file.import_(json.dumps({"version": 1, "presets": own, "comment": "there", "more": 1}))
     assert result.added == ["good", "z"]
     assert result.skipped[:2] == [
-        "'bad': ratio must lie in [0, 0.75] for a 2×2 stride, got 9",
+        "'bad': ratio must lie in [0, 0.9375], got 9",
         "'': a preset's name must not be empty",
     ]
     assert len(result.skipped) == 5 and all("\n" not in line for line in result.skipped)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tomesd_core.demo.host import Host
-from tomesd_core.matching import tokens_removed
+from tomesd_core.profit import tokens_removed
 from tomesd_core.settings import FIELDS
 
 SIDE = 32
@@ -40,7 +40,7 @@ def pixels(processed: Any) -> list[bytes]:
 
 def left(ratio: float, tokens: int = SIDE * SIDE) -> int:
     """How many tokens a ratio leaves."""
-    return tokens - tokens_removed(tokens, ratio, exact=False)
+    return tokens - tokens_removed(tokens, ratio, rounded=True)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def test_max_downsample_and_min_tokens(make):
     ("tome", "said"),
     [
         (ON, "3 of 4 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps"),
-        ([True, 1.5], "nothing merged: ratio must lie in [0, 0.75] for a 2×2 stride, got 1.5"),
+        ([True, 1.5], "nothing merged: ratio must lie in [0, 0.9375], got 1.5"),
         (arguments(apply_to="hires pass"), "nothing merged: apply to is 'hires pass', and a picture without hires fix"),
         ([False], None),
     ],
@@ -145,7 +145,7 @@ def test_halves_of_guidance_in_two_calls(make, merged, attention):
 )
 def test_keys_of_fields_that_have_an_effect(make, tome, hires, effective):
     processed = make(tome, steps=1, **(HIRES if hires else {}))
-    expected = {**effective, "max downsample": tome[5], "rematch every": 1}
+    expected = {**effective, "max downsample": tome[5], "rematch every": 1, "method": "paper"}
     assert keys_of(processed) == {f"ToMe {name}": value for name, value in expected.items()}
 
 
@@ -498,6 +498,7 @@ def test_cells_with_other_values_and_a_wrong_one(host, make_p, plain):
         "ToMe schedule",
         "ToMe max downsample",
         "ToMe rematch every",
+        "ToMe method",
     ]
     assert list(seen[1]) == list(seen[3]) == ["ToMe error"]
     assert list(seen[2].items()) == [
@@ -505,6 +506,7 @@ def test_cells_with_other_values_and_a_wrong_one(host, make_p, plain):
         ("ToMe schedule", "constant"),
         ("ToMe max downsample", 1),
         ("ToMe rematch every", 1),
+        ("ToMe method", "paper"),
     ]
     assert seen[4] == {}
 
@@ -740,19 +742,19 @@ def test_off_after_on_has_webuis_own_merging_again(host, make_p, own_merging, bl
 @pytest.mark.parametrize(
     ("tome", "words"),
     [
-        ([True, 1.5], ["ratio", "1.5", "[0, 0.75]"]),
-        ([True, -0.1], ["ratio", "-0.1", "[0, 0.75]"]),
-        ([True, 0.76], ["ratio", "0.76", "[0, 0.75]"]),
-        ([True, "abc"], ["ratio", "'abc'", "[0, 0.75]"]),
-        ([True, "0.5"], ["ratio", "'0.5'", "[0, 0.75]"]),
-        ([True, None], ["ratio", "None", "[0, 0.75]"]),
-        ([True, math.nan], ["ratio", "nan", "[0, 0.75]"]),
-        ([True, math.inf], ["ratio", "inf", "[0, 0.75]"]),
-        ([True, 10**400], ["ratio", "inf", "[0, 0.75]"]),
-        ([True, True], ["ratio", "True", "[0, 0.75]"]),
-        ([True, [0.5]], ["ratio", "[0.5]", "[0, 0.75]"]),
+        ([True, 1.5], ["ratio", "1.5", "[0, 0.9375]"]),
+        ([True, -0.1], ["ratio", "-0.1", "[0, 0.9375]"]),
+        ([True, 0.76], ["ratio", "0.76", "[0, 0.9375]"]),
+        ([True, "abc"], ["ratio", "'abc'", "[0, 0.9375]"]),
+        ([True, "0.5"], ["ratio", "'0.5'", "[0, 0.9375]"]),
+        ([True, None], ["ratio", "None", "[0, 0.9375]"]),
+        ([True, math.nan], ["ratio", "nan", "[0, 0.9375]"]),
+        ([True, math.inf], ["ratio", "inf", "[0, 0.9375]"]),
+        ([True, 10**400], ["ratio", "inf", "[0, 0.9375]"]),
+        ([True, True], ["ratio", "True", "[0, 0.9375]"]),
+        ([True, [0.5]], ["ratio", "[0.5]", "[0, 0.9375]"]),
         ([True, {"ratio": {}}], ["ratio", "{}"]),
-        (arguments(late=2, schedule="linear"), ["late_ratio", "2", "[0, 0.75]"]),
+        (arguments(late=2, schedule="linear"), ["late_ratio", "2", "[0, 0.9375]"]),
         (arguments(late=math.nan), ["late_ratio", "nan", "[0, "]),
         (arguments(schedule="zigzag"), ["schedule", "'zigzag'", "constant, linear, step"]),
         (arguments(schedule=None), ["schedule", "None", "constant, linear, step"]),
@@ -767,7 +769,7 @@ def test_off_after_on_has_webuis_own_merging_again(host, make_p, own_merging, bl
         ([1, 0.5], ["enabled", "1", "true or false"]),
         ([None, 0.5], ["enabled", "None", "true or false"]),
         ([0.5], ["enabled", "0.5", "true or false"]),
-        ([{"ratio": 2}], ["ratio", "2", "[0, 0.75]"]),
+        ([{"ratio": 2}], ["ratio", "2", "[0, 0.9375]"]),
         ([{"rato": 0.5}], ["unknown setting", "'rato'", "late_ratio"]),
         ([{"stride": [2, 2]}], ["unknown setting", "'stride'"]),
         ([{"enabled": "yes"}], ["enabled", "'yes'", "true or false"]),
@@ -820,7 +822,14 @@ def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
     ],
 )
 def test_an_object_switches_on_and_missing_keys_are_defaults(make, given, effective):
-    expected = {"ratio": 0.6, "late ratio": 0.4, "schedule": "linear", "max downsample": 1, "rematch every": 4}
+    expected = {
+        "ratio": 0.6,
+        "late ratio": 0.4,
+        "schedule": "linear",
+        "max downsample": 1,
+        "rematch every": 4,
+        "method": "paper",
+    }
     expected |= effective
     if expected["schedule"] == "constant":
         del expected["late ratio"]

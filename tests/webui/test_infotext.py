@@ -18,6 +18,7 @@ VALUES = {
     "min_tokens": 1024,
     "apply_to": "hires pass",
     "reuse_steps": 3,
+    "method": "keys",
 }
 """None is its field's default."""
 

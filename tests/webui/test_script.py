@@ -303,7 +303,7 @@ def test_any_console_shows_every_line(console, make, encoding, errors):
     lines = written.getvalue().decode(encoding).splitlines()
     assert len(lines) == 2, lines
     assert lines[0].startswith("ToMe: 2") and lines[0].endswith(" 1")
-    assert "ratio must lie in [0, 0.75]" in lines[1] and "got 0.9" in lines[1]
+    assert "ratio must lie in [0, 0.9375]" in lines[1] and "got 0.9" in lines[1]
 
 
 def test_a_console_of_another_code_page():
