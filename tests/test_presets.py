@@ -120,7 +120,7 @@ def test_expert_fields_are_not_saved_and_not_read(file, path):
 
 
 def test_a_ratio_that_only_an_expert_field_allows_is_refused(file, path):
-    error = error_of(file.save, "mine", MergeSettings(ratio=0.9, stride=(4, 4)))
+    error = error_of(file.save, "mine", MergeSettings(ratio=0.95, stride=(8, 8)))
     assert error == "ratio must lie in [0, 0.9375], got 0.95"
     assert not path.exists()
 
