@@ -1,4 +1,4 @@
-"""The paper's tables, as ways to merge that are held against each other."""
+"""The paper's tables, and those of our methods, as ways to merge that are held against each other."""
 
 from __future__ import annotations
 
@@ -11,8 +11,22 @@ from typing import Any
 from torch import nn
 
 from ..presets import BUILT_IN
-from ..settings import MergeSettings
-from .contenders import CORNER, OURS, RANDOM, UNMERGED, WAYS, Running
+from ..profit import pairs_left
+from ..settings import METHODS, MergeSettings
+from .contenders import (
+    CORNER,
+    FORMER,
+    KEYS,
+    PAPER,
+    RANDOM,
+    TODO,
+    TODO_FACTORS,
+    TOKENS,
+    UNMERGED,
+    UNWEIGHED,
+    Running,
+    put_on,
+)
 
 BASE: dict[str, Any] = {
     "ratio": 0.5,
@@ -22,12 +36,13 @@ BASE: dict[str, Any] = {
     "max_downsample": 1,
     "min_tokens": 0,
     "reuse_steps": 1,
-    "method": "paper",
-    "stride": (2, 2),
+    "method": PAPER,
+    "stride": None,
     "partition": "random",
     "window": None,
     "skip_unprofitable": False,
     "shared_draw": True,
+    "redraw": None,
 }
 """What a row does not say otherwise: the paper's method, over the whole image.
 
@@ -38,22 +53,59 @@ the tiny model's merging hardly pays, and is seen all the same (`skip_unprofitab
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to make pictures: a contender, and for ours its settings."""
+    """One way to make pictures: a contender, for ours its settings, and in how many steps."""
 
     contender: str
     ratio: float = 0.0
     settings: MergeSettings | None = None
+    steps: int | None = None
+    """None: as many as the studio says."""
 
     def put_on(self, unet: nn.Module) -> contextlib.AbstractContextManager[Running]:
         """While open, the UNet runs so; nothing is left behind."""
-        how = {} if self.settings is None else {"settings": self.settings}
-        return WAYS[self.contender](unet, self.ratio, **how)
+        return put_on(unet, self.contender, self.ratio, self.settings)
+
+    @property
+    def unmerged(self) -> Variant:
+        """The way to make this one's twins."""
+        return Variant(UNMERGED, steps=self.steps)
+
+    @property
+    def mean_ratio(self) -> float:
+        """Over many steps."""
+        return _mean(self._ratios)
+
+    @property
+    def pairs(self) -> float:
+        """The share of query-key pairs left in a layer that merges, over many steps."""
+        method = KEYS if self.contender in (KEYS, UNWEIGHED, TODO) else PAPER
+        return _mean([pairs_left(ratio, method) for ratio in self._ratios])
+
+    @property
+    def _ratios(self) -> list[float]:
+        if self.settings is None or self.settings.schedule == "constant":
+            return [self.ratio]
+        return [self.settings.ratio_at(step / 999) for step in range(1000)]
 
 
-def ours(**settings: Any) -> Variant:
-    """Our merging with `BASE`, where `settings` do not say otherwise."""
-    whole = MergeSettings(**{**BASE, **settings})
-    return Variant(OURS, whole.ratio, whole)
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 6)
+
+
+def by_settings(settings: MergeSettings, steps: int | None = None) -> Variant:
+    """Our merging as these settings say."""
+    return Variant(settings.method, settings.ratio, settings, steps)
+
+
+def ours(contender: str = PAPER, **settings: Any) -> Variant:
+    """A contender of ours with `BASE`, where `settings` do not say otherwise."""
+    whole = MergeSettings(**{**BASE, **settings, "method": KEYS if contender == UNWEIGHED else contender})
+    return Variant(contender, whole.ratio, whole)
+
+
+def shipped(**settings: Any) -> MergeSettings:
+    """As people get it, but that a layer is never left out for the tiny model's size."""
+    return MergeSettings(**settings, skip_unprofitable=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,70 +113,110 @@ class Row:
     """A way to merge under the name that its table gives it."""
 
     name: str
-    ratio: float
-    """The mean over the steps."""
     variant: Variant
-    pair: object = None
-    """What rows that are held against each other have in common, in a table with several rows of the reference."""
+    reference: Row | None = None
+    """The row of the same table that it is held against."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows that are held against those named `reference`."""
+    """Rows, of which some are held against others."""
 
     title: str
-    reference: str
     rows: Sequence[Row]
-    over_ratio: bool = False
-    """Whether the rows of one name are a curve over the ratio."""
+    over: str | None = None
+    """`ratio`, `pairs` or `steps`: the rows of one name are a curve over it."""
 
-    def reference_of(self, row: Row) -> Row | None:
-        """What a row is held against: of the reference's rows the only one, or that of the same pair; else None."""
-        found = [one for one in self.rows if one.name == self.reference]
-        if len(found) > 1:
-            found = [one for one in found if one.pair == row.pair]
-        return found[0] if found and found[0] is not row else None
+    def without(self, contenders: set[str]) -> Table:
+        """The table without these contenders' rows."""
+        return dataclasses.replace(self, rows=[row for row in self.rows if row.variant.contender not in contenders])
 
 
-WHOLE = Row(UNMERGED, 0.0, Variant(UNMERGED))
+WHOLE = Row(UNMERGED, Variant(UNMERGED))
+
+
+def _beside(first: Row, *others: Row) -> list[Row]:
+    """`first`, and others that are held against it."""
+    return [first, *(dataclasses.replace(row, reference=first) for row in others)]
 
 
 def _halved(title: str, reference: str, **rows: dict[str, Any]) -> Table:
-    """A table at a mean ratio of 50 %."""
-    return Table(title, reference, [WHOLE, *(Row(name, 0.5, ours(**settings)) for name, settings in rows.items())])
-
-
-def _over_ratio(contender: str, ratios: Sequence[float]) -> list[Row]:
-    return [_at(contender, ratio, pair=ratio) for ratio in ratios]
-
-
-def _at(contender: str, ratio: float, pair: object) -> Row:
-    return Row(contender, ratio, ours(ratio=ratio) if contender == OURS else Variant(contender, ratio), pair)
+    """The paper's method at a mean ratio of 50 %; `rows` by name: what each has of its own."""
+    first = Row(reference, ours(**rows[reference]))
+    held = [first if name == reference else Row(name, ours(**own), first) for name, own in rows.items()]
+    return Table(title, [WHOLE, *held])
 
 
 def _change(schedule: str, early: float, late: float) -> dict[str, Any]:
     return {"ratio": early, "late_ratio": late, "schedule": schedule}
 
 
+def _at(contender: str, ratio: float, reference: Row | None = None) -> Row:
+    """A contender at one ratio in all steps, under its own name."""
+    is_ours = contender in (*METHODS, UNWEIGHED)
+    variant = ours(contender, ratio=ratio) if is_ours else Variant(contender, ratio)
+    return Row(contender, variant, reference)
+
+
+def _what() -> list[Row]:
+    """Ratio by ratio the method keys, and what leaves as many pairs."""
+    rows = [WHOLE]
+    for keys, tokens in EQUAL_PAIRS.items():
+        others = [_at(name, tokens) for name in (TOKENS, PAPER, CORNER, RANDOM) if tokens is not None]
+        others += [_at(UNWEIGHED, keys)] if others else []
+        others += [_at(TODO, keys)] if keys in TODO_FACTORS else []
+        rows += _beside(_at(KEYS, keys), *others)
+    return rows
+
+
+def _draw() -> list[Row]:
+    rows = [WHOLE]
+    for method, ratio in ((KEYS, 0.75), (KEYS, 0.84), (TOKENS, 0.5)):
+        draws = {"kept": {"redraw": False}, "new in each step": {"redraw": True}, "corner": {"partition": "corner"}}
+        rows += _beside(
+            *(Row(f"{method} {ratio:g}, {name}", ours(method, ratio=ratio, **own)) for name, own in draws.items())
+        )
+    return rows
+
+
+def _few_steps() -> list[Row]:
+    rows = []
+    for steps in (4, 5, 8, 10, 20, 50):
+        rows.append(Row(UNMERGED, Variant(UNMERGED, steps=steps)))
+        kept = (1, 2, 4)
+        rows += _beside(
+            *(Row(f"kept for {every}", by_settings(shipped(method=KEYS, reuse_steps=every), steps)) for every in kept)
+        )
+    return rows
+
+
 def _presets() -> list[Row]:
-    """The shipped presets: here what is measured is what people get."""
-    named = {name: MergeSettings(**values, skip_unprofitable=False) for name, (values, _) in BUILT_IN.items()}
-    return [
-        Row(name, _mean_ratio(settings), Variant(OURS, settings.ratio, settings))
-        for name, settings in named.items()
-        if settings.apply_to == "both passes"
-    ]
+    """The shipped presets beside what they were; here what is measured is what people get."""
+    rows = [WHOLE]
+    for name, (values, _) in BUILT_IN.items():
+        now = shipped(**values)
+        if now.apply_to != "both passes":
+            continue
+        before = Row(f"{name}, before", by_settings(_former(name)))
+        # What did not change is there once.
+        rows += [Row(name, before.variant)] if now == _former(name) else _beside(before, Row(name, by_settings(now)))
+    return rows
 
 
-def _mean_ratio(settings: MergeSettings) -> float:
-    """Over many steps."""
-    return sum(settings.ratio_at(step / 999) for step in range(1000)) / 1000
+def _former(name: str) -> MergeSettings:
+    return dataclasses.replace(FORMER[name], skip_unprofitable=False)
 
+
+EQUAL_PAIRS = {0.4375: 0.25, 0.75: 0.5, 0.84: 0.6, 0.9375: None}
+"""By ratio of the method keys, that at which what merges queries too leaves as many pairs; None: not measured."""
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75)
-PEER_RATIOS = (0.25, 0.5, 0.7)
+PEER_RATIOS = (0.25, 0.5, 0.6)
 
 TABLES = {
+    "what": Table("What: which tokens are merged, at equally many pairs (paper, table 3a)", _what(), over="pairs"),
+    "draw": Table("Draw: how often destinations are drawn, with a matching in every step", _draw()),
+    "steps": Table("Steps: for how many of few steps a matching is kept, by the defaults", _few_steps(), over="steps"),
     "partition": _halved(
         "Partition: how destinations are chosen (paper, table 2)",
         "random 2x2",
@@ -158,23 +250,9 @@ TABLES = {
         **{"whole image": {}, "16": {"window": 16}, "8": {"window": 8}, "4": {"window": 4}},
     ),
     "reuse": _halved(
-        "Reuse: for how many steps a matching is kept",
+        "Reuse: for how many steps a matching is kept, and the draw with it",
         "1",
         **{"1": {}, "2": {"reuse_steps": 2}, "4": {"reuse_steps": 4}, "8": {"reuse_steps": 8}},
-    ),
-    "together": _halved(
-        "Together: linear 60 to 40 % and a matching kept for 4 steps, and what may change beside them",
-        "random 2x2",
-        **{
-            name: {**_change("linear", 0.6, 0.4), "reuse_steps": 4, **changed}
-            for name, changed in {
-                "random 2x2": {},
-                "corner 2x2": {"partition": "corner"},
-                "uniform": {"partition": "uniform"},
-                "window 8": {"window": 8},
-                "levels 1, 2": {"max_downsample": 2},
-            }.items()
-        },
     ),
     "where": _halved(
         "Where: the levels that merge, by their least tokens (paper, table 3b)",
@@ -182,39 +260,43 @@ TABLES = {
         **{"level 1": {}, "levels 1, 2": {"max_downsample": 2}, "levels 1, 2, 4": {"max_downsample": 4}},
     ),
     "ratio": Table(
-        "Ratio: quality and time (paper, table 4)", UNMERGED, [WHOLE, *_over_ratio(OURS, RATIOS)], over_ratio=True
+        "Ratio: quality and time (paper, table 4)",
+        _beside(WHOLE, *(_at(PAPER, ratio) for ratio in RATIOS)),
+        over="ratio",
     ),
     "peers": Table(
-        "Peers: ours and tomesd at equal ratio",
-        OURS,
-        [WHOLE, *(row for contender in (OURS, CORNER, RANDOM) for row in _over_ratio(contender, PEER_RATIOS))],
-        over_ratio=True,
+        "Peers: the paper's method, ours and tomesd's, at equal ratio",
+        [WHOLE, *(row for r in PEER_RATIOS for row in _beside(*(_at(name, r) for name in (PAPER, CORNER, RANDOM))))],
+        over="ratio",
     ),
-    "presets": Table(
-        "Presets: the built-in ones that a picture of one pass tells apart", "Balanced", [WHOLE, *_presets()]
+    "defaults": Table(
+        "Defaults: as shipped, and as they were",
+        [WHOLE, *_beside(Row("before", by_settings(_former("Balanced"))), Row("shipped", by_settings(shipped())))],
     ),
+    "presets": Table("Presets: the built-in ones that a picture of one pass tells apart, and as they were", _presets()),
 }
 """By name; those that set a default come first, `presets` after the tables that set its rows."""
 
 
-def at_equal_time(seconds: Mapping[str, Mapping[float, float]]) -> Table:
-    """Each of the peers' rows beside ours at the ratio that takes as long.
+def at_equal_time(title: str, seconds: Mapping[str, Mapping[float, float]]) -> Table:
+    """`tomesd` at each of its ratios beside the method keys at the ratio that takes no longer than either kind of it.
 
-    `seconds`: by contender the seconds of each measured ratio; between them a straight line is drawn. Ours is at the
-    lowest ratio, in whole percents, that takes no longer. A peer's row is left out where none does, and outside of what
-    was measured.
+    `seconds`: by contender the seconds of each measured ratio; between them a straight line is drawn. Of keys it is the
+    lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where there is none, and outside of what was
+    measured.
     """
     rows = [WHOLE]
-    for peer in (CORNER, RANDOM):
-        for ratio in PEER_RATIOS:
-            if not _is_measured(seconds.get(peer, {}), ratio):
-                continue
-            allowed = _between(seconds[peer], ratio)
-            percents = [percent for percent in range(76) if _is_measured(seconds[OURS], percent / 100)]
-            fast = [percent for percent in percents if _between(seconds[OURS], percent / 100) <= allowed]
-            if fast:
-                rows += [_at(OURS, fast[0] / 100, pair=(peer, ratio)), _at(peer, ratio, pair=(peer, ratio))]
-    return Table("Time: ours and tomesd at equal time", OURS, rows, over_ratio=True)
+    ours_by_ratio = seconds.get(KEYS, {})
+    percents = [percent for percent in range(100) if _is_measured(ours_by_ratio, percent / 100)]
+    for ratio in PEER_RATIOS:
+        peers = [peer for peer in (CORNER, RANDOM) if _is_measured(seconds.get(peer, {}), ratio)]
+        if not peers:
+            continue
+        allowed = min(_between(seconds[peer], ratio) for peer in peers)
+        fast = [percent for percent in percents if _between(ours_by_ratio, percent / 100) <= allowed]
+        if fast:
+            rows += _beside(_at(KEYS, fast[0] / 100), *(_at(peer, ratio) for peer in peers))
+    return Table(f"Time: keys and tomesd at equal time of {title}", rows, over="ratio")
 
 
 def _is_measured(points: Mapping[float, float], x: float) -> bool:

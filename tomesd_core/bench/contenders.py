@@ -6,30 +6,74 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..hooks import attach
+from .. import hooks
 from ..matching import match
 from ..partition import make_partition
+from ..plan import coarsest_level
 from ..profit import tokens_removed
-from ..settings import FIELDS, MergeSettings
-from ..unet import Layer, find_layers, finest_level
+from ..settings import FIELDS, METHODS, MergeSettings
+from ..token_map import TokenMap
+from ..unet import Layer, find_layers
 from .packages import INSTALL, MissingPackage, require
 
-UNMERGED, OURS, CORNER, RANDOM, LIMIT = "unmerged", "ours", "tomesd corner", "tomesd random", "limit"
+UNMERGED = "unmerged"
+KEYS, TOKENS, PAPER = METHODS
+UNWEIGHED = "keys unweighed"
+CORNER, RANDOM = "tomesd corner", "tomesd random"
+TODO = "ToDo"
+LIMIT_KEYS, LIMIT = "limit keys", "limit"
+DEFAULTS, FORMER_DEFAULTS = "defaults", "defaults before"
 
-OVER_PEERS = {"over_tomesd_corner": CORNER, "over_tomesd_random": RANDOM}
-OVER_OTHERS = {**OVER_PEERS, "over_limit": LIMIT}
-"""Columns that hold a contender's measure over another's."""
+OURS = "ours"
+"""The matching of all our methods."""
+EXACT, WHOLE_IMAGE = f"{OURS}, exact", f"{OURS}, whole image"
+"""It without a lower precision for the similarities, and besides without windows: what these bring."""
+
+LIMIT_OF = {
+    **dict.fromkeys((KEYS, UNWEIGHED, TODO), LIMIT_KEYS),
+    **dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM), LIMIT),
+}
+"""By contender: what none that merges as it does can beat."""
+
+WINDOW = FIELDS["window"].default
+
+PEERS = {"over_tomesd_corner": CORNER, "over_tomesd_random": RANDOM}
+MATCHING_OVER_PEERS = {
+    column: dict.fromkeys((OURS, EXACT, WHOLE_IMAGE, *METHODS, CORNER, RANDOM), peer) for column, peer in PEERS.items()
+}
+OVER_OTHERS = {
+    # At one ratio these leave as many pairs of queries and keys as the peers; keys leaves more.
+    **{column: dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM), peer) for column, peer in PEERS.items()},
+    "over_limit": LIMIT_OF,
+}
+"""Columns that hold a contender's measure over that of another: by contender, whose."""
+
+TOMESD_MOST = 0.75
+"""The highest ratio that `tomesd`'s cells of 2×2 allow; above it, it removes as much, and says nothing."""
+
+TODO_FACTORS = {0.75: 2, 0.9375: 4}
+"""By ratio: of how many tokens in each direction ToDo keeps one."""
 
 PEER_BYTES = 4e9
 """Where `tomesd`'s similarities alone would take more than this, it is left out."""
 
 WHOLE_IMAGE_SIDE = 128
 """Up to this side of a grid, in tokens, our own matching over the whole image is measured too: its time is N²."""
+
+FORMER = {
+    name: MergeSettings(schedule="linear", method="paper", reuse_steps=4, **values)
+    for name, values in {
+        "Quality": {"ratio": 0.4, "late_ratio": 0.2},
+        "Balanced": {"ratio": 0.6, "late_ratio": 0.4},
+        "Fast": {"ratio": 0.75, "late_ratio": 0.5, "max_downsample": 2},
+    }.items()
+} | {"Paper (60 %)": MergeSettings(ratio=0.6, schedule="constant", method="paper", reuse_steps=1)}
+"""The presets of version 1, by their names, which shipped ones still have. `Balanced` was the default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +86,16 @@ class Running:
     """What was merged, for people; may be empty."""
 
 
+OnUnet = contextlib.AbstractContextManager[Running]
+"""While open, a UNet runs as a contender says; nothing is left behind."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """One way to run a UNet."""
 
     name: str
-    put_on: Callable[[nn.Module, float], contextlib.AbstractContextManager[Running]]
-    """(UNet, ratio): while open, the UNet runs so; nothing is left behind."""
+    put_on: Callable[[nn.Module], OnUnet]
 
 
 Apply = Callable[[Tensor], Tensor]
@@ -61,49 +108,52 @@ class Matcher:
     name: str
     match: Callable[[Tensor, tuple[int, int], float, int], tuple[Apply, Apply]]
     """(x [B, N, C], grid (rows, columns), ratio, step) to merge [B, N, C] to [B, M, C], and unmerge, its reverse."""
-    steps: int = 1
-    """For how many steps a matching is kept."""
 
 
 def contenders(
-    tokens: int, dtype: torch.dtype, settings: MergeSettings | None = None
+    names: Sequence[str], ratio: float, tokens: int, dtype: torch.dtype, settings: MergeSettings | None = None
 ) -> tuple[list[Contender], list[str]]:
-    """What can run on a UNet whose finest self-attention sees `tokens`, at batch 2; and notes on what is left out.
+    """Those of `names` that can remove `ratio` of the `tokens` of a UNet's finest layers, at batch 2; notes on others.
 
-    Ours runs with `settings` at the ratio that is measured.
+    Ours merge by `settings`, but for the method and the ratio.
     """
-    peers, notes = peers_or_why_not(tokens, dtype)
-    ours = functools.partial(WAYS[OURS], settings=settings or MergeSettings())
-    ways = {name: ours if name == OURS else WAYS[name] for name in (UNMERGED, OURS, *peers, LIMIT)}
-    return [Contender(name, put_on) for name, put_on in ways.items()], notes
+    found, notes = [], []
+    for name in names:
+        note = why_left_out(name, ratio, tokens, dtype)
+        if note is None:
+            found.append(Contender(name, functools.partial(put_on, name=name, ratio=ratio, settings=settings)))
+        else:
+            notes.append(note)
+    return found, notes
 
 
-def matchers(side: int, dtype: torch.dtype, reuse_steps: int = 1) -> tuple[list[Matcher], list[str]]:
-    """What can match a grid of `side`×`side` tokens at batch 2, and notes on what is left out.
-
-    `reuse_steps` above 1 adds ours with a matching kept for so many steps. "exact" is ours without a lower precision
-    for the similarities: what that brings.
-    """
-    windowed = functools.partial(_match_ours, window=FIELDS["window"].default, exact=False)
-    found = [Matcher(OURS, windowed)]
-    if reuse_steps > 1:
-        found.append(Matcher(f"{OURS}, kept for {reuse_steps} steps", windowed, reuse_steps))
-    found.append(Matcher(f"{OURS}, exact", functools.partial(windowed, exact=True)))
-    notes = []
-    if side <= WHOLE_IMAGE_SIDE:
-        found.append(Matcher(f"{OURS}, whole image", functools.partial(windowed, window=None, exact=True)))
-    else:
-        notes.append(f"{OURS}, whole image: left out at {side}x{side} tokens, its time grows with their square")
-    peers, peer_notes = peers_or_why_not(side * side, dtype)
-    found += [Matcher(name, functools.partial(_match_tomesd, use_rand=name == RANDOM)) for name in peers]
-    return found, notes + peer_notes
+def with_limits(names: Sequence[str]) -> list[str]:
+    """The contenders, and behind them what they can't beat."""
+    return [*names, *dict.fromkeys(LIMIT_OF[name] for name in names if name in LIMIT_OF)]
 
 
-def merged_layers(unet: nn.Module) -> list[Layer]:
-    """The layers that the default settings merge in."""
-    layers = find_layers(unet)
-    most = max(FIELDS["max_downsample"].default, finest_level(layers) or 1)
-    return [layer for layer in layers if layer.is_self_attention and layer.level is not None and layer.level <= most]
+def why_left_out(name: str, ratio: float, tokens: int, dtype: torch.dtype) -> str | None:
+    """Why a contender can't remove this ratio of so many tokens; None where it can."""
+    if name == TODO and ratio not in TODO_FACTORS:
+        return f"{TODO} is left out but at the ratios {' and '.join(map(str, TODO_FACTORS))}, the only ones that it has"
+    if name not in (CORNER, RANDOM):
+        return None
+    try:
+        require("tomesd")
+    except MissingPackage:
+        return f"tomesd is left out, since it is not installed: {INSTALL['tomesd']}"
+    needed = similarity_bytes(tokens, dtype)
+    if needed > PEER_BYTES:
+        return (
+            f"tomesd is left out at {tokens} tokens: its similarities alone take {needed / 1e9:.1f} GB, "
+            f"above {PEER_BYTES / 1e9:.0f} GB"
+        )
+    return f"tomesd is left out above its highest ratio, {TOMESD_MOST}" if ratio > TOMESD_MOST else None
+
+
+def similarity_bytes(tokens: int, dtype: torch.dtype) -> int:
+    """What `tomesd`'s similarities of every src (three quarters) and every dst (the rest) take, at batch 2."""
+    return 2 * (tokens - tokens // 4) * (tokens // 4) * torch.finfo(dtype).bits // 8
 
 
 def peer_versions() -> str:
@@ -114,35 +164,66 @@ def peer_versions() -> str:
         return "tomesd not installed"
 
 
-def similarity_bytes(tokens: int, dtype: torch.dtype) -> int:
-    """What `tomesd`'s similarities of every src (three quarters) and every dst (the rest) take, at batch 2."""
-    return 2 * (tokens - tokens // 4) * (tokens // 4) * torch.finfo(dtype).bits // 8
+def matchers(side: int, ratio: float, dtype: torch.dtype) -> tuple[list[Matcher], list[str]]:
+    """What can match a grid of `side`×`side` tokens at batch 2, and notes on what is left out."""
+    found = [
+        Matcher(OURS, functools.partial(_match_ours, exact=False)),
+        Matcher(EXACT, functools.partial(_match_ours, exact=True)),
+    ]
+    notes = []
+    if side <= WHOLE_IMAGE_SIDE:
+        found.append(Matcher(WHOLE_IMAGE, functools.partial(_match_ours, exact=True, window=None)))
+    else:
+        notes.append(f"{WHOLE_IMAGE}: left out at {side}x{side} tokens, its time grows with their square")
+    for name in (CORNER, RANDOM):
+        note = why_left_out(name, ratio, side * side, dtype)
+        if note is None:
+            found.append(Matcher(name, functools.partial(_match_tomesd, use_rand=name == RANDOM)))
+        else:
+            notes.append(note)
+    return found, notes
 
 
-def peers_or_why_not(tokens: int, dtype: torch.dtype) -> tuple[list[str], list[str]]:
-    """The names of the peers that can run where the finest self-attention sees `tokens`; a note where none can."""
-    try:
-        require("tomesd")
-    except MissingPackage:
-        return [], [f"tomesd is left out, since it is not installed: {INSTALL['tomesd']}"]
-    needed = similarity_bytes(tokens, dtype)
-    if needed > PEER_BYTES:
-        return [], [
-            f"tomesd is left out at {tokens} tokens: its similarities alone take {needed / 1e9:.1f} GB, "
-            f"above {PEER_BYTES / 1e9:.0f} GB"
-        ]
-    return [CORNER, RANDOM], []
+def merged_layers(unet: nn.Module) -> list[Layer]:
+    """The layers that the default settings merge in."""
+    layers = find_layers(unet)
+    coarsest = coarsest_level(MergeSettings(), layers)
+    return [layer for layer in layers if layer.is_self_attention and (layer.level or coarsest + 1) <= coarsest]
+
+
+def put_on(unet: nn.Module, name: str, ratio: float, settings: MergeSettings | None = None) -> OnUnet:
+    """Puts a contender on a UNet, to remove `ratio` of the tokens.
+
+    Ours merge by `settings`, but for the method and the ratio.
+    """
+    if name not in (*METHODS, UNWEIGHED):
+        return _OTHERS[name](unet, ratio)
+    method = KEYS if name == UNWEIGHED else name
+    settings = dataclasses.replace(settings or MergeSettings(), method=method, ratio=ratio)
+    return merging(unet, settings, weighs=name != UNWEIGHED)
+
+
+@contextlib.contextmanager
+def merging(unet: nn.Module, settings: MergeSettings, weighs: bool = True) -> Iterator[Running]:
+    """Ours, as the settings say; `weighs` False is the method keys with each key counted once."""
+    with hooks.attach(unet, settings) as attached:
+        if not weighs:
+            for layer in attached._layers:
+                # Of the benchmark alone: nobody has a use for it but to see what weighing brings, and what it takes.
+                layer._given = _keys_alone
+        yield Running(attached.set_step, lambda: attached.report().summary)
+
+
+def _keys_alone(
+    call: hooks._Call, attention: nn.Module, token_map: TokenMap, x: Tensor, *given: object
+) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+    call.tokens = x.shape[1]
+    return (x,), {"context": token_map.merge(x)}
 
 
 @contextlib.contextmanager
 def _unmerged(unet: nn.Module, ratio: float) -> Iterator[Running]:
     yield Running()
-
-
-@contextlib.contextmanager
-def _ours(unet: nn.Module, ratio: float, settings: MergeSettings) -> Iterator[Running]:
-    with attach(unet, dataclasses.replace(settings, ratio=ratio)) as merging:
-        yield Running(merging.set_step, lambda: merging.report().summary)
 
 
 @contextlib.contextmanager
@@ -160,23 +241,31 @@ def _tomesd(unet: nn.Module, ratio: float, use_rand: bool) -> Iterator[Running]:
             vars(module).pop("_tome_info", None)
 
 
+def _first_tokens(y: Tensor, ratio: float) -> Tensor:
+    """[B, M, C] of [B, N, C]: so many of the first rows in memory, taken as a view.
+
+    Not y[:, :M], which is not contiguous: each of the projections would copy it. The number of tokens is rounded as
+    ours is: over an odd length attention is slower, and this would not be the limit.
+    """
+    items, tokens, channels = y.shape
+    kept = tokens - tokens_removed(tokens, ratio, rounded=True)
+    return y.view(-1, channels)[: items * kept].view(items, kept, channels)
+
+
 @contextlib.contextmanager
 def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
-    """Attention over N(1-r) tokens, at no other cost: what no merging can beat.
+    """Attention over N(1-r) tokens, at no other cost: what no merging of queries, keys and values can beat.
 
-    The fewer tokens are the first rows of the contiguous input, taken as a view, and each token's output is a view of
-    the first row of what comes out. So nothing is computed or copied besides the attention itself, and nothing is
-    allocated: the two hooks are a few µs of Python. The picture is nonsense; its time is not. The number of tokens is
-    rounded as ours is: over an odd length attention is slower, and this would not be the limit.
+    Each token's output is a view of the first row of what comes out. So nothing is computed or copied besides the
+    attention itself, and nothing is allocated: the two hooks are a few µs of Python. The picture is nonsense; its time
+    is not.
     """
     whole: dict[nn.Module, int] = {}
 
     def fewer(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> tuple[object, object]:
         y, *others = args
-        items, whole[module], channels = y.shape
-        kept = whole[module] - tokens_removed(whole[module], ratio, rounded=True)
-        # Not y[:, :kept], which is not contiguous: each of the three projections would copy it.
-        return (y.view(-1, channels)[: items * kept].view(items, kept, channels), *others), kwargs
+        whole[module] = y.shape[1]
+        return (_first_tokens(y, ratio), *others), kwargs
 
     def widened(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output[:, :1].expand(-1, whole[module], -1)
@@ -189,20 +278,59 @@ def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
         yield Running()
 
 
-WAYS: dict[str, Callable[..., contextlib.AbstractContextManager[Running]]] = {
+@contextlib.contextmanager
+def _attending_to(
+    unet: nn.Module, ratio: float, chosen: Callable[[Tensor, tuple[int, int], float], Tensor]
+) -> Iterator[Running]:
+    """All tokens attend to `chosen` of them, by the tokens, their grid and the ratio: [B, N, C] to [B, M, C]."""
+    grids: dict[nn.Module, tuple[int, int]] = {}
+
+    def see_grid(transformer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        grids[transformer] = tuple(args[0].shape[-2:])
+
+    with contextlib.ExitStack() as handles:
+        for layer in merged_layers(unet) if ratio else []:
+
+            def given(
+                module: nn.Module,
+                args: tuple[Tensor, ...],
+                kwargs: dict[str, object],
+                transformer: nn.Module = layer.transformer,
+            ) -> tuple[object, object]:
+                return args, {**kwargs, "context": chosen(args[0], grids[transformer], ratio)}
+
+            handles.callback(layer.transformer.register_forward_pre_hook(see_grid).remove)
+            handles.callback(layer.block.attn1.register_forward_pre_hook(given, with_kwargs=True).remove)
+        yield Running()
+
+
+def _every_second(y: Tensor, grid: tuple[int, int], ratio: float) -> Tensor:
+    """ToDo's keys and values: every second, or fourth, token in each direction (arXiv 2402.13573, section 3)."""
+    factor = TODO_FACTORS[ratio]
+    return y.unflatten(1, grid)[:, ::factor, ::factor].flatten(1, 2)
+
+
+def _first_keys(y: Tensor, grid: tuple[int, int], ratio: float) -> Tensor:
+    """Keys and values that cost nothing: what no choice or merging of them can beat."""
+    return _first_tokens(y, ratio)
+
+
+_OTHERS: dict[str, Callable[[nn.Module, float], OnUnet]] = {
     UNMERGED: _unmerged,
-    OURS: _ours,
     CORNER: functools.partial(_tomesd, use_rand=False),
     RANDOM: functools.partial(_tomesd, use_rand=True),
+    TODO: functools.partial(_attending_to, chosen=_every_second),
+    LIMIT_KEYS: functools.partial(_attending_to, chosen=_first_keys),
     LIMIT: _limit,
 }
-"""By name: what puts a contender on a UNet at a ratio; ours takes the other `settings` besides."""
+"""By name, the contenders that are not ours."""
 
 
 def _match_ours(
-    x: Tensor, grid: tuple[int, int], ratio: float, step: int, window: int | None, exact: bool
+    x: Tensor, grid: tuple[int, int], ratio: float, step: int, exact: bool, window: int | None = WINDOW
 ) -> tuple[Apply, Apply]:
-    split = make_partition(grid, step=step, window=window, device=x.device)
+    settings = MergeSettings(ratio=ratio, schedule="constant", window=window)
+    split = make_partition(grid, settings.cell, step=step, window=window, device=x.device)
     token_map = match(x, split, exact).token_map(tokens_removed(x.shape[1], ratio, rounded=window is not None))
     return token_map.merge, token_map.unmerge
 

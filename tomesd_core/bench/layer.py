@@ -1,33 +1,64 @@
-"""One self-attention layer: match, merge, unmerge and attention, and how they grow with the tokens.
+"""One self-attention layer, whole and in parts: how much faster merging makes it, and what of that is whose.
 
-Batch 2, 320 channels, 8 heads, on smooth tokens with noise, as pictures give. "merging" is match, merge and unmerge
-together; "growth" is the exponent p of N^p with which it grows with the tokens, from the first size on. "x faster" is
-the attention over all tokens over merging and the attention over what is left: where that is below 1 merging can't pay,
-and "rule" says whether `profit.pays` lets such a layer merge.
+Batch 2, 320 channels, 8 heads, on smooth tokens with noise, as pictures give. "layer" is the norm and the attention
+behind it with all that a contender does there: ours run by their hooks, as on a UNet. "x faster" is the unmerged layer
+over it, "/limit" it over the same attention without any merging: to as many keys for the method keys and ToDo, of as
+many tokens for the others. "weighing" is keys over the same unweighed, and tokens over paper. "rule" says whether
+`profit.pays` lets such a layer merge.
+
+Match, merge and unmerge are timed alone besides, which all our methods do alike, but that keys unmerges nothing;
+"merging" is their sum, and "growth" the exponent p of N^p with which it grows with the tokens, from the first size on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..profit import pays
+from ..settings import METHODS, MergeSettings
 from . import output
-from .contenders import OURS, OVER_PEERS, UNMERGED, Matcher, matchers
-from .models import attend, attention, attention_layer
+from .contenders import (
+    CORNER,
+    EXACT,
+    KEYS,
+    LIMIT_OF,
+    MATCHING_OVER_PEERS,
+    OURS,
+    PAPER,
+    RANDOM,
+    TODO,
+    TOKENS,
+    UNMERGED,
+    UNWEIGHED,
+    WHOLE_IMAGE,
+    Contender,
+    Matcher,
+    Running,
+    contenders,
+    matchers,
+    with_limits,
+)
+from .models import OneLayer, attention, inference, one_layer
 from .options import add_shared, fill_in, merge_ratio, whole_number
-from .timing import compared, growth, interleaved, paired, progress, spread, timed
+from .timing import compared, growth, interleaved, progress, spread, timed
 
 ITEMS, HEADS = 2, 8
-REUSE_STEPS = 4
 
-USUAL = {"tokens": [64, 128, 256], "channels": 320, "rounds": 11, "attention": "sdp", "ratios": [0.5]}
+USUAL = {
+    "tokens": [64, 128, 256],
+    "channels": 320,
+    "rounds": 11,
+    "attention": "sdp",
+    "ratios": [0.25, 0.5, 0.6, 0.75, 0.84],
+}
 QUICK = {"tokens": [32, 64], "rounds": 5}
 TINY = {"tokens": [8, 16], "channels": 32, "rounds": 1}
 
@@ -37,13 +68,21 @@ ATTENTION_BYTES = 4e9
 CPU_ATTENTION_SIDE = 128
 """Nor, on a CPU, is any over more tokens than a grid of this side has: it takes minutes."""
 
-PARTS = ("match", "merge", "unmerge", "attention")
+HOOKED = with_limits((UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, TODO))
+"""What runs on a layer as on a UNet. `tomesd` replaces whole blocks: around a layer its parts are called."""
+
+ORDER = (UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, EXACT, WHOLE_IMAGE, CORNER, RANDOM)
+"""In which rows stand; the others behind them."""
+
+PARTS = ("match", "merge", "unmerge")
 Parts = dict[str, float]
-"""Seconds by part; `merging` is match, merge and unmerge together."""
+"""Seconds by part; `layer` is the whole layer."""
+
+OVER_OTHERS = {"over_limit": LIMIT_OF, "weighing": {KEYS: UNWEIGHED, TOKENS: PAPER}}
 
 COLUMNS = {
     "grid": ("tokens", str),
-    "ratio": ("ratio", output.number(2)),
+    "ratio": ("ratio", output.number(4)),
     "contender": ("contender", str),
     "match": ("match ms", output.scaled(1e3, 2)),
     "merge": ("merge ms", output.scaled(1e3, 2)),
@@ -54,14 +93,16 @@ COLUMNS = {
     "over_tomesd_corner": ("/corner", output.number(3)),
     "over_tomesd_random": ("/random", output.number(3)),
     "growth": ("growth", output.number(2)),
-    "attention": ("attention ms", output.scaled(1e3, 1)),
+    "layer": ("layer ms", output.scaled(1e3, 1)),
     "gain": ("x faster", output.number(3)),
     "gain_low": ("25 %", output.number(3)),
     "gain_high": ("75 %", output.number(3)),
+    "over_limit": ("/limit", output.number(3)),
+    "weighing": ("weighing", output.number(3)),
     "rule": ("rule", str),
 }
 
-CSV_COLUMNS = (*COLUMNS, "tokens", "rounds", "attention_kind")
+CSV_COLUMNS = (*COLUMNS, "layer_low", "layer_high", "tokens", "rounds", "attention_kind")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,28 +123,27 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("ratios must be above 0: there would be nothing to match")
     machine = output.this_machine(args.device, args.dtype, args.command)
     csv_path, plot_path = (args.out / f"layer-{args.attention}{ending}" for ending in (".csv", ".png"))
-    layer = attention_layer(args.channels, HEADS, args.device, args.torch_dtype)
-    chosen = {side: matchers(side, args.torch_dtype, REUSE_STEPS) for side in sorted(set(args.tokens))}
-    runs = sum(len(some) + 1 for some, _ in chosen.values()) * len(args.ratios) * (args.rounds + 1)
     rows: list[dict[str, object]] = []
-    notes: list[str] = []
-    with attention(layer, args.attention), progress(runs) as tick:
-        for side, (some, left_out) in chosen.items():
-            notes += left_out
-            attends, why_not = _attends(side, args)
-            notes += why_not
-            for ratio in args.ratios:
-                rows += _rows_at(side, ratio, some, layer if attends else None, args, tick)
-                _add_growth(rows)
-                output.write_csv(csv_path, rows, machine)
-    panels = {
-        ratio: output.Panel(f"match + merge + unmerge, ratio {ratio:g}", "tokens", "ms", logarithmic=True)
-        for ratio in args.ratios
-    }
+    cases, notes = _cases(args)
+    panels = [output.Panel(f"matching, merging, unmerging, ratio {args.ratios[0]:g}", "tokens", "ms", logarithmic=True)]
+    faster: dict[int, output.Panel] = {}
+    runs = sum(len(some) + len(hooked) for _, _, some, hooked in cases) * (args.rounds + 1)
+    with (
+        attention(one_layer(args.channels, HEADS, args.device, args.torch_dtype), args.attention),
+        progress(runs) as tick,
+    ):
+        for case in cases:
+            rows += _rows_of(*case, args, tick)
+            _add_growth(rows)
+            output.write_csv(csv_path, rows, machine)
     for row in rows:
-        if row["merging"] is not None:
-            panels[row["ratio"]].add(row["contender"], row["tokens"], 1e3 * row["merging"])
-    output.plot(plot_path, [*panels.values()], machine)
+        if row["ratio"] == args.ratios[0] and row["merging"] is not None:
+            panels[0].add(row["contender"], row["tokens"], 1e3 * row["merging"])
+        if row["gain"] is not None and row["contender"] != UNMERGED:
+            title = f"{row['grid']} tokens, {args.attention} attention"
+            panel = faster.setdefault(row["tokens"], output.Panel(title, "ratio", "times faster than unmerged"))
+            panel.add(row["contender"], row["ratio"], row["gain"])
+    output.plot(plot_path, [*panels, *faster.values()], machine)
     output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
 
 
@@ -116,73 +156,119 @@ def image_tokens(side: int, channels: int, device: torch.device, dtype: torch.dt
     return tokens.contiguous().to(device, dtype)
 
 
-def _attends(side: int, args: argparse.Namespace) -> tuple[bool, list[str]]:
-    """Whether attention is timed at this size; if not, a note that says why."""
+Case = tuple[int, float, Sequence[Matcher], Sequence[Contender]]
+"""A grid's side, a ratio, and what is timed there: matchings, and whole layers."""
+
+
+def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
+    """All that is timed, and notes on what is not."""
+    cases, notes = [], []
+    for side in sorted(set(args.tokens)):
+        why_not = _why_no_attention(side, args)
+        notes += [why_not] if why_not else []
+        for ratio in args.ratios:
+            some, left_out = matchers(side, ratio, args.torch_dtype)
+            notes += left_out
+            settings = MergeSettings(schedule="constant", skip_unprofitable=False)
+            hooked, left_out = contenders(HOOKED, ratio, side * side, args.torch_dtype, settings)
+            notes += left_out
+            cases.append((side, ratio, some, [] if why_not else hooked))
+    return cases, notes
+
+
+def _why_no_attention(side: int, args: argparse.Namespace) -> str | None:
+    """Why whole layers are not timed at this size; None where they are."""
     needed = ITEMS * HEADS * side**4 * 4
     if args.attention == "plain" and needed > ATTENTION_BYTES:
-        return False, [
-            f"attention is left out at {side}x{side} tokens: its similarities alone take {needed / 1e9:.1f} GB"
-        ]
+        return f"layers are left out at {side}x{side} tokens: their similarities alone take {needed / 1e9:.1f} GB"
     if args.device.type == "cpu" and side > CPU_ATTENTION_SIDE:
-        return False, [f"attention is left out at {side}x{side} tokens: on a CPU it takes minutes"]
-    return True, []
+        return f"layers are left out at {side}x{side} tokens: on a CPU their attention takes minutes"
+    return None
 
 
-def _rows_at(
+def _rows_of(
     side: int,
     ratio: float,
-    some: list[Matcher],
-    layer: nn.Module | None,
+    some: Sequence[Matcher],
+    hooked: Sequence[Contender],
     args: argparse.Namespace,
     tick: Callable[[str], None],
 ) -> list[dict[str, object]]:
-    """The rows of one size and ratio, without their growth; `layer` None leaves attention out."""
+    """The rows of one size and ratio, without their growth."""
     x = image_tokens(side, args.channels, args.device, args.torch_dtype)
+    image = x.view(ITEMS, side, side, -1).permute(0, 3, 1, 2)
+
+    def layer() -> OneLayer:
+        return one_layer(args.channels, HEADS, args.device, args.torch_dtype)
+
+    runs: dict[str, Callable[[], Parts]] = {}
+    with contextlib.ExitStack() as open_contenders, inference(x):
+        # Each is on a layer of its own all the time, since putting it on is no part of a step.
+        for one in hooked:
+            unet = layer()
+            running = open_contenders.enter_context(one.put_on(unet))
+            runs[one.name] = functools.partial(_whole, unet, running, image)
+        for matcher in some:
+            called = layer().block if hooked and matcher.name in (CORNER, RANDOM) else None
+            runs[matcher.name] = functools.partial(_in_parts, matcher, x, (side, side), ratio, called)
+        results = interleaved(runs, args.rounds, lambda name: tick(f"{name}, {side}x{side}, {ratio:g}"))
+    return _compared(results, side, ratio, args)
+
+
+def _whole(layer: OneLayer, running: Running, image: Tensor) -> Parts:
+    """The time of a layer that a contender is on."""
+    running.begin_step(0, 1)
+    return {"layer": timed(functools.partial(layer, image), image.device)[0]}
+
+
+def _in_parts(matcher: Matcher, x: Tensor, grid: tuple[int, int], ratio: float, block: nn.Module | None) -> Parts:
+    """The times of match, merge and unmerge; and of the whole `block`, if there is one, with these around it."""
     y = F.layer_norm(x, x.shape[-1:])
-    step = 0
+    parts: Parts = {}
+    parts["match"], (merge, unmerge) = timed(functools.partial(matcher.match, x, grid, ratio, 1), x.device)
+    parts["merge"], fewer = timed(functools.partial(merge, y), x.device)
+    parts["unmerge"], _ = timed(functools.partial(unmerge, fewer), x.device)
+    if block is not None:
 
-    def unmerged() -> Parts:
-        return {} if layer is None else {"attention": timed(functools.partial(attend, layer, y), args.device)[0]}
+        def whole() -> Tensor:
+            merge, unmerge = matcher.match(x, grid, ratio, 1)
+            return unmerge(block.attn1(merge(block.norm1(x))))
 
-    def merged(matcher: Matcher) -> Parts:
-        nonlocal step
-        step += 1
-        parts = dict.fromkeys(("match", "merge", "unmerge"), 0.0)
-        for number in range(matcher.steps):
-            if not number:
-                parts["match"], (merge, unmerge) = timed(
-                    functools.partial(matcher.match, x, (side, side), ratio, step), args.device
-                )
-            seconds, fewer = timed(functools.partial(merge, y), args.device)
-            parts["merge"] += seconds
-            parts["unmerge"] += timed(functools.partial(unmerge, fewer), args.device)[0]
-        parts = {part: seconds / matcher.steps for part, seconds in parts.items()}
-        parts["merging"] = sum(parts.values())
-        if layer is not None:
-            parts["attention"] = timed(functools.partial(attend, layer, fewer), args.device)[0]
-        return parts
+        parts["layer"], _ = timed(whole, x.device)
+    return parts
 
-    runs = {UNMERGED: unmerged, **{one.name: lambda one=one: merged(one) for one in some}}
-    with torch.no_grad():
-        results = interleaved(runs, args.rounds, lambda name: tick(f"{name}, {side}x{side}"))
-    merging = {name: [parts["merging"] for parts in values] for name, values in results.items() if name != UNMERGED}
-    comparisons = {row["contender"]: row for row in compared(merging, "merging", None, OVER_PEERS)}
-    pays_off = pays(side * side, args.channels, ratio, args.device.type)
-    rows = []
-    for name, values in results.items():
-        row: dict[str, object] = dict.fromkeys(CSV_COLUMNS)
-        row |= {"grid": f"{side}x{side}", "tokens": side * side, "ratio": ratio, "contender": name}
+
+def _compared(
+    results: Mapping[str, Sequence[Parts]], side: int, ratio: float, args: argparse.Namespace
+) -> list[dict[str, object]]:
+    """A row for each contender: our methods' has the parts of our matching."""
+    layers = {name: [one["layer"] for one in values] for name, values in results.items() if "layer" in values[0]}
+    parts = {
+        name: {part: [one[part] for one in values] for part in PARTS}
+        for name, values in results.items()
+        if set(PARTS) <= set(values[0])
+    }
+    ours = parts.pop(OURS)
+    parts |= {KEYS: {part: ours[part] for part in PARTS if part != "unmerge"}, TOKENS: ours, PAPER: ours}
+    merging = {name: [sum(one) for one in zip(*times.values(), strict=True)] for name, times in parts.items()}
+    rows = {name: dict.fromkeys(CSV_COLUMNS) for name in sorted({*layers, *parts}, key=_place)}
+    for row in (
+        *compared(merging, "merging", None, MATCHING_OVER_PEERS),
+        *compared(layers, "layer", UNMERGED, OVER_OTHERS),
+    ):
+        rows[row["contender"]] |= row
+    for name, row in rows.items():
+        row |= {part: spread(times).median for part, times in parts.get(name, {}).items()}
+        row |= {"grid": f"{side}x{side}", "tokens": side * side, "ratio": ratio}
         row |= {"rounds": args.rounds, "attention_kind": args.attention}
-        row |= {part: spread([parts[part] for parts in values]).median for part in PARTS if part in values[0]}
-        if name in merging and layer is not None:
-            whole = [parts["merging"] + parts["attention"] for parts in values]
-            row["gain"], row["gain_low"], row["gain_high"] = paired(
-                [parts["attention"] for parts in results[UNMERGED]], whole
-            )
-        if name.startswith(OURS):
-            row["rule"] = "merge" if pays_off else "leave out"
-        rows.append(row | comparisons.get(name, {}))
-    return rows
+        if name in METHODS:
+            is_worth_it = pays(side * side, args.channels, ratio, args.device.type, name)
+            row["rule"] = "merge" if is_worth_it else "leave out"
+    return [*rows.values()]
+
+
+def _place(name: str) -> int:
+    return ORDER.index(name) if name in ORDER else len(ORDER) + HOOKED.index(name)
 
 
 def _add_growth(rows: list[dict[str, object]]) -> None:

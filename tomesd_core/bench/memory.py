@@ -10,23 +10,22 @@ import argparse
 import functools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..settings import MergeSettings
 from . import output
-from .contenders import OVER_OTHERS, UNMERGED, Contender, Matcher, matchers
+from .contenders import KEYS, MATCHING_OVER_PEERS, PAPER, Matcher, Running, matchers
 from .layer import image_tokens
 from .options import add_shared, add_unet, fill_in, whole_number
 from .timing import compared, interleaved, progress
-from .unet_runs import Case, cases
+from .unet_runs import Case, cases, count_runs, everyone, measure, panels
 
 USUAL = {
     "sizes": [(512, 512)],
-    "ratios": [0.2, 0.4, 0.5, 0.6],
+    "ratios": [0.25, 0.4375, 0.5, 0.6, 0.75, 0.84],
+    "methods": [KEYS, PAPER],
     "tokens": [256],
     "rounds": 1,
     "attention": "plain",
@@ -68,41 +67,44 @@ def run(args: argparse.Namespace) -> None:
     machine = output.this_machine(args.device, args.dtype, args.command)
     csv_path, plot_path = (args.out / f"memory-{args.attention}{ending}" for ending in (".csv", ".png"))
     rows: list[output.Row] = []
-    panels, notes = [], []
-    chosen = {side: matchers(side, args.torch_dtype) for side in args.tokens}
-    with cases(args, MergeSettings()) as found:
-        runs = sum(len(case.contenders) for case in found) * len(args.ratios) + sum(len(m) for m, _ in chosen.values())
-        with progress(runs * (args.rounds + 1)) as tick:
-            for case in found:
-                panel = output.Panel(
-                    f"{case.size_name}, {args.attention} attention", "ratio", "times less than unmerged"
-                )
-                for ratio in args.ratios:
-                    said: dict[str, str] = {}
-                    peaks = {
-                        one.name: functools.partial(_step_peak, case, one, ratio, args.device, said)
-                        for one in case.contenders
-                    }
-                    results = interleaved(peaks, args.rounds, lambda name, at=ratio: tick(f"{name}, {at:g}"))
-                    for row in compared(results, "bytes", UNMERGED, OVER_OTHERS):
-                        rows.append(_row("unet step", case.size_name, ratio, args, row))
-                        panel.add(row["contender"], ratio, row["gain"])
-                    notes += [f"{case.size_name}, {ratio:g}, {name}: {what}" for name, what in said.items() if what]
-                    output.write_csv(csv_path, rows, machine)
-                panel.lines[output.PAPER] = output.paper_line(output.PAPER_GIGABYTES)
-                panel.reference = output.PAPER
-                panels.append(panel)
-                notes += case.notes
-            for side, (some, left_out) in chosen.items():
-                notes += left_out
-                x = image_tokens(side, MATCHING_CHANNELS, args.device, args.torch_dtype)
-                peaks = {one.name: functools.partial(_matching_peak, one, x, side) for one in some}
-                results = interleaved(peaks, args.rounds, lambda name, at=side: tick(f"{name}, {at}x{at}"))
-                for row in compared(results, "bytes", None, OVER_OTHERS):
-                    rows.append(_row("matching", f"{side}x{side} tokens", MATCHING_RATIO, args, row))
-                output.write_csv(csv_path, rows, machine)
-    output.plot(plot_path, panels, machine)
+
+    def save(new: list[output.Row], what: str = "unet step") -> None:
+        rows.extend({"what": what, **row} for row in new)
+        output.write_csv(csv_path, rows, machine)
+
+    def step_peak(case: Case, running: Running) -> int:
+        running.begin_step(0, 1)
+        return peak_bytes(case.step, args.device)
+
+    chosen = {side: matchers(side, MATCHING_RATIO, args.torch_dtype) for side in args.tokens}
+    matchings = sum(len(some) for some, _ in chosen.values()) * (args.rounds + 1)
+    with (
+        cases(args, functools.partial(everyone, args)) as found,
+        progress(count_runs(found, args.rounds) + matchings) as tick,
+    ):
+        notes = measure(found, args, "bytes", step_peak, tick, save)
+        plots = panels(rows, args, "times less than unmerged", output.PAPER_GIGABYTES)
+        for side, (some, left_out) in chosen.items():
+            notes += left_out
+            save(_matching_rows(side, some, args, tick), "matching")
+    output.plot(plot_path, plots, machine)
     output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
+
+
+def _matching_rows(
+    side: int, some: Sequence[Matcher], args: argparse.Namespace, tick: Callable[[str], None]
+) -> list[output.Row]:
+    x = image_tokens(side, MATCHING_CHANNELS, args.device, args.torch_dtype)
+
+    def peak(matcher: Matcher) -> int:
+        with torch.no_grad():
+            return peak_bytes(lambda: matcher.match(x, (side, side), MATCHING_RATIO, 1), args.device)
+
+    peaks = {one.name: functools.partial(peak, one) for one in some}
+    results = interleaved(peaks, args.rounds, lambda name: tick(f"{name}, {side}x{side}"))
+    about = {"size": f"{side}x{side} tokens", "ratio": MATCHING_RATIO}
+    how = {"rounds": args.rounds, "attention": args.attention}
+    return [{**about, **row, **how} for row in compared(results, "bytes", None, MATCHING_OVER_PEERS)]
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -133,24 +135,3 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         held += change["args"]["Bytes"]
         peak = max(peak, held)
     return peak
-
-
-def _row(
-    what: str, size: str, ratio: float, args: argparse.Namespace, measured: dict[str, object]
-) -> dict[str, object]:
-    gain = dict.fromkeys(("gain", "gain_low", "gain_high"))
-    row = {"what": what, "size": size, "ratio": ratio, **gain, **measured}
-    return {**row, "rounds": args.rounds, "attention": args.attention}
-
-
-def _step_peak(case: Case, contender: Contender, ratio: float, device: torch.device, said: dict[str, str]) -> int:
-    with contender.put_on(case.unet, ratio) as running:
-        running.begin_step(0, 1)
-        peak = peak_bytes(case.step, device)
-        said[contender.name] = running.describe()
-    return peak
-
-
-def _matching_peak(matcher: Matcher, x: Tensor, side: int) -> int:
-    with torch.no_grad():
-        return peak_bytes(lambda: matcher.match(x, (side, side), MATCHING_RATIO, 1), x.device)

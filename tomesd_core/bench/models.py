@@ -55,7 +55,7 @@ def build_unet(
     kind = require("ldm.modules.diffusionmodules.openaimodel").UNetModel
     rest = {"image_size": 32, "use_spatial_transformer": True, "use_checkpoint": False, "legacy": False}
     # Where xformers is installed ldm takes its attention; both of what is measured here start from ldm's own.
-    with _replaced(attention, "XFORMERS_IS_AVAILBLE", False), torch.random.fork_rng(devices=[]):
+    with replaced(attention, "XFORMERS_IS_AVAILBLE", False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = kind(**config, **rest)
         if weights is None:
@@ -78,7 +78,8 @@ def _fill_zeros(unet: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """While open, `owner` has this value under that name."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -154,10 +155,7 @@ def _count(pattern: str, names: Mapping[str, object]) -> int:
 
 
 def one_step(unet: nn.Module, config: Mapping[str, Any], size: Size) -> Callable[[], Tensor]:
-    """One pass of classifier-free guidance, batch 2, for a picture of `size`, to be run as often as one likes.
-
-    A dtype other than float32 runs under autocast, as in WebUI.
-    """
+    """One pass of classifier-free guidance, batch 2, for a picture of `size`, to be run as often as one likes."""
     weight = next(unet.parameters())
     width, height = size
     generator = torch.Generator().manual_seed(1)
@@ -170,41 +168,78 @@ def one_step(unet: nn.Module, config: Mapping[str, Any], size: Size) -> Callable
     timesteps = torch.full((2,), 500, device=weight.device)
 
     def step() -> Tensor:
-        with torch.no_grad(), _autocast(weight):
+        with inference(weight):
             return unet(latent, timesteps, context=context)
 
     return step
 
 
-def _autocast(weight: Tensor) -> contextlib.AbstractContextManager[object]:
-    if weight.dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(weight.device.type, weight.dtype)
+class OneLayer(nn.Module):
+    """A UNet that is one self-attention at level 1 and the norm before it: all that merging looks for, and no more."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.input_blocks = nn.Sequential(_Transformer(_Block(channels, heads)))
+
+    @property
+    def block(self) -> nn.Module:
+        """What has `norm1` and `attn1`."""
+        return self.input_blocks[0].transformer_blocks[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to tokens, [B, H·W, C]; nothing is copied of what lies in memory as tokens do."""
+        return self.input_blocks(x)
 
 
-def attention_layer(channels: int, heads: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """ldm's own attention alone, with random weights."""
-    kind = require("ldm.modules.attention").CrossAttention
+class _Transformer(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transformer_blocks[0](x.permute(0, 2, 3, 1).flatten(1, 2))
+
+
+class _Block(nn.Module):
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        kind = require("ldm.modules.attention").CrossAttention
+        self.attn1 = kind(channels, heads=heads, dim_head=channels // heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn1(self.norm1(x), context=None)
+
+
+def one_layer(channels: int, heads: int, device: torch.device, dtype: torch.dtype) -> OneLayer:
+    """ldm's own attention alone, with random weights, always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = kind(channels, heads=heads, dim_head=channels // heads)
+        layer = OneLayer(channels, heads)
     return layer.to(device, dtype).eval().requires_grad_(False)
 
 
-def attend(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """Self-attention of `attention_layer` over tokens, [B, N, C]."""
-    with torch.no_grad(), _autocast(tokens):
-        return layer(tokens)
+@contextlib.contextmanager
+def inference(weight: Tensor) -> Iterator[None]:
+    """While open, models run as for a picture: without gradients, and in a dtype other than float32 under autocast."""
+    narrow = contextlib.nullcontext()
+    if weight.dtype != torch.float32:
+        narrow = torch.autocast(weight.device.type, weight.dtype)
+    with torch.no_grad(), narrow:
+        yield
 
 
 @contextlib.contextmanager
 def attention(model: nn.Module, kind: str) -> Iterator[None]:
-    """While open, every attention in `model` runs as `kind`: `plain` is ldm's own, `sdp` torch's fused one."""
-    kinds = {type(module) for module in model.modules() if type(module).__name__ == "CrossAttention"}
-    with contextlib.ExitStack() as stack:
-        for each in kinds if kind == "sdp" else ():
-            # On the class, as WebUI puts the attention that its user has chosen.
-            stack.enter_context(_replaced(each, "forward", _fused_attention))
+    """While open, every attention of the classes in `model` runs as `kind`: `plain` is ldm's own, `sdp` torch's fused.
+
+    It is replaced on the class, as WebUI does it, where merging takes it for the user's choice and not for another
+    extension's.
+    """
+    classes = {type(module) for module in model.modules() if type(module).__name__ == "CrossAttention"}
+    with contextlib.ExitStack() as replacing:
+        for attention_class in classes if kind == "sdp" else ():
+            replacing.enter_context(replaced(attention_class, "forward", _fused_attention))
         yield
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..settings import FIELDS
+from ..settings import FIELDS, METHODS
 from . import packages
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,6 +62,7 @@ def add_unet(parser: argparse.ArgumentParser) -> None:
     """The options of a subcommand that runs a whole UNet."""
     parser.add_argument("--sizes", type=picture_size, nargs="+", metavar="WxH", help="pictures, in pixels")
     parser.add_argument("--ratios", type=merge_ratio, nargs="+", metavar="R", help="shares of the tokens to remove")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", help="how ours merges (default: keys and paper)")
     parser.add_argument("--force", action="store_true", help="merge also where it can't pay (skip_unprofitable=False)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(

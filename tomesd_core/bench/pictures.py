@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import hooks, matching, partition, plan, profit, proportional, schedule, settings, token_map
+from .. import hooks, matching, partition, plan, profit, proportional, schedule, token_map
 from ..demo.model import FeatureNet, TinyModel
+from . import contenders
 from .ablations import Variant
-from .contenders import CORNER, OURS, RANDOM, Running
+from .contenders import CORNER, RANDOM, TODO, UNWEIGHED, Running
 from .models import attention
 from .options import DTYPES
 from .packages import require
@@ -47,7 +48,7 @@ class Studio:
     tiny: bool
     """An untrained, smaller model in its place."""
     steps: int
-    """Of PLMS; they divide 1000."""
+    """Of PLMS, where a variant doesn't say; they divide 1000."""
     scale: float
     """Of classifier-free guidance."""
     attention: str
@@ -84,6 +85,10 @@ class Studio:
         order = torch.randperm(known, generator=torch.Generator().manual_seed(0)).tolist()
         return [order[number % known] for number in range(count)]
 
+    def steps_of(self, variant: Variant) -> int:
+        """In how many steps a variant's pictures are made."""
+        return variant.steps or self.steps
+
     def make(self, variant: Variant, first: int) -> tuple[Tensor, float, str]:
         """`CHUNK` pictures from number `first` on, uint8 [CHUNK, H, W, 3]; their seconds; and what was merged."""
         model = self.model()
@@ -96,43 +101,47 @@ class Studio:
         with torch.random.fork_rng(devices=[]), attention(unet, self.attention), narrow:
             torch.manual_seed(first)
             with variant.put_on(unet) as running:
-                work = functools.partial(self._sample, model, prompts, first, running)
+                work = functools.partial(self._sample, model, prompts, first, running, self.steps_of(variant))
                 seconds, x = timed(work, self.device)
                 merged = running.describe()
         return model.to_rgb(x).mul(255).round().byte().permute(0, 2, 3, 1).cpu(), seconds, merged
 
-    def _sample(self, model: TinyModel, prompts: Sequence[str], first: int, running: Running) -> Tensor:
+    def _sample(self, model: TinyModel, prompts: Sequence[str], first: int, running: Running, steps: int) -> Tensor:
         """[B, 3, H, W], by ldm's own PLMS; picture i starts from the noise of seed `first` + i."""
         sampler = require("ldm.models.diffusion.plms").PLMSSampler(model)
         noise = [
             torch.randn(model.image_shape, generator=torch.Generator().manual_seed(first + number))
             for number in range(len(prompts))
         ]
-        running.begin_step(0, self.steps)
+        running.begin_step(0, steps)
         # It prints, and draws a progress bar of its own for each run.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             x, _ = sampler.sample(
-                S=self.steps,
+                S=steps,
                 batch_size=len(prompts),
                 shape=model.image_shape,
                 conditioning=model.encode_prompts(prompts),
                 unconditional_conditioning=model.encode_prompts([""] * len(prompts)),
                 unconditional_guidance_scale=self.scale,
                 x_T=torch.stack(noise).to(self.device),
-                callback=lambda step: running.begin_step(step + 1, self.steps),
+                callback=lambda step: running.begin_step(step + 1, steps),
                 verbose=False,
             )
         return x
 
     def digest(self, variant: Variant) -> str:
         """Of all that a variant's pictures depend on: the model, how it is run, and the code that merges."""
-        code: object = None
-        if variant.contender == OURS:
-            code = _code_digest()
-        elif variant.contender in (CORNER, RANDOM):
-            code = importlib.metadata.version("tomesd")
-        how = [self.steps, self.scale, self.attention, self.dtype, self.device.type, CHUNK, torch.__version__]
-        everything = [_model_digest(self.model()), how, dataclasses.asdict(variant), code]
+        code: list[object] = []
+        if variant.settings is not None:
+            # What settings come to, besides their values: not the text of their module, with its labels and defaults.
+            code += [_code_digest(), variant.settings.cell, variant.settings.draws_anew, variant.settings.exact]
+        if variant.contender in (CORNER, RANDOM):
+            code.append(importlib.metadata.version("tomesd"))
+        if variant.contender in (TODO, UNWEIGHED):
+            code.append(inspect.getsource(contenders))
+        how = [self.scale, self.attention, self.dtype, self.device.type, CHUNK, torch.__version__]
+        way = {**dataclasses.asdict(variant), "steps": self.steps_of(variant)}
+        everything = [_model_digest(self.model()), how, way, code]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
 
@@ -166,7 +175,8 @@ def _model_digest(model: TinyModel) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _code_digest() -> str:
-    sources = [inspect.getsource(module) for module in MODULES]
+    modules = (hooks, matching, partition, plan, profit, proportional, schedule, token_map)
+    sources = [inspect.getsource(module) for module in modules]
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
@@ -194,8 +204,13 @@ class Album:
 
         In turns: a slow minute of the machine falls on all variants alike.
         """
-        wanted = [(variant, first) for first in range(0, count, CHUNK) for variant in dict.fromkeys(variants)]
-        return [(variant, first) for variant, first in wanted if not self._path(variant, first).is_file()]
+        # By where they are kept: the studio's number of steps, and the same said by a variant, give the same pictures.
+        chunks = [(variant, first) for first in range(0, count, CHUNK) for variant in variants]
+        return [chunk for path, chunk in self.by_path(chunks).items() if not path.is_file()]
+
+    def by_path(self, chunks: Sequence[tuple[Variant, int]]) -> dict[Path, tuple[Variant, int]]:
+        """Chunks by the file that each is kept in."""
+        return {self._path(*chunk): chunk for chunk in chunks}
 
     def make(self, chunks: Sequence[tuple[Variant, int]], processes: int, threads: int) -> Iterator[Variant]:
         """Makes chunks, in so many processes of so many threads; gives the variant of each, in order, once kept."""

@@ -1,10 +1,11 @@
-"""The paper's tables on the tiny trained model: how far merging takes its pictures from what they were.
+"""How far merging takes the pictures of the tiny trained model from what they were: by method, and the paper's tables.
 
 Every row's pictures are made from the same seeds and prompts, by ldm's own PLMS sampler. PSNR and SSIM are to the
-unmerged twin; Fréchet is the distance of all of a row's pictures to the training pictures, on features of a small
-classifier of the same pictures (not Inception: it compares with no published FID); "named" is the share of pictures
-that this classifier takes for their prompt's. Pictures are kept in --out: an interrupted run goes on where it was, and
-more --samples make only the new ones.
+unmerged twin, made in as many steps; "pairs" is the share of query-key pairs left in layers that merge. Fréchet is the
+distance of all of a row's pictures to the training pictures, on features of a small classifier of the same pictures
+(not Inception: it compares with no published FID); "named" is the share of pictures that this classifier takes for
+their prompt's. Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only the
+new ones. --speed and --layer add tables at equal time.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pathlib import Path
 import torch
 
 from . import distances, output
-from .ablations import TABLES, WHOLE, Table, Variant, at_equal_time
-from .contenders import CORNER, OURS, RANDOM, UNMERGED, peers_or_why_not
+from .ablations import TABLES, Table, Variant, at_equal_time
+from .contenders import CORNER, KEYS, RANDOM, UNMERGED, why_left_out
 from .distances import Estimate
 from .options import add_shared, fill_in, whole_number
 from .packages import require
@@ -67,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench quality`."""
     add_shared(parser, rounds=False)
     parser.add_argument("--samples", type=whole_number, metavar="N", help="pictures a row, from 2 up")
-    parser.add_argument("--steps", type=_plms_steps, metavar="N", help="of PLMS; they divide 1000")
+    parser.add_argument(
+        "--steps", type=_plms_steps, metavar="N", help="of PLMS, where a table doesn't say; they divide 1000"
+    )
     parser.add_argument("--scale", type=float, metavar="S", help="of classifier-free guidance")
     parser.add_argument("--tables", choices=TABLES, nargs="+", metavar="TABLE", help=f"some of: {', '.join(TABLES)}")
     parser.add_argument(
@@ -77,7 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speed",
         type=Path,
         metavar="FILE.csv",
-        help="what `bench speed` wrote for one size: adds a table at equal time",
+        help="what `bench speed` wrote for one size: adds a table at equal time of the UNet",
+    )
+    parser.add_argument(
+        "--layer",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE.csv",
+        help="what `bench layer` wrote: adds a table at equal time of a layer for each size in it",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="another tiny model than the shipped")
@@ -135,19 +146,20 @@ class Judge:
         self._judged: dict[Variant, tuple[Made, dict[str, Estimate]]] = {}
 
     def rows(self, table: Table) -> list[dict[str, object]]:
-        """A table's rows. All of its pictures, and the unmerged ones, must have been made."""
+        """A table's rows. All of its pictures, and their unmerged twins, must have been made."""
         studio = self._album.studio
         rows = []
         for row in table.rows:
-            made, values = self._judge(row.variant)
-            reference = table.reference_of(row)
+            variant, reference = row.variant, row.reference
+            made, values = self._judge(variant)
             others = {} if reference is None else self._judge(reference.variant)[1]
-            line: dict[str, object] = {"row": row.name, "ratio": row.ratio}
+            line: dict[str, object] = {"row": row.name, "contender": variant.contender}
+            line |= {"ratio": variant.mean_ratio, "pairs": variant.pairs, "steps": studio.steps_of(variant)}
             for name, metric in METRICS.items():
                 line |= _compared(name, metric, values.get(name), others.get(name))
-            line |= {"seconds": made.seconds, "reference": table.reference, "merged": made.merged}
-            line |= {"samples": self._samples, "steps": studio.steps, "scale": studio.scale}
-            rows.append(line | {"how": json.dumps(dataclasses.asdict(row.variant))})
+            line |= {"seconds": made.seconds, "reference": reference and reference.name, "merged": made.merged}
+            line |= {"samples": self._samples, "scale": studio.scale}
+            rows.append(line | {"how": json.dumps(dataclasses.asdict(variant))})
         return rows
 
     def _judge(self, variant: Variant) -> tuple[Made, dict[str, Estimate]]:
@@ -160,8 +172,8 @@ class Judge:
                 "frechet": self._frechet.estimate(features, self._drawn),
                 "named": distances.mean(named, self._drawn),
             }
-            if variant != WHOLE.variant:
-                twins = self._judge(WHOLE.variant)[0].pictures
+            if variant.contender != UNMERGED:
+                twins = self._judge(variant.unmerged)[0].pictures
                 values["psnr"] = distances.mean(distances.psnr(made.pictures, twins), self._drawn)
                 values["ssim"] = distances.mean(distances.ssim(made.pictures, twins), self._drawn)
             self._judged[variant] = made, values
@@ -176,47 +188,64 @@ def _plms_steps(text: str) -> int:
     return steps
 
 
-def _seconds_by_ratio(path: Path) -> dict[str, dict[float, float]]:
-    """By contender and ratio: the seconds a step that `bench speed` measured. Raises `ValueError` for another file."""
+def _seconds(path: Path, command: str, size: str, seconds: str) -> dict[str, dict[str, dict[float, float]]]:
+    """By size, contender and ratio the seconds in the CSV that `bench COMMAND` wrote, from these columns of it.
+
+    Raises `ValueError` for another file.
+    """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {"size", "ratio", "contender", "seconds"} <= set(rows[0]):
-        raise ValueError(f"{path} is not a CSV of `bench speed`")
-    if len({row["size"] for row in rows}) > 1 or len({row["ratio"] for row in rows}) < 2:
-        raise ValueError(f"{path} must hold one size and at least two ratios")
-    seconds: dict[str, dict[float, float]] = {}
+    if not rows or not {size, "ratio", "contender", seconds} <= set(rows[0]):
+        raise ValueError(f"{path} is not a CSV of `bench {command}`")
+    found: dict[str, dict[str, dict[float, float]]] = {}
     for row in rows:
-        seconds.setdefault(row["contender"], {})[float(row["ratio"])] = float(row["seconds"])
-    if OURS not in seconds:
-        raise ValueError(f"{path} has no rows of {OURS}")
-    return seconds
+        if row[seconds]:
+            by_ratio = found.setdefault(row[size], {}).setdefault(row["contender"], {})
+            by_ratio[float(row["ratio"])] = float(row[seconds])
+    if not all(len(contenders.get(KEYS, {})) > 1 for contenders in found.values()):
+        raise ValueError(f"{path} must hold {KEYS} at two ratios or more")
+    return found
+
+
+def _at_equal_time(args: argparse.Namespace) -> dict[str, Table]:
+    """The tables by what `--speed` and `--layer` name."""
+    tables = {}
+    if args.speed is not None:
+        by_size = _seconds(args.speed, "speed", "size", "seconds")
+        if len(by_size) > 1:
+            raise ValueError(f"{args.speed} must hold one size")
+        for size, seconds in by_size.items():
+            tables["time"] = at_equal_time(f"the UNet at {size}", seconds)
+    for path in args.layer:
+        for grid, seconds in _seconds(path, "layer", "grid", "layer").items():
+            # The file's name says of which attention.
+            tables[f"time-{path.stem}-{grid}"] = at_equal_time(f"a layer of {grid} tokens ({path.stem})", seconds)
+    return tables
 
 
 def _that_can_run(args: argparse.Namespace, studio: Studio) -> tuple[dict[str, Table], list[str]]:
     """The chosen tables in their usual order, without the rows of peers that are missing; and notes that say so."""
-    tables = {name: table for name, table in TABLES.items() if name in args.tables}
-    if args.speed is not None:
-        tables["time"] = at_equal_time(_seconds_by_ratio(args.speed))
+    tables = {name: table for name, table in TABLES.items() if name in args.tables} | _at_equal_time(args)
     side = studio.model().image_shape[-1]
-    peers, notes = peers_or_why_not(side * side, args.torch_dtype)
-    left_out = {CORNER, RANDOM} - set(peers)
-    if any(row.variant.contender in left_out for table in tables.values() for row in table.rows):
-        for name, table in tables.items():
-            rows = [row for row in table.rows if row.variant.contender not in left_out]
-            tables[name] = dataclasses.replace(table, rows=rows)
-        return tables, notes
-    return tables, []
+    why_not = {peer: why_left_out(peer, 0.0, side * side, args.torch_dtype) for peer in (CORNER, RANDOM)}
+    needed = {row.variant.contender for table in tables.values() for row in table.rows}
+    notes = [note for peer, note in why_not.items() if note and peer in needed]
+    some = {name: table.without({peer for peer, note in why_not.items() if note}) for name, table in tables.items()}
+    empty = [name for name, table in some.items() if all(row.variant.contender == UNMERGED for row in table.rows)]
+    notes += [f"{name} is left out: {KEYS} was timed nowhere as fast as tomesd at one of its ratios" for name in empty]
+    return {name: table for name, table in some.items() if name not in empty}, notes
 
 
 def _chunks_by_table(album: Album, tables: Mapping[str, Table], samples: int) -> dict[str, list[tuple[Variant, int]]]:
     """By table: what is still to be made for it when the tables before it are done."""
-    seen: set[tuple[Variant, int]] = set()
+    seen: set[Path] = set()
     chunks = {}
     for name, table in tables.items():
-        missing = album.missing([WHOLE.variant, *(row.variant for row in table.rows)], samples)
-        chunks[name] = [chunk for chunk in missing if chunk not in seen]
+        variants = [variant for row in table.rows for variant in (row.variant.unmerged, row.variant)]
+        missing = album.by_path(album.missing(variants, samples))
+        chunks[name] = [chunk for path, chunk in missing.items() if path not in seen]
         seen.update(missing)
     return chunks
 
@@ -234,8 +263,9 @@ def _compared(name: str, metric: Metric, value: Estimate | None, other: Estimate
 
 
 def _heading(table: Table) -> str:
-    several = len([row for row in table.rows if row.name == table.reference]) > 1
-    return f"{table.title}. Differences: to {'its ' if several else ''}{table.reference!r}."
+    references = dict.fromkeys(row.reference for row in table.rows if row.reference is not None)
+    names = ", ".join(repr(name) for name in dict.fromkeys(row.name for row in references))
+    return f"{table.title}. Differences: to {names}{', the last one above' if len(references) > 1 else ''}."
 
 
 def _shown(rows: Sequence[output.Row]) -> tuple[output.Columns, list[output.Row]]:
@@ -243,7 +273,10 @@ def _shown(rows: Sequence[output.Row]) -> tuple[output.Columns, list[output.Row]
     columns: dict[str, tuple[str, Callable[[object], str]]] = {
         "row": ("row", str),
         "ratio": ("ratio", output.number(2)),
+        "pairs": ("pairs", output.number(2)),
     }
+    if len({row["steps"] for row in rows}) > 1:
+        columns["steps"] = ("steps", str)
     shown = [dict(row) for row in rows]
     for name, metric in METRICS.items():
         columns |= {name: (metric.title, str), f"{name}_difference": ("difference", str)}
@@ -258,20 +291,20 @@ def _shown(rows: Sequence[output.Row]) -> tuple[output.Columns, list[output.Row]
 
 
 def _panels(table: Table, rows: Sequence[output.Row]) -> list[output.Panel]:
-    """A plot of each measure: over the ratio, a line a name, or a point a row; the unmerged pictures are a line."""
-    unmerged, *merged = rows
-    if table.over_ratio:
-        merged.sort(key=lambda row: row["ratio"])
+    """A plot of each measure: a line a name, or a point a row; the unmerged pictures are a line."""
+    unmerged = {row["steps"]: row for row in rows if row["contender"] == UNMERGED}
+    merged = [row for row in rows if row["contender"] != UNMERGED]
     measured = {name: METRICS[name].title for name in ("psnr", "ssim", "frechet")}
-    if table.over_ratio:
+    if table.over:
+        merged.sort(key=lambda row: row[table.over])
         measured["seconds"] = "s/picture"
     panels = []
     for name, title in measured.items():
-        panel = output.Panel(table.title.partition(":")[0], "ratio" if table.over_ratio else "", title)
+        panel = output.Panel(table.title.partition(":")[0], table.over or "", title)
         for row in merged:
-            x, line = (row["ratio"], row["row"]) if table.over_ratio else (row["row"], "merged")
+            x, line = (row[table.over], row["row"]) if table.over else (row["row"], "merged")
             panel.add(line, x, row[name], row.get(f"{name}_interval"))
-            panel.add(UNMERGED, x, unmerged[name])
+            panel.add(UNMERGED, x, unmerged[row["steps"]][name])
         panel.reference = UNMERGED
         panels.append(panel)
     return panels
@@ -283,7 +316,8 @@ def _write_markdown(
     """The tables so far, to be pasted where they are told of."""
     parts = [f"`{machine.command}` ({machine.machine}; {machine.versions}; {machine.date})"]
     for heading, rows in sections:
-        samples, steps, scale = (rows[0][name] for name in ("samples", "steps", "scale"))
+        samples, scale = (rows[0][name] for name in ("samples", "scale"))
+        steps = " or ".join(map(str, dict.fromkeys(row["steps"] for row in rows)))
         parts.append(f"**{heading}** {samples} pictures a row, {steps} PLMS steps, guidance {scale:g}.")
         parts.append(output.markdown(*_shown(rows)))
     parts.append("\n".join(f"* {note}" for note in notes))

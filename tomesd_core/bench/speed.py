@@ -1,33 +1,37 @@
 """One guided step of the whole UNet: seconds, and times faster than unmerged.
 
-Unmerged, ours, tomesd's two kinds of destinations, and the limit (attention over fewer tokens, and no merging at all),
-interleaved round by round. All quotients are taken within a round; what is shown is their median.
+Unmerged, ours by method, tomesd's two kinds of destinations, ToDo at the ratios that it has, and the limits: attention
+of all queries to as many keys as keys leaves, or over as many tokens as the others leave, and no merging at all. At one
+ratio keys leaves more pairs of queries and keys than the others: 0.4375 and 0.75 of it leave as many as 0.25 and 0.5.
+With --defaults the shipped defaults run beside those of version 1 over a whole schedule. All is interleaved round by
+round, all quotients are taken within a round, and what is shown is their median.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 
-import torch
-
-from ..settings import METHODS, MergeSettings
+from ..settings import MergeSettings
 from . import output
-from .contenders import OVER_OTHERS, UNMERGED, Contender
+from .contenders import DEFAULTS, FORMER, FORMER_DEFAULTS, KEYS, PAPER, UNMERGED, Contender, Running, merging, put_on
 from .options import add_shared, add_unet, fill_in, whole_number
-from .timing import compared, interleaved, progress, timed
-from .unet_runs import Case, cases
+from .timing import progress, timed
+from .unet_runs import Case, Runs, cases, count_runs, everyone, measure, panels
 
 USUAL = {
     "sizes": [(512, 512)],
-    "ratios": [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75],
+    "ratios": [0.0, 0.1, 0.25, 0.4375, 0.5, 0.6, 0.75, 0.84, 0.9375],
+    "methods": [KEYS, PAPER],
     "rounds": 5,
     "attention": "plain",
-    # Not the default of the setting: more would time every contender over as many steps.
     "reuse_steps": 1,
 }
 QUICK = {"sizes": [(256, 256)], "ratios": [0.3, 0.6], "rounds": 3}
 TINY = {"sizes": [(128, 128)], "ratios": [0.3, 0.6], "rounds": 1}
+
+DEFAULTS_STEPS = 8
 
 COLUMNS = {
     "size": ("size", str),
@@ -49,69 +53,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench speed`."""
     add_shared(parser)
     add_unet(parser)
+    parser.add_argument("--reuse-steps", type=whole_number, metavar="N", help="for how many steps our matching is kept")
     parser.add_argument(
-        "--reuse-steps",
+        "--steps",
         type=whole_number,
         metavar="N",
-        help="for how many steps our matching is kept; everything is timed over so many steps",
+        help=f"a run's, timed together (default: those that a matching is kept for; with --defaults {DEFAULTS_STEPS})",
     )
-    parser.add_argument("--method", choices=METHODS, default="paper", help="how ours merges")
+    parser.add_argument(
+        "--defaults",
+        action="store_true",
+        help="time the shipped defaults beside those of version 1, and nothing else but the unmerged UNet",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints the table, writes `speed-ATTENTION.csv` and `.png`."""
+    """Measures, prints the table, writes `speed-ATTENTION.csv` and `.png`; with `--defaults` `defaults-ATTENTION.*`."""
     fill_in(args, USUAL, QUICK, TINY)
+    steps = args.steps or (DEFAULTS_STEPS if args.defaults else args.reuse_steps)
     machine = output.this_machine(args.device, args.dtype, args.command)
-    csv_path, plot_path = (args.out / f"speed-{args.attention}{ending}" for ending in (".csv", ".png"))
+    stem = f"{'defaults' if args.defaults else 'speed'}-{args.attention}"
+    csv_path, plot_path = (args.out / f"{stem}{ending}" for ending in (".csv", ".png"))
     rows: list[output.Row] = []
-    panels, notes = [], []
-    settings = MergeSettings(
-        reuse_steps=args.reuse_steps,
-    )
-    with cases(args, settings) as found, progress(_runs(args, found)) as tick:
-        for case in found:
-            panel = output.Panel(f"{case.size_name}, {args.attention} attention", "ratio", "times faster than unmerged")
-            for number, ratio in enumerate(args.ratios):
-                said: dict[str, str] = {}
-                runs = {
-                    one.name: functools.partial(_seconds, case, one, ratio, args.reuse_steps, args.device, said)
-                    for one in case.contenders
-                }
-                # What the first runs of a size set up serves all its ratios.
-                warmup = int(number == 0)
-                results = interleaved(runs, args.rounds, lambda name, at=ratio: tick(f"{name}, {at:g}"), warmup)
-                for row in compared(results, "seconds", UNMERGED, OVER_OTHERS):
-                    name = row["contender"]
-                    about = {"size": case.size_name, "ratio": ratio}
-                    how = {"rounds": args.rounds, "attention": args.attention, "merged": said[name]}
-                    rows.append({**about, **row, **how})
-                    panel.add(name, ratio, row["gain"])
-                notes += [f"{case.size_name}, {ratio:g}, {name}: {what}" for name, what in said.items() if what]
-                # After every ratio: what was measured in an hour is kept when the next is broken off.
-                output.write_csv(csv_path, rows, machine)
-            panel.lines[output.PAPER] = output.paper_line(output.PAPER_SECONDS)
-            panel.reference = output.PAPER
-            panels.append(panel)
-            notes += case.notes
-    output.plot(plot_path, panels, machine)
+
+    def save(new: list[output.Row]) -> None:
+        rows.extend(new)
+        output.write_csv(csv_path, rows, machine)
+
+    def choose(tokens: int) -> tuple[Runs, list[str]]:
+        return (_defaults(args), []) if args.defaults else everyone(args, tokens, args.reuse_steps)
+
+    def seconds(case: Case, running: Running) -> float:
+        def work() -> None:
+            for step in range(steps):
+                running.begin_step(step, steps)
+                case.step()
+
+        return timed(work, args.device)[0] / steps
+
+    with cases(args, choose) as found, progress(count_runs(found, args.rounds)) as tick:
+        notes = measure(found, args, "seconds", seconds, tick, save)
+    output.plot(plot_path, panels(rows, args, "times faster than unmerged", output.PAPER_SECONDS), machine)
     output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
 
 
-def _runs(args: argparse.Namespace, found: list[Case]) -> int:
-    return sum(len(case.contenders) for case in found) * (len(args.ratios) * args.rounds + 1)
-
-
-def _seconds(
-    case: Case, contender: Contender, ratio: float, steps: int, device: torch.device, said: dict[str, str]
-) -> float:
-    """Seconds a step, of `steps` in a row."""
-
-    def work() -> None:
-        for step in range(steps):
-            running.begin_step(step, steps)
-            case.step()
-
-    with contender.put_on(case.unet, ratio) as running:
-        seconds, _ = timed(work, device)
-        said[contender.name] = running.describe()
-    return seconds / steps
+def _defaults(args: argparse.Namespace) -> Runs:
+    """What `--defaults` times, each by a schedule of its own."""
+    both = {DEFAULTS: MergeSettings(), FORMER_DEFAULTS: FORMER["Balanced"]}
+    forced = {name: dataclasses.replace(settings, skip_unprofitable=not args.force) for name, settings in both.items()}
+    unmerged = Contender(UNMERGED, functools.partial(put_on, name=UNMERGED, ratio=0.0))
+    ours = [Contender(name, functools.partial(merging, settings=settings)) for name, settings in forced.items()]
+    return {None: [unmerged, *ours]}

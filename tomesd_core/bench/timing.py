@@ -38,12 +38,15 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Spread:
 
 
 def compared(
-    results: Mapping[str, Sequence[float]], what: str, baseline: str | None, others: Mapping[str, str]
+    results: Mapping[str, Sequence[float]],
+    what: str,
+    baseline: str | None,
+    others: Mapping[str, Mapping[str, str]],
 ) -> list[dict[str, object]]:
     """A row for each name: the spread of its results, as `what`, and how it stands to others of the same rounds.
 
-    `gain` is the baseline over it, with quartiles; of `others`, by column the name, it over each. None where such a
-    one was not measured.
+    `gain` is the baseline over it, with quartiles. `others` says, by column and name, over which other it is taken;
+    None where there is no such one, or it was not measured.
     """
     rows = []
     for name, values in results.items():
@@ -51,7 +54,8 @@ def compared(
         row[what], row[f"{what}_low"], row[f"{what}_high"] = spread(values)
         if baseline is not None:
             row["gain"], row["gain_low"], row["gain_high"] = paired(results[baseline], values)
-        for column, other in others.items():
+        for column, other_of in others.items():
+            other = other_of.get(name)
             row[column] = paired(values, results[other]).median if other in results else None
         rows.append(row)
     return rows

@@ -5,14 +5,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from ..settings import MergeSettings
-from .contenders import Contender, contenders
+from . import output
+from .contenders import (
+    CORNER,
+    LIMIT_OF,
+    OVER_OTHERS,
+    RANDOM,
+    TODO,
+    UNMERGED,
+    Contender,
+    Running,
+    contenders,
+)
 from .models import LATENT_FACTOR, SD1, TINY, attention, build_unet, one_step, read_checkpoint
 from .options import Size
+from .timing import compared, interleaved
+
+Runs = Mapping["float | None", Sequence[Contender]]
+"""By ratio, what runs; None: what has ratios of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +38,7 @@ class Case:
     size: Size
     unet: nn.Module
     step: Callable[[], Tensor]
-    contenders: Sequence[Contender]
+    runs: Runs
     notes: Sequence[str]
 
     @property
@@ -32,12 +48,11 @@ class Case:
 
 
 @contextlib.contextmanager
-def cases(args: argparse.Namespace, settings: MergeSettings) -> Iterator[list[Case]]:
+def cases(args: argparse.Namespace, choose: Callable[[int], tuple[Runs, list[str]]]) -> Iterator[list[Case]]:
     """One case for each of the arguments' sizes, all of one UNet, which has the arguments' attention while open.
 
-    `settings` is how ours merges, at one ratio in all steps; with `--force` also where the rule says that it can't pay.
+    `choose` says what runs on so many tokens, and gives notes on what does not.
     """
-    settings = dataclasses.replace(settings, schedule="constant", skip_unprofitable=not args.force)
     config, weights = (TINY if args.tiny else SD1), None
     if args.checkpoint is not None:
         config, weights = read_checkpoint(args.checkpoint)
@@ -45,7 +60,84 @@ def cases(args: argparse.Namespace, settings: MergeSettings) -> Iterator[list[Ca
     with attention(unet, args.attention):
         found = []
         for width, height in args.sizes:
-            tokens = (width // LATENT_FACTOR) * (height // LATENT_FACTOR)
-            some, notes = contenders(tokens, args.torch_dtype, settings)
-            found.append(Case((width, height), unet, one_step(unet, config, (width, height)), some, notes))
+            runs, notes = choose((width // LATENT_FACTOR) * (height // LATENT_FACTOR))
+            found.append(Case((width, height), unet, one_step(unet, config, (width, height)), runs, notes))
         yield found
+
+
+def everyone(args: argparse.Namespace, tokens: int, reuse_steps: int = 1) -> tuple[Runs, list[str]]:
+    """At each of the arguments' ratios the unmerged UNet, ours by the arguments' methods, the peers, and the limits.
+
+    Ours merges at one ratio in all steps; with `--force` also where the rule says that it can't pay.
+    """
+    settings = MergeSettings(schedule="constant", reuse_steps=reuse_steps, skip_unprofitable=not args.force)
+    # Of the methods alone: with keys alone the limit of the peers tells nothing.
+    limits = dict.fromkeys(LIMIT_OF[method] for method in args.methods)
+    names = [UNMERGED, *args.methods, CORNER, RANDOM, TODO, *limits]
+    runs: dict[float | None, Sequence[Contender]] = {}
+    notes: list[str] = []
+    for ratio in args.ratios:
+        runs[ratio], left_out = contenders(names, ratio, tokens, args.torch_dtype, settings)
+        notes += left_out
+    return runs, notes
+
+
+def count_runs(found: Sequence[Case], rounds: int) -> int:
+    """How often `measure` will tick: what the first runs of a size set up serves all its ratios."""
+    return sum(len(some) * (rounds + (not number)) for case in found for number, some in enumerate(case.runs.values()))
+
+
+def measure(
+    found: Sequence[Case],
+    args: argparse.Namespace,
+    what: str,
+    one: Callable[[Case, Running], float],
+    tick: Callable[[str], None],
+    save: Callable[[list[output.Row]], None],
+) -> list[str]:
+    """Runs everything on every case: `one` gives the measure, called `what`, of a contender that is on the UNet.
+
+    `save` gets the rows of a size and ratio as soon as they are known: what was measured in an hour is kept when the
+    next is broken off. Gives notes on what was merged, and what was left out.
+    """
+    notes: list[str] = []
+    for case in found:
+        for number, (ratio, some) in enumerate(case.runs.items()):
+            said: dict[str, str] = {}
+            at = case.size_name if ratio is None else f"{case.size_name}, {ratio:g}"
+
+            def run(contender: Contender, case: Case = case, said: dict[str, str] = said) -> float:
+                with contender.put_on(case.unet) as running:
+                    value = one(case, running)
+                    said[contender.name] = running.describe()
+                return value
+
+            runs = {contender.name: functools.partial(run, contender) for contender in some}
+            results = interleaved(runs, args.rounds, lambda name, at=at: tick(f"{name}, {at}"), int(not number))
+            about = {"size": case.size_name, "ratio": ratio}
+            how = {"rounds": args.rounds, "attention": args.attention}
+            rows = compared(results, what, UNMERGED, OVER_OTHERS)
+            save([{**about, **row, **how, "merged": said[str(row["contender"])]} for row in rows])
+            notes += [f"{at}, {name}: {merged}" for name, merged in said.items() if merged]
+        notes += case.notes
+    return notes
+
+
+def panels(
+    rows: Sequence[output.Row], args: argparse.Namespace, up: str, paper: Mapping[float, float]
+) -> list[output.Panel]:
+    """A plot for each size: how many times better than unmerged, over the ratio or, where it has none, by contender."""
+    by_size: dict[str, output.Panel] = {}
+    for row in rows:
+        title = f"{row['size']}, {args.attention} attention"
+        panel = by_size.setdefault(row["size"], output.Panel(title, "ratio", up))
+        if row["ratio"] is None:
+            panel.across = ""
+            panel.add(row["contender"], row["contender"], row["gain"])
+        else:
+            panel.add(row["contender"], row["ratio"], row["gain"])
+    for panel in by_size.values():
+        if panel.across:
+            panel.lines[output.PAPER] = output.paper_line(paper)
+            panel.reference = output.PAPER
+    return [*by_size.values()]
