@@ -628,7 +628,7 @@ def test_another_unet_in_its_place(make):
         sd_unet.list_unets()
         sd_unet.apply_unet()
     assert pixels(processed) == pixels(expected)
-    assert "nothing merged: the model's attention layers did not run: the UNet was replaced" in processed.comments
+    assert "nothing merged: the model's own attention layers did not run: the UNet was replaced" in processed.comments
 
 
 def test_layers_that_hypertile_tiles_are_left_to_it_and_this_is_said(host, make, log_lines):
@@ -744,7 +744,7 @@ def test_off_after_on_has_webuis_own_merging_again(host, make_p, own_merging, bl
     [
         ([True, 1.5], ["ratio", "1.5", "[0, 0.9375]"]),
         ([True, -0.1], ["ratio", "-0.1", "[0, 0.9375]"]),
-        ([True, 0.76], ["ratio", "0.76", "[0, 0.9375]"]),
+        ([True, 0.94], ["ratio", "0.94", "[0, 0.9375]"]),
         ([True, "abc"], ["ratio", "'abc'", "[0, 0.9375]"]),
         ([True, "0.5"], ["ratio", "'0.5'", "[0, 0.9375]"]),
         ([True, None], ["ratio", "None", "[0, 0.9375]"]),
@@ -799,7 +799,7 @@ def test_values_without_effect_may_be_anything_in_range(make, merged):
 
 
 def test_more_arguments_than_fields_are_ignored(make, merged):
-    assert pixels(make([*arguments(), 0, 1, *["too", "many"] * 20])) == merged
+    assert pixels(make([*arguments(), "paper", 0, 1, *["too", "many"] * 20])) == merged
 
 
 def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):

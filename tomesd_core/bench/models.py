@@ -243,7 +243,7 @@ def attention(model: nn.Module, kind: str) -> Iterator[None]:
         yield
 
 
-def _fused_attention(layer: nn.Module, x: Tensor, context: Tensor | None = None, mask: None = None) -> Tensor:
+def _fused_attention(layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
     context = x if context is None else context
     q, k, v = (
         projected.unflatten(-1, (layer.heads, -1)).transpose(1, 2)

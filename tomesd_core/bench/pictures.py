@@ -29,9 +29,6 @@ from .options import DTYPES
 from .packages import require
 from .timing import timed
 
-MODULES = (hooks, matching, partition, plan, profit, proportional, schedule, settings, token_map)
-"""What decides how tokens are merged."""
-
 CHUNK = 8
 """Pictures made at once, and kept in one file; guidance doubles them. On a CPU more at once were no faster."""
 

@@ -16,7 +16,7 @@ from . import maps, options, store
 from .arguments import panel_values, read_arguments, read_map, unused_fields
 from .axes import OVERRIDES
 from .log import log
-from .model import hypertile_of, loaded_unet
+from .model import hypertile_of, loaded_unet, unet_is_replaced
 
 ERROR_KEY = "ToMe error"
 COMMENT = "ToMe: "
@@ -213,7 +213,8 @@ class Sampling:
             report = self._merging.report()
             has_two = bool(getattr(self._p, "enable_hr", False))
             where = f"{'hires' if self._is_hires else 'first'} pass: " if has_two else ""
-            self._summaries[where + report.summary] += 1
+            why = ": the UNet was replaced" if not report.merged_layers and unet_is_replaced() else ""
+            self._summaries[where + report.summary + why] += 1
             if options.option(options.LOG_LAYERS, False):
                 log.info(str(report))
             self._merging.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modules import sd_models
+from modules import sd_models, sd_unet
 from torch import nn
 
 from ..unet import Layer, find_layers
@@ -18,6 +18,11 @@ def loaded_layers() -> list[Layer] | None:
     """The self-attention layers of the loaded UNet, or None where no model is loaded."""
     unet = loaded_unet()
     return None if unet is None else find_layers(unet)
+
+
+def unet_is_replaced() -> bool:
+    """Whether an `sd_unet` option (TensorRT, say) runs in place of the model's own UNet."""
+    return getattr(sd_unet, "current_unet", None) is not None
 
 
 def hypertile_of(attention: nn.Module) -> str | None:
