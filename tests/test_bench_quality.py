@@ -149,16 +149,16 @@ def test_pictures_of_few_steps_are_held_against_twins_of_as_many(bench: Callable
 
 
 def test_more_samples_make_only_the_new_ones(bench: Callable, made: list, tmp_path: Path) -> None:
-    bench("--tiny", "--tables", "defaults", "--samples", CHUNK)
-    assert [first for _, first in made] == [0, 0, 0]
-    before = read(tmp_path / "quality-defaults.csv")
+    bench("--tiny", "--tables", "where", "--samples", CHUNK)
+    assert [first for _, first in made] == [0] * 4
+    before = read(tmp_path / "quality-where.csv")
     made.clear()
-    bench("--tiny", "--tables", "defaults", "--samples", CHUNK + 1)
-    assert [first for _, first in made] == [CHUNK] * 3
+    bench("--tiny", "--tables", "where", "--samples", CHUNK + 1)
+    assert [first for _, first in made] == [CHUNK] * 4
     made.clear()
-    bench("--tiny", "--tables", "defaults", "--samples", CHUNK)
+    bench("--tiny", "--tables", "where", "--samples", CHUNK)
     assert not made
-    again = read(tmp_path / "quality-defaults.csv")
+    again = read(tmp_path / "quality-where.csv")
     assert [row["psnr"] for row in again] == [row["psnr"] for row in before]
 
 
@@ -173,11 +173,11 @@ def test_an_interrupted_run_goes_on_where_it_was(bench: Callable, made: list, mo
     with monkeypatch.context() as patched:
         patched.setattr(pictures.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            bench("--tiny", "--tables", "defaults", "where")
+            bench("--tiny", "--tables", "where")
     done, half_written = made[:2], made[2]
     made.clear()
-    bench("--tiny", "--tables", "defaults", "where")
-    assert made[0] == half_written and len(made) == 4
+    bench("--tiny", "--tables", "where")
+    assert made[0] == half_written and len(made) == 2
     assert not set(done) & set(made)
 
 
@@ -293,9 +293,16 @@ def test_a_rows_ratio_and_pairs_are_the_means_over_its_steps(row: ablations.Row)
     assert variant.pairs == pytest.approx(sum((1 - ratio) ** power for ratio in ratios) / 50, abs=2e-3)
 
 
+def skip_unless_they_changed() -> None:
+    if shipped() == ablations._former("Balanced"):
+        pytest.skip("the shipped settings are still what they were: there is nothing to hold against them")
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_rows_are_held_against_rows_above(name: str) -> None:
     rows = TABLES[name].rows
+    if name in ("defaults", "presets"):
+        skip_unless_they_changed()
     assert len({row.variant for row in rows}) == len(rows)
     for number, row in enumerate(rows):
         reference = row.reference
@@ -318,6 +325,7 @@ def test_what_is_merged_is_compared_at_equally_many_pairs() -> None:
 
 
 def test_presets_are_held_against_what_they_were() -> None:
+    skip_unless_they_changed()
     rows = {row.name: row for row in TABLES["presets"].rows}
     assert {"Quality", "Balanced", "Fast", "Paper (60 %)"} < set(rows)
     for name, former in FORMER.items():
