@@ -80,7 +80,7 @@ def test_where_nothing_merges_the_pictures_are_equal_and_there_is_no_map(tmp_pat
 
 
 def test_a_wrong_ratio_is_said_and_saves_nothing(tmp_path, capsys):
-    assert main(["cat", "--ratio", "0.9", "--steps", "1", "--out", str(tmp_path / "out.png")]) == 2
+    assert main(["cat", "--ratio", "0.95", "--steps", "1", "--out", str(tmp_path / "out.png")]) == 2
     assert "ratio must lie in [0, 0.9375]" in capsys.readouterr().out
     assert not (tmp_path / "out.png").exists()
 

@@ -59,9 +59,9 @@ def test_a_schedule_differs_from_both_its_ends(webui):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([True, 1.5], ("ratio", "1.5", "[0, 0.75]")),
-        ([True, "abc"], ("ratio", "abc", "[0, 0.75]")),
-        ([True, None], ("ratio", "None", "[0, 0.75]")),
+        ([True, 1.5], ("ratio", "1.5", "[0, 0.9375]")),
+        ([True, "abc"], ("ratio", "abc", "[0, 0.9375]")),
+        ([True, None], ("ratio", "None", "[0, 0.9375]")),
         ([True, 0.5, 0.2, "zigzag"], ("schedule", "zigzag", "constant, linear, step")),
         (["yes"], ("enabled", "yes", "true or false")),
     ],

@@ -226,12 +226,12 @@ def generate(page: Any, side: int, steps: int = 2) -> Any:
 def test_the_title_says_what_is_set_and_the_preview_what_will_happen(page, tab):
     go_to(page, tab)
     panel = Panel(page, tab).unfold()
-    expect(panel.title).to_contain_text("ToMe: 60 % → 40 %, level 1")
+    expect(panel.title).to_contain_text("ToMe: 60 % → 40 % of tokens, level 1")
     expect(panel.preview).to_contain_text("self-attention layers")
     panel.set(ratio=0.25)
-    expect(panel.title).to_contain_text("ToMe: 25 % → 40 %, level 1")
+    expect(panel.title).to_contain_text("ToMe: 25 % → 40 % of tokens, level 1")
     panel.set(schedule="constant")
-    expect(panel.title).to_contain_text("ToMe: 25 %, level 1")
+    expect(panel.title).to_contain_text("ToMe: 25 % of tokens, level 1")
 
 
 @pytest.mark.parametrize("tab", TABS)
@@ -440,7 +440,7 @@ def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page):
     # Before the axis: WebUI's answer to that choice writes the values back as they were then.
     values.fill("0.3, 2")
     choose(axis, "[ToMe] Ratio")
-    expect(generate(page, webui.side, steps=1).locator(".error")).to_contain_text("[0, 0.75]")
+    expect(generate(page, webui.side, steps=1).locator(".error")).to_contain_text("[0, 0.9375]")
     page.locator("#html_log_txt2img .performance").evaluate("element => element.remove()")
     values.fill("0.3, 0.6")
     results = generate(page, webui.side, steps=1)

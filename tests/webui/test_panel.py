@@ -54,7 +54,7 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
         else:
             assert (control.minimum, control.maximum) == (setting.minimum, setting.maximum)
             assert isinstance(control.value, float), "the API casts by this value's type"
-    assert controls["ratio"].maximum == controls["late_ratio"].maximum == 0.75
+    assert controls["ratio"].maximum == controls["late_ratio"].maximum == 0.9375
     assert [(controls[name].minimum, controls[name].value) for name in LAST] == [(0, 0.0), (1, 1.0)]
 
 
@@ -87,7 +87,7 @@ def test_the_api_lists_the_script(host, controls, tab):
     assert script["is_alwayson"] is True
     assert [argument["label"] for argument in script["args"]] == [control.label for control in controls.values()]
     ratio = script["args"][1]
-    assert (ratio["value"], ratio["minimum"], ratio["maximum"]) == (0.6, 0.0, 0.75)
+    assert (ratio["value"], ratio["minimum"], ratio["maximum"]) == (0.6, 0.0, 0.9375)
 
 
 def test_over_http(host, tab):
