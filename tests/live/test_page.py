@@ -36,6 +36,7 @@ DEFAULTS = {
     "min_tokens": 0,
     "apply_to": "both passes",
     "reuse_steps": 4,
+    "method": "paper",
 }
 OTHERS = {
     "ratio": 0.4,
@@ -46,6 +47,7 @@ OTHERS = {
     "min_tokens": 256,
     "apply_to": "first pass",
     "reuse_steps": 3,
+    "method": "tokens",
 }
 """For every field, a value that isn't its default."""
 HIRES = {"enable_hr": True, "hr_scale": 1.25, "hr_upscaler": "Latent", "denoising_strength": 0.6}
@@ -302,7 +304,7 @@ def test_choosing_a_preset_sets_the_fields_and_leaves_the_switch(panel, on):
     expect(panel.element("late_ratio")).to_be_visible()
     expect(panel.message).to_contain_text("For drafts")
     if on:
-        expect(panel.title).to_contain_text("ToMe: 75 % → 50 %, level 2")
+        expect(panel.title).to_contain_text("ToMe: 75 % → 50 % of tokens, level 2")
     expect(panel.switch).to_be_checked(checked=on)
     choose(panel.element("preset"), "Hires only")
     panel.expect({**DEFAULTS, "apply_to": "hires pass"})
@@ -419,7 +421,7 @@ def test_png_info_sends_every_field_and_switches_off_without_them(webui, baselin
         expect(panel.switch).to_be_checked(checked=name == "merged")
         panel.expect(OTHERS if name == "merged" else DEFAULTS)
         if name == "merged":
-            expect(panel.title).to_contain_text("ToMe: 40 % → 10 %, level 2")
+            expect(panel.title).to_contain_text("ToMe: 40 % → 10 % of tokens, level 2")
             go_to(page, "PNG Info")
             page.locator("#pnginfo_image [aria-label=Clear], #pnginfo_image [title=Clear]").first.click()
             # Gradio drops a change while it still answers the one before: the next picture has to wait for this.
