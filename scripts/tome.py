@@ -59,7 +59,7 @@ class ToMe(scripts.Script):
         generation.prepare(p, args)
 
     def process_batch(self, p: Any, *args: Any, batch_number: int = 0, **kwargs: Any) -> None:
-        generation.bind(p, args, first_batch=batch_number == 0)
+        generation.bind(p, first_batch=batch_number == 0)
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
         maps.draw_on(p, pp.image)
