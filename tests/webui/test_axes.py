@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from in_host import running
 
 from tomesd_core.settings import PANEL_FIELDS
 
@@ -68,7 +69,5 @@ def test_a_plot_of_another_shape_is_no_plot(host, log_lines, monkeypatch):
 
     plot = next(found.module for found in scripts.scripts_data if Path(found.path).name == "xyz_grid.py")
     monkeypatch.delattr(plot, "axis_options")
-    from tomesd_core.webui.axes import add_axes
-
-    add_axes()
+    running("webui.axes").add_axes()
     assert len(log_lines) == 1 and "no ToMe axes" in log_lines[0]

@@ -39,10 +39,8 @@ def pictures_and_maps(processed):
 
 
 @pytest.fixture
-def recorded(host, monkeypatch):
+def recorded(generation, monkeypatch):
     """Every merged call of the model: step, layer, slots."""
-    from tomesd_core.webui import generation
-
     calls = []
 
     class Recorder(merge_map.MapRecorder):
@@ -258,12 +256,13 @@ def test_a_generation_that_fails_leaves_no_map_behind(make_p, host):
     assert not [name for name in vars(p) if "map" in name]
 
 
-def test_without_a_map_nothing_is_recorded(make, monkeypatch):
-    from tomesd_core.webui import generation, maps
-
+def test_without_a_map_nothing_is_recorded(make, monkeypatch, generation):
     def never(*args, **kwargs):
         raise AssertionError("called")
 
-    for module, name in ((generation, "MapRecorder"), (maps, "draw"), (maps, "keep"), (maps, "first_rows")):
+    for module, name in (
+        (generation, "MapRecorder"),
+        *((generation.maps, name) for name in ("draw", "keep", "first_rows")),
+    ):
         monkeypatch.setattr(module, name, never)
     assert len(make([True, 0.5]).images) == 1

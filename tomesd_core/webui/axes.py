@@ -13,8 +13,9 @@ from . import store
 from .arguments import ENABLED
 from .log import log
 
-OVERRIDES = "tome_overrides"
-"""The attribute of `p` in which an axis leaves its value: a mapping as the API takes it."""
+OVERRIDES = f"{__name__}.overrides"
+"""The attribute of `p` in which an axis leaves its value: a mapping as the API takes it. It is named after this module,
+so that a second copy of the extension, whose modules have other names, doesn't take it for its own."""
 
 
 def add_axes() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from ..hooks import Merging, attach
 from ..merge_map import MapRecorder, MergeMap
 from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
-from . import maps, options, store
+from . import maps, namesakes, options, store
 from .arguments import panel_values, read_arguments, read_map, unused_fields
 from .axes import OVERRIDES
 from .log import log
@@ -62,8 +62,16 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
 
     A wrong value switches merging off for this generation, and says so there, under the picture and in the log.
     """
-    global _last
     _forget(p)
+    _decide(p, args)
+    line = namesakes.warning(p, is_asked=PREPARED in vars(p))
+    if line:
+        _comment(p, _prepared(p), line)
+
+
+def _decide(p: Any, args: Sequence[Any]) -> None:
+    """Prepares p for a generation that merges, or says why it doesn't, where it was asked to."""
+    global _last
     try:
         settings = _settings(p, args)
         shown = None if settings is None else read_map(args)
