@@ -134,10 +134,10 @@ class _MergedSample:
             _unwrap(p)
             sampling.tell(self._in_log)
         if prepared.shown is not None:
-            found = sampling.maps()
+            found, line = sampling.maps()
             maps.keep(p, found)
-            for merge_map in found[:1]:
-                _comment(p, prepared, str(merge_map))
+            if found:
+                _comment(p, prepared, line)
         return samples
 
     def _of_copy(self, p: Any) -> Any:
@@ -231,6 +231,10 @@ class Sampling:
         self._prepared = prepared
         self._recorded: dict[bool, tuple[MapRecorder, list[int]]] = {}
         """For the first (False) and the hires pass: its maps, and where its pictures are in the batch."""
+        self._latents: dict[bool, tuple[int, int]] = {}
+        """The size of each pass's latent, rows and columns."""
+        self._levels: dict[str, int | None] = {}
+        """The level of each layer, as it was in the last call."""
         self._merging: Merging | None = None
         self._unet: nn.Module | None = None
         self._is_hires = False
@@ -262,6 +266,7 @@ class Sampling:
         if self._merging is None or not self._merging.attached or self._unet is not unet or self._is_hires != is_hires:
             self.stop()
             recorder = self._recorder(sampler, is_hires) if self._prepared.shown else None
+            self._latents[is_hires] = tuple(params.x.shape[-2:])
             self._merging = attach(unet, self.settings, hypertile_of, recorder)
             self._unet, self._is_hires = unet, is_hires
         # Samplers that run the model twice a step run it once in the last; WebUI's total counts that one twice too.
@@ -269,10 +274,19 @@ class Sampling:
         twice_a_step = bool(options_of_sampler.get("second_order"))
         self._merging.set_step(denoiser.step, denoiser.total_steps - twice_a_step)
 
-    def maps(self) -> list[MergeMap]:
-        """The merge map of each picture, from the last pass that merged; none where none did."""
-        passes = [recorder.maps(rows) for _, (recorder, rows) in sorted(self._recorded.items(), reverse=True)]
-        return next((found for found in passes if found), [])
+    def maps(self) -> tuple[list[MergeMap], str]:
+        """The merge map of each picture, from the last pass that merged, and in a line what they are; or none.
+
+        Another extension may let the UNet see the latent in tiles, of which the recorded call is one.
+        """
+        for is_hires, (recorder, rows) in sorted(self._recorded.items(), reverse=True):
+            found = recorder.maps(rows)
+            if found:
+                level = self._levels.get(found[0].layer_name)
+                sides = zip(found[0].grid, self._latents[is_hires], strict=True)
+                is_tile = level is not None and any(tokens * level < whole for tokens, whole in sides)
+                return found, f"{found[0]}{', of one tile' if is_tile else ''}"
+        return [], ""
 
     def _recorder(self, sampler: Any, is_hires: bool) -> MapRecorder:
         """The pass's recorder, which a refiner goes on with."""
@@ -285,6 +299,7 @@ class Sampling:
         """Leaves nothing on the model, and keeps no reference to it."""
         if self._merging is not None:
             report = self._merging.report()
+            self._levels |= {layer.name: layer.level for layer in report.layers}
             has_two = bool(getattr(self._p, "enable_hr", False))
             where = f"{'hires' if self._is_hires else 'first'} pass: " if has_two else ""
             self._summaries[where + report.summary] += 1
