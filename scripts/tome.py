@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from modules import script_callbacks, scripts
 
+EXTENSION = Path(__file__).resolve().parents[1]
+PACKAGE = f"tomesd_core_{hashlib.sha256(os.fsencode(EXTENSION)).hexdigest()[:12]}"
+"""What the package beside this file is imported as. The name is this folder's own: another copy of the extension, other
+extensions and installed packages may have a `tomesd_core` too, and each goes on using its own."""
 
-def _forget_old_package() -> None:
-    """Makes the imports below read the files as they are now, where they have changed.
+
+def _import_package() -> None:
+    """Imports the package; where its files have changed, as they are now.
 
     "Reload UI" executes this file anew but keeps imported packages, so that after an update new code would run on old.
     "Reload custom script bodies" also keeps the running scripts: there the package that they use must stay.
     """
-    extension = Path(__file__).resolve().parents[1]
-    folder = extension / "tomesd_core"
-    stamp = sorted((str(file), file.stat().st_mtime_ns) for file in folder.rglob("*.py"))
-    imported = sys.modules.get("tomesd_core")
-    if imported is not None and getattr(imported, "files_stamp", stamp) != stamp:
+    folder = EXTENSION / "tomesd_core"
+    files = [*folder.glob("*.py"), *folder.glob("webui/*.py")]
+    stamp = sorted((str(file), file.stat().st_mtime_ns) for file in files)
+    imported = sys.modules.get(PACKAGE)
+    if imported is not None:
+        if getattr(imported, "files_stamp", None) == stamp:
+            return
         # WebUI says whose file it executes only while it makes the scripts.
-        if Path(scripts.basedir()).resolve() != extension:
+        if Path(scripts.basedir()).resolve() != EXTENSION:
             print("ToMe: the extension's files have changed: Reload UI to use them", file=sys.stderr)
             return
-        for name in [name for name in sys.modules if name.split(".")[0] == "tomesd_core"]:
+        for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
             del sys.modules[name]
-    import tomesd_core
+    spec = importlib.util.spec_from_file_location(PACKAGE, folder / "__init__.py")
+    package = sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    package.files_stamp = stamp
 
-    tomesd_core.files_stamp = stamp
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-_forget_old_package()
-
-from tomesd_core.settings import PANEL_FIELDS  # noqa: E402
-from tomesd_core.webui import axes, generation, infotext, log, maps, options, panel, routes  # noqa: E402
+_import_package()
+PANEL_FIELDS = _module("settings").PANEL_FIELDS
+axes, generation, infotext, log, maps, namesakes, options, panel, routes = (
+    _module(f"webui.{name}")
+    for name in ("axes", "generation", "infotext", "log", "maps", "namesakes", "options", "panel", "routes")
+)
 
 log.set_up()
 options.apply_log_level()
@@ -44,7 +62,7 @@ class ToMe(scripts.Script):
     """Token merging, always on the page, under its own switch."""
 
     def title(self) -> str:
-        return "ToMe"
+        return namesakes.TITLE
 
     def show(self, is_img2img: bool) -> Any:
         return scripts.AlwaysVisible
@@ -59,7 +77,7 @@ class ToMe(scripts.Script):
         generation.prepare(p, args)
 
     def process_batch(self, p: Any, *args: Any, batch_number: int = 0, **kwargs: Any) -> None:
-        generation.bind(p, args, first_batch=batch_number == 0)
+        generation.bind(p, first_batch=batch_number == 0)
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
         maps.draw_on(p, pp.image)
@@ -73,5 +91,6 @@ script_callbacks.remove_current_script_callbacks()
 script_callbacks.on_before_ui(axes.add_axes)
 script_callbacks.on_ui_settings(options.add_options)
 script_callbacks.on_app_started(routes.add_routes)
+script_callbacks.on_app_started(namesakes.log_namesakes)
 script_callbacks.on_cfg_denoiser(generation.on_denoise)
 script_callbacks.on_script_unloaded(generation.stop)

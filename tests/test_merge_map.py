@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import time
 
 import pytest
 import torch
@@ -189,6 +190,40 @@ def test_slots_that_touch_differ_in_hue(grid, ratio):
 def test_the_same_map_is_drawn_alike_every_time():
     slots = matched((16, 16))
     assert torch.equal(draw(slots, (16, 16), plain(64, 64)), draw(slots.clone(), (16, 16), plain(64, 64)))
+
+
+def test_many_slots_that_all_touch_each_other_differ_in_hue_too():
+    slots = torch.randint(0, 60, (64 * 64,), generator=torch.Generator().manual_seed(0))
+    drawn = draw(slots, (64, 64), plain(64, 64, 128))
+    hues = {colorsys.rgb_to_hsv(*(c / 255 for c in pixel))[0] for pixel in drawn.flatten(0, 1).tolist()}
+    assert len(hues) == 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_torchs_default_dtype_and_device_change_nothing(dtype):
+    slots, picture = matched((8, 8)), plain(64, 80)
+    usual, before = draw(slots, (8, 8), picture), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(draw(slots, (8, 8), picture), usual)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(("side", "seconds"), [(256, 0.5), (512, 2.0)])
+def test_a_large_picture_takes_no_time_worth_mentioning(side, seconds):
+    slots, picture, threads = matched((side, side)), plain(8 * side, 8 * side), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        took = []
+        for _ in range(3):
+            began = time.process_time()
+            draw(slots, (side, side), picture)
+            took.append(time.process_time() - began)
+    finally:
+        torch.set_num_threads(threads)
+    assert min(took) < seconds
 
 
 @pytest.mark.parametrize(

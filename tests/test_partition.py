@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tomesd_core.partition import make_partition
+from tomesd_core.matching import match_tokens
+from tomesd_core.partition import _layout, make_partition
 from tomesd_core.settings import PARTITIONS
 
 GRIDS = [(8, 8), (65, 33), (7, 9), (1, 5), (2, 1), (6, 40)]
@@ -217,3 +218,36 @@ def test_a_grid_without_a_whole_cell_has_nothing_to_remove(partition):
     split = make_partition((3, 1), (2, 2), partition)
     assert split.dst.shape == (1, 0)
     assert split.most_removed == 0
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_torchs_default_device_changes_nothing(partition, window):
+    options = {"partition": partition, "step": 3, "window": window, "items": 2}
+    # What doesn't change from step to step is kept from call to call, whatever the defaults were at the first.
+    _layout.cache_clear()
+    with torch.device("meta"):
+        split = make_partition((19, 23), (2, 2), **options)
+    _layout.cache_clear()
+    usual = make_partition((19, 23), (2, 2), **options)
+    assert torch.equal(split.src, usual.src) and torch.equal(split.dst, usual.dst)
+    assert torch.equal(split.windows.src_place, usual.windows.src_place)
+    assert torch.equal(split.windows.dst, usual.windows.dst)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_matching_is_the_same_whatever_torchs_defaults_are(dtype):
+    x = torch.randn(2, 15 * 31, 8)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            token_map = match_tokens(x, (15, 31), 0.5)
+            merged = token_map.merge(x)
+            counts = token_map.counts
+    finally:
+        torch.set_default_dtype(before)
+    usual = match_tokens(x, (15, 31), 0.5)
+    assert torch.equal(token_map.slots, usual.slots)
+    assert torch.equal(merged, usual.merge(x))
+    assert torch.equal(counts, usual.counts)

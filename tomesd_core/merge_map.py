@@ -17,7 +17,8 @@ GOLDEN = 0.6180339887498949
 """By how much of the circle the first choice of hue turns from slot to slot."""
 
 HUES = 24
-"""From how many hues around the circle a slot takes the one that is furthest from its neighbours'."""
+"""From how many hues around the circle a slot takes the one that is furthest from its neighbours'. More are taken where
+these don't tell all neighbours apart, which no map of a picture has needed yet."""
 
 COVER = 0.6
 """How much of a merged token's picture its colour covers."""
@@ -92,9 +93,9 @@ class MapRecorder:
 def draw(slots: Tensor, grid: tuple[int, int], picture: Tensor) -> Tensor:
     """`picture` with the tokens that fell together in one colour a slot; tokens alone stay plain.
 
-    `slots` is [N] for a grid of (rows, columns) tokens, `picture` uint8 [H, W, 3] of any size, whose pixels belong to
-    the tokens that they lie in. Neighbouring slots differ in hue; the same slots always get the same colours. Gives
-    uint8 [H, W, 3]. Raises `ValueError` where slots or picture have another shape.
+    `slots` is [N] for a grid of (rows, columns) tokens, `picture` uint8 [H, W, 3] of any size on the same device, whose
+    pixels belong to the tokens that they lie in. Neighbouring slots differ in hue; the same slots always get the same
+    colours. Gives uint8 [H, W, 3]. Raises `ValueError` where slots or picture have another shape.
     """
     rows, columns = grid
     if slots.shape != (rows * columns,):
@@ -104,13 +105,17 @@ def draw(slots: Tensor, grid: tuple[int, int], picture: Tensor) -> Tensor:
     height, width = picture.shape[:2]
     is_merged = slots.bincount()[slots] > 1
     laid = torch.where(is_merged, slots, ALONE).view(grid)
-    down = torch.arange(height) * rows // height
-    across = torch.arange(width) * columns // width
-    of_pixel = laid[down][:, across]
-    covered = torch.lerp(picture.float(), _colours(laid)[of_pixel], COVER)
+    down = torch.arange(height, device=slots.device) * rows // height
+    across = torch.arange(width, device=slots.device) * columns // width
+
+    def of_pixels(tokens: Tensor) -> Tensor:
+        """[rows, columns, …] to [H, W, …]."""
+        return tokens.index_select(0, down).index_select(1, across)
+
+    covered = picture.float().lerp_(of_pixels(_colours(laid)[laid]), COVER)
     if min(height // rows, width // columns) >= LEAST_SIDE:
-        covered[_edges(of_pixel)] *= EDGE
-    return torch.where((of_pixel != ALONE)[..., None], covered.round().to(torch.uint8), picture)
+        covered *= 1 - (1 - EDGE) * _edges(of_pixels(laid))[..., None].float()
+    return torch.where(of_pixels(laid != ALONE)[..., None], covered.round_().to(torch.uint8), picture)
 
 
 def _edges(of_pixel: Tensor) -> Tensor:
@@ -122,28 +127,65 @@ def _edges(of_pixel: Tensor) -> Tensor:
 
 
 def _colours(laid: Tensor) -> Tensor:
-    """[slots, 3], 0 to 255: a colour for each slot in `laid` [rows, columns], unlike those of the slots around it."""
-    around: dict[int, set[int]] = {slot: set() for slot in laid.unique().tolist() if slot != ALONE}
-    beside = [(laid[:, 1:], laid[:, :-1]), (laid[1:], laid[:-1])]
-    across = [(laid[1:, 1:], laid[:-1, :-1]), (laid[1:, :-1], laid[:-1, 1:])]
-    pairs = torch.cat([torch.stack([one.flatten(), other.flatten()]) for one, other in beside + across], dim=1)
-    for one, other in pairs.unique(dim=1).T.tolist():
-        if one != other and ALONE not in (one, other):
-            around[one].add(other)
-            around[other].add(one)
-    hue = torch.zeros(max(around, default=0) + 1)
-    hues: dict[int, float] = {}
-    # Those with the most neighbours are hardest to suit, so they choose first.
-    for slot, others in sorted(around.items(), key=lambda entry: -len(entry[1])):
-        taken = [hues[other] for other in others if other in hues]
-        choices = [(slot * GOLDEN + turn / HUES) % 1 for turn in range(HUES)]
-        hue[slot] = hues[slot] = max(choices, key=lambda choice: min((_apart(choice, h) for h in taken), default=1.0))
+    """[slots, 3], float32, 0 to 255: a colour for each slot in `laid` [rows, columns], unlike its neighbours'."""
+    hue, hues = None, HUES
+    while hue is None:
+        hue, hues = _hues(laid, hues), 2 * hues
     # At full saturation and value each channel is a trapezium over the hue.
-    turned = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6
+    turned = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float32, device=laid.device)) % 6
     return 255 * ((turned - 3).abs() - 1).clamp(0, 1)
 
 
-def _apart(one: float, other: float) -> float:
-    """How far two hues are from each other around the circle, 0 to 0.5."""
-    distance = abs(one - other)
-    return min(distance, 1 - distance)
+def _hues(laid: Tensor, hues: int) -> Tensor | None:
+    """[slots]: a hue for each slot, out of so many around the circle; None where a slot's neighbours take them all.
+
+    A greedy colouring of the graph of slots that touch, in rounds (Jones and Plassmann, 1993): all slots that have no
+    undecided neighbour before them choose at once, each what is furthest from what its neighbours chose.
+    """
+    count = max(int(laid.max()) + 1, 1)
+    number = torch.arange(count, device=laid.device)
+    first, second = _touching(laid, count)
+    # Those with the most neighbours are hardest to suit, so they choose first.
+    neighbours = torch.cat([first, second]).bincount(minlength=count)
+    rank = torch.empty_like(number).scatter_(0, neighbours.argsort(descending=True, stable=True), number)
+    is_first = rank[first] < rank[second]
+    before, after = torch.where(is_first, first, second), torch.where(is_first, second, first)
+
+    choices = torch.arange(hues, device=laid.device)
+    favourite = (number.double() * GOLDEN % 1 * hues).long()
+    is_taken = torch.zeros(count, hues, dtype=torch.bool, device=laid.device)
+    choice = torch.zeros_like(number)
+    undecided = number
+    while undecided.numel():
+        must_wait = torch.zeros_like(number, dtype=torch.bool)
+        must_wait[after] = True
+        deciding, undecided = undecided[~must_wait[undecided]], undecided[must_wait[undecided]]
+        near = is_taken[deciding]
+        apart = torch.zeros_like(near, dtype=torch.long)
+        for _ in range(hues // 2 + 1):
+            apart += ~near
+            near = near | near.roll(1, dims=1) | near.roll(-1, dims=1)
+        turned = (choices - favourite[deciding, None]) % hues
+        best = (apart * hues - turned).argmax(dim=1)
+        if is_taken[deciding, best].any():
+            return None
+        choice[deciding] = best
+        has_decided = ~must_wait[before]
+        is_taken[after[has_decided], choice[before[has_decided]]] = True
+        before, after = before[~has_decided], after[~has_decided]
+    return choice.float() / hues
+
+
+def _touching(laid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The pairs of different slots that touch, each pair once: [pairs] twice."""
+    shifted = [
+        (laid[:, 1:], laid[:, :-1]),
+        (laid[1:], laid[:-1]),
+        (laid[1:, 1:], laid[:-1, :-1]),
+        (laid[1:, :-1], laid[:-1, 1:]),
+    ]
+    one, other = (torch.cat([pair[side].flatten() for pair in shifted]) for side in (0, 1))
+    touches = (one != other) & (one != ALONE) & (other != ALONE)
+    one, other = one[touches], other[touches]
+    pairs = (torch.minimum(one, other) * count + torch.maximum(one, other)).unique()
+    return pairs // count, pairs % count

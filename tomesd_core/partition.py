@@ -118,7 +118,7 @@ class _Layout:
 def _layout(grid: tuple[int, int], stride: tuple[int, int], window: int | None, device: torch.device) -> _Layout:
     (rows, columns), (cell_rows, cell_columns) = grid, stride
     down, across = rows // cell_rows, columns // cell_columns
-    token = torch.arange(rows * columns).view(rows, columns)
+    token = torch.arange(rows * columns, device="cpu").view(rows, columns)
     whole = token[: down * cell_rows, : across * cell_columns]
     cells = whole.reshape(down, cell_rows, across, cell_columns).transpose(1, 2).reshape(-1, cell_rows * cell_columns)
     rest = torch.cat(
@@ -127,7 +127,8 @@ def _layout(grid: tuple[int, int], stride: tuple[int, int], window: int | None, 
     window_of = _window_of(grid, stride, window)
     sources = cells[:, 1:]
     windows = _windows(window_of, [torch.cat([sources.flatten(), rest])], [cells[:, 0]])
-    return _Layout(*(part.to(device) for part in (cells, rest, torch.arange(cells.shape[1]))), _to(windows, device))
+    turn = torch.arange(cells.shape[1], device=device)
+    return _Layout(cells.to(device), rest.to(device), turn, _to(windows, device))
 
 
 def _uniform_partition(
@@ -150,7 +151,7 @@ def _window_of(grid: tuple[int, int], stride: tuple[int, int], window: int | Non
     for side, cell in zip(grid, stride, strict=True):
         cells = side // cell
         count = 1 if window is None or cells == 0 else math.ceil(cells / max(1, window // cell))
-        cell_of = (torch.arange(side) // cell).clamp(max=max(cells - 1, 0))
+        cell_of = (torch.arange(side, device="cpu") // cell).clamp(max=max(cells - 1, 0))
         # Window i holds the cells from i * cells // count on: all windows are equal, or differ by one cell.
         along.append(((cell_of + 1) * count - 1) // max(cells, 1))
     return (along[0][:, None] * (int(along[1].max()) + 1) + along[1]).flatten()
@@ -169,15 +170,15 @@ def _windows(window_of: Tensor, src: list[Tensor], dst: list[Tensor]) -> Windows
     def padded(items: list[list[list[int]]]) -> Tensor:
         size = max(len(group) for item in items for group in item)
         rows = [[group + group[:1] * (size - len(group)) or [0] * size for group in item] for item in items]
-        return torch.tensor(rows, dtype=torch.long).view(len(items), count, size)
+        return torch.tensor(rows, dtype=torch.long, device="cpu").view(len(items), count, size)
 
     src_groups, dst_groups = [groups(tokens) for tokens in src], [groups(tokens) for tokens in dst]
     src_padded = padded(src_groups)
-    places = torch.empty(len(src), src[0].numel(), dtype=torch.long)
-    stranded = torch.zeros(places.shape, dtype=torch.bool)
+    places = torch.empty(len(src), src[0].numel(), dtype=torch.long, device="cpu")
+    stranded = torch.zeros(places.shape, dtype=torch.bool, device="cpu")
     for item, windows in enumerate(src_groups):
         for window, group in enumerate(windows):
-            places[item, group] = torch.arange(len(group)) + window * src_padded.shape[-1]
+            places[item, group] = torch.arange(len(group), device="cpu") + window * src_padded.shape[-1]
             stranded[item, group] = not dst_groups[item][window]
     return Windows(src_padded, padded(dst_groups), places, stranded if stranded.any() else None)
 
@@ -192,7 +193,7 @@ def _hash(count: int, step: int, item: int) -> Tensor:
 
     Products stay below 2^63, so that the same integers come out everywhere.
     """
-    value = torch.arange(count)
+    value = torch.arange(count, device="cpu")
     for salt in (item, step):
         value = value ^ ((salt + 1) * 0x27220A95 & 0xFFFFFFFF)
         for _ in range(2):

@@ -543,7 +543,7 @@ def test_the_keyboard_alone_is_enough(page):
     expect(panel.switch).to_be_checked()
     tab_to(panel.element("ratio").locator("input[type=range]"))
     page.keyboard.press("ArrowRight")
-    panel.expect({"ratio": 0.61})
+    panel.expect({"ratio": 0.6125})
     expect(panel.title).to_contain_text("ToMe: 61 %")
     tab_to(panel.element("schedule").locator("input[type=radio]:checked"))
     page.keyboard.press("ArrowRight")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_host import HALVED, REQUEST, hooked, other_script, pixels, script_args
+from in_host import HALVED, REQUEST, hooked, other_script, pixels, running, script_args
 from torch import nn
 
 from tomesd_core.demo.host import Host, start
@@ -79,9 +79,7 @@ def host(checkpoints, loaded, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def generation(host) -> ModuleType:
-    from tomesd_core.webui import generation
-
-    return generation
+    return running("webui.generation")
 
 
 @pytest.fixture

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -11,6 +17,8 @@ from torch import nn
 from tomesd_core.demo.host import Host
 from tomesd_core.profit import tokens_removed
 from tomesd_core.settings import FIELDS
+
+ROOT = Path(__file__).parents[2]
 
 SIDE = 32
 """Of the pictures: 1024 tokens at level 1, 256 at level 2; fewer than 1024 would not be worth merging."""
@@ -22,6 +30,18 @@ HIRES = {"enable_hr": True, "hr_scale": 1.125, "denoising_strength": 0.6}
 HIRES_TOKENS = 36 * 36
 
 KEYS = [setting.infotext for setting in FIELDS.values() if setting.infotext]
+
+
+def script_module() -> ModuleType:
+    """The script file of this project as the host has executed it."""
+    from modules import scripts
+
+    return next(found.module for found in scripts.scripts_data if Path(found.path) == ROOT / "scripts" / "tome.py")
+
+
+def running(name: str) -> ModuleType:
+    """A module of the package as the extension in the host runs it, by its name in `tomesd_core`."""
+    return importlib.import_module(f"{script_module().PACKAGE}.{name}")
 
 
 def script_args(host: Host, tome: list[Any]) -> tuple:
@@ -41,6 +61,20 @@ def pixels(processed: Any) -> list[bytes]:
 def left(ratio: float, tokens: int = SIDE * SIDE) -> int:
     """How many tokens a ratio leaves."""
     return tokens - tokens_removed(tokens, ratio, rounded=True)
+
+
+def run(code, *arguments, cwd=ROOT, **env):
+    """Runs Python code in a process of its own, with this project's folder first on its path."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONIOENCODING")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        env={**kept, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    return done
 
 
 @contextlib.contextmanager

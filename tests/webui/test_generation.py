@@ -463,6 +463,98 @@ def test_a_generation_inside_another_that_raises(host, make, make_p, on_denoised
     assert attention.tokens == [HALF, left(0.7), HALF]
 
 
+def test_a_generation_inside_another_where_webui_does_not_say_whose_a_step_is(make, make_p, on_denoised, attention):
+    """Before 1.8."""
+    from modules import processing, script_callbacks, shared
+
+    def nest(_):
+        script_callbacks.remove_callbacks_for_function(nest)
+        state = dict(vars(shared.state))
+        processing.process_images(make_p(None, seed=5))
+        vars(shared.state).update(state)
+
+    def forget(params):
+        del params.denoiser
+
+    on_denoised(nest)
+    script_callbacks.on_cfg_denoiser(forget)
+    callbacks = script_callbacks.callback_map["callbacks_cfg_denoiser"]
+    callbacks.insert(0, callbacks.pop())
+    try:
+        make(ON)
+    finally:
+        script_callbacks.remove_callbacks_for_function(forget)
+    assert attention.tokens == [HALF, FULL, FULL, HALF]
+
+
+# A picture of its own from a copy of `p`, which takes along what is on `p` at that time
+
+
+@pytest.fixture
+def copying(add_script, on_denoised):
+    """Lets another extension make a small picture from a copy of p, once, at some point of every batch."""
+    from modules import processing, script_callbacks, shared
+
+    def copy_when(when, scripts=lambda p: None):
+        made = []
+
+        def make_one(p):
+            if getattr(p, "is_a_copy", False):
+                return
+            inner = copy(p)
+            inner.is_a_copy = True
+            inner.width, inner.height, inner.n_iter = 16, 16, 1
+            inner.scripts = scripts(p)
+            if when == "with a wrapper of its own":
+                wrapper([])(inner)
+            state = dict(vars(shared.state))
+            made.append(processing.process_images(inner))
+            vars(shared.state).update(state)
+
+        def inside(p, *_, **__):
+            def nest(_):
+                script_callbacks.remove_callbacks_for_function(nest)
+                make_one(p)
+
+            if not getattr(p, "is_a_copy", False):
+                on_denoised(nest)
+
+        if when == "while it is sampled":
+            add_script(process_batch=inside)
+        else:
+            add_script(process_batch=lambda p, **_: make_one(p))
+        return made
+
+    return copy_when
+
+
+@pytest.mark.parametrize("when", ["before it is sampled", "with a wrapper of its own", "while it is sampled"])
+def test_a_copy_of_p_makes_its_own_picture_unmerged(make, copying, attention, merged, when):
+    made = copying(when)
+    make()
+    attention.tokens.clear()
+    processed = make(ON, n_iter=2, steps=2)
+    without, *with_merging = made
+    assert without.images[0].size == (16, 16)
+    assert [pixels(one) for one in with_merging] == [pixels(without)] * 2
+    assert all(keys_of(one) == {} and "ToMe" not in one.comments for one in with_merging)
+    assert attention.tokens.count(16 * 16) == 4 and attention.tokens.count(HALF) == 4
+    assert processed.images[1].tobytes() == merged[0]
+    assert "ToMe ratio: 0.5" in processed.infotexts[1] and "1024 -> 512 tokens" in processed.comments
+
+
+@pytest.mark.parametrize("when", ["before it is sampled", "while it is sampled"])
+def test_a_copy_of_p_for_which_the_script_runs_merges_as_that_says(make, copying, attention, merged, when):
+    made = copying(when, scripts=lambda p: p.scripts)
+    processed = make(ON)
+    (inner,) = made
+    assert keys_of(inner) == keys_of(processed)
+    assert inner.images[0].size == (16, 16)
+    assert "nothing merged: " in inner.comments, "256 tokens are too few to be worth it"
+    assert pixels(processed) == merged
+    assert sorted(set(attention.tokens)) == [16 * 16, HALF]
+
+
 # Plots and loops: copies of `p` share its dicts, and one `p` may be used again
 
 

@@ -39,10 +39,8 @@ def pictures_and_maps(processed):
 
 
 @pytest.fixture
-def recorded(host, monkeypatch):
+def recorded(generation, monkeypatch):
     """Every merged call of the model: step, layer, slots."""
-    from tomesd_core.webui import generation
-
     calls = []
 
     class Recorder(merge_map.MapRecorder):
@@ -137,6 +135,33 @@ def test_img2img_and_a_picture_that_is_not_square(make):
     processed = make(shown(), "img2img", init_images=[Image.new("RGB", (48, 32), "red")], width=48, height=32)
     assert pictures_and_maps(processed)[1][0].size == (384, 256)
     assert "48x32 tokens)" in line(processed)
+
+
+@pytest.fixture
+def tiled(host, monkeypatch):
+    """The UNet sees the latent in tiles, as Tiled Diffusion lets it: two halves of its longer side."""
+    whole = host.sd_model.apply_model
+
+    def apply_model(x, t, cond):
+        side = 2 if x.shape[2] > x.shape[3] else 3
+        return torch.cat([whole(tile, t, cond) for tile in x.chunk(2, dim=side)], dim=side)
+
+    monkeypatch.setattr(host.sd_model, "apply_model", apply_model)
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 128), (128, 64)])
+def test_a_map_of_one_tile_says_so(make, tiled, width, height):
+    lines = [line(make(shown(1, layer, max_downsample=2), width=width, height=height)) for layer in range(1, 5)]
+    assert [text.partition("64x64 tokens")[2] or text.partition("32x32 tokens")[2] for text in lines] == [
+        "), of one tile"
+    ] * 4
+    assert len([text for text in lines if "32x32 tokens" in text]) == 1, "a layer of level 2 too"
+
+
+def test_a_map_of_the_whole_picture_says_nothing_of_tiles(make):
+    lines = [line(make(shown(1, layer, max_downsample=2), width=65, height=67)) for layer in range(1, 5)]
+    assert [text.split(", ")[-1] for text in lines].count("33x34 tokens)") == 1
+    assert [text.split(", ")[-1] for text in lines].count("65x67 tokens)") == 3
 
 
 def test_where_nothing_merges_there_is_no_map(make):
@@ -258,12 +283,13 @@ def test_a_generation_that_fails_leaves_no_map_behind(make_p, host):
     assert not [name for name in vars(p) if "map" in name]
 
 
-def test_without_a_map_nothing_is_recorded(make, monkeypatch):
-    from tomesd_core.webui import generation, maps
-
+def test_without_a_map_nothing_is_recorded(make, monkeypatch, generation):
     def never(*args, **kwargs):
         raise AssertionError("called")
 
-    for module, name in ((generation, "MapRecorder"), (maps, "draw"), (maps, "keep"), (maps, "first_rows")):
+    for module, name in (
+        (generation, "MapRecorder"),
+        *((generation.maps, name) for name in ("draw", "keep", "first_rows")),
+    ):
         monkeypatch.setattr(module, name, never)
     assert len(make([True, 0.5]).images) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from modules import scripts
@@ -10,14 +11,20 @@ from modules import scripts
 from ..settings import PANEL_FIELDS, Setting
 from . import store
 from .arguments import ENABLED
+from .log import log
 
-OVERRIDES = "tome_overrides"
-"""The attribute of `p` in which an axis leaves its value: a mapping as the API takes it."""
+OVERRIDES = f"{__name__}.overrides"
+"""The attribute of `p` in which an axis leaves its value: a mapping as the API takes it. It is named after this module,
+so that a second copy of the extension, whose modules have other names, doesn't take it for its own."""
 
 
 def add_axes() -> None:
     """Appends the axes to the plot's list, unless they are there: Reload UI makes the list anew, but not every time."""
-    grids = [found.module for found in scripts.scripts_data if found.script_class.__module__ == "xyz_grid.py"]
+    # By its file: what the module is called differs between WebUI's versions.
+    grids = [found.module for found in scripts.scripts_data if Path(found.path).name == "xyz_grid.py"]
+    grids = [grid for grid in grids if hasattr(grid, "AxisOption") and hasattr(grid, "axis_options")]
+    if not grids:
+        log.warning("WebUI's X/Y/Z plot was not found among its scripts (xyz_grid.py): it has no ToMe axes")
     for grid in grids:
         present = {option.label for option in grid.axis_options}
         grid.axis_options.extend(axis for axis in _axes(grid.AxisOption) if axis.label not in present)

@@ -13,10 +13,10 @@ from PIL import Image
 
 from ..merge_map import MergeMap, draw
 
-SAMPLED = "tome_maps"
-DRAWN = "tome_drawn_maps"
+SAMPLED, DRAWN = f"{__name__}.sampled", f"{__name__}.drawn"
 """Where `p` holds the maps of the batch that was sampled last, and those that are drawn, by the picture's number. A
-copy of `p` shares them, so they are replaced and added to, never emptied."""
+copy of `p` shares them, so they are replaced and added to, never emptied. They are named after this module, so that a
+second copy of the extension, whose modules have other names, doesn't take them for its own."""
 
 LEAST_SIDE = 8
 """Pixels of a token's side in a drawn map: small pictures are enlarged to it, so that the lines have room."""

@@ -9,7 +9,8 @@ from modules import shared
 
 from .log import log
 
-SECTION = ("tome", "ToMe")
+SECTION = ("sd_webui_tome", "ToMe")
+"""Not `tome`: that is the section of another extension of the title, and WebUI makes element ids of it."""
 OVERRULE_BUILT_IN = "tome_overrule_built_in"
 LOG_LEVEL = "tome_log_level"
 LOG_LAYERS = "tome_log_layers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException
@@ -16,10 +17,10 @@ from .model import loaded_layers
 
 
 def add_routes(demo: Any, app: FastAPI) -> None:
-    """Adds the routes to WebUI's app, under the credentials of `--api-auth` if there are any."""
-    guard = [Depends(_check_credentials)] if shared.cmd_opts.api_auth else []
-    app.add_api_route("/tome/presets", get_presets, methods=["GET"], dependencies=guard)
-    app.add_api_route("/tome/status", get_status, methods=["GET"], dependencies=guard)
+    """Adds the routes to WebUI's app, behind the login that WebUI was started with."""
+    login = [Depends(check) for check in _logins(app)]
+    app.add_api_route("/tome/presets", get_presets, methods=["GET"], dependencies=login)
+    app.add_api_route("/tome/status", get_status, methods=["GET"], dependencies=login)
 
 
 def get_presets() -> list[dict[str, Any]]:
@@ -43,6 +44,14 @@ def get_status() -> dict[str, Any]:
         "layers": None if layers is None else [{"name": layer.name, "level": layer.level} for layer in layers],
         "settings": None if settings is None else panel_values(settings),
     }
+
+
+def _logins(app: FastAPI) -> list[Callable[..., None]]:
+    """What lets in whom WebUI's API lets in (`--api-auth`), or else whom its page does (`--gradio-auth`, or anyone)."""
+    if shared.cmd_opts.api_auth:
+        return [_check_credentials]
+    # Gradio's own question. An app without a page (`--nowebui`) has no such route, and no login.
+    return [route.endpoint for route in app.routes if getattr(route, "path", None) == "/login_check"]
 
 
 def _check_credentials(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way

@@ -10,7 +10,6 @@ import gradio as gr
 from modules import processing, scripts, shared
 
 from tomesd_core.demo.compare import AMPLIFIED, SCRIPT, difference, enlarged, sheet
-from tomesd_core.webui.axes import OVERRIDES
 
 
 class Compare(scripts.Script):
@@ -37,7 +36,8 @@ class Compare(scripts.Script):
         shared.state.job_count = 2 * p.n_iter
         twin = copy(p)
         twin.extra_generation_params, twin.comments = dict(p.extra_generation_params), {}
-        setattr(twin, OVERRIDES, {"enabled": False})
+        twin.script_args = list(p.script_args)
+        twin.script_args[p.scripts.script("ToMe").args_from] = False
         plain, without_merging = _timed(twin)
         if shared.state.interrupted:
             return plain

@@ -1,0 +1,174 @@
+"""Two copies of the extension and an installed `tomesd_core`: each uses its own files and knows its own things."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from in_host import HALVED, REQUEST, ROOT, run
+
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "weights", "demo", "bench")
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What a host said that has two copies, the first of a newer version; in a process of its own, which imported this
+    project's `tomesd_core` before."""
+    extensions = tmp_path_factory.mktemp("host") / "extensions"
+    for copy in ("first", "second"):
+        for name in ("scripts", "tomesd_core"):
+            shutil.copytree(ROOT / name, extensions / copy / name, ignore=LEFT_OUT)
+    settings = extensions / "first" / "tomesd_core" / "settings.py"
+    text = settings.read_text(encoding="utf-8")
+    assert text.count('"Ratio",') == 1
+    settings.write_text(text.replace('"Ratio",', '"Share",'), encoding="utf-8")
+    done = run(CODE, str(extensions), json.dumps(REQUEST), json.dumps(HALVED))
+    said = json.loads(done.stdout.splitlines()[-1])
+    said["log"] = [line for line in done.stderr.decode().splitlines() if "more than one script" in line]
+    return said
+
+
+CODE = """
+import json, sys
+from pathlib import Path
+
+folders, request, halved = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+first, second = folders / "first", folders / "second"
+import torch
+
+torch.set_num_threads(1)
+import tomesd_core
+from tomesd_core.demo.host import start
+from tomesd_core.demo.model import TinyModel
+
+installed = Path(tomesd_core.__file__).parent
+before = {name: id(module) for name, module in sys.modules.items() if name.split(".")[0] == "tomesd_core"}
+host = start(TinyModel.random(0, channel_mult=[1], attention_resolutions=[1]), [first, second], folders / "data")
+assert host.app
+from modules import processing, scripts, shared
+
+
+def script_of(folder):
+    return next(s for s in scripts.scripts_txt2img.scripts if s.filename == str(folder / "scripts" / "tome.py"))
+
+
+def module_of(folder):
+    return next(d.module for d in scripts.scripts_data if d.path == str(folder / "scripts" / "tome.py"))
+
+
+def generate(p=None, **given):
+    if p is None:
+        p = processing.StableDiffusionProcessingTxt2Img(**request)
+    arguments = list(host.api.default_script_arg_txt2img)
+    for name, values in given.items():
+        script = script_of(folders / name)
+        arguments[script.args_from : script.args_from + len(values)] = values
+    p.is_api, p.scripts, p.script_args = True, scripts.scripts_txt2img, arguments
+    shared.state.begin()
+    processed = processing.process_images(p)
+    return {
+        "picture": processed.images[0].tobytes().hex(),
+        "count": len(processed.images),
+        "said": [line for line in processed.comments.splitlines() if "more than one" not in line],
+        "warned": [line for line in processed.comments.splitlines() if "more than one" in line],
+        "keys": {key: value for key, value in processed.extra_generation_params.items() if "ToMe" in key},
+        "hooked": sum(bool(m._forward_hooks or m._forward_pre_hooks) for m in host.sd_model.modules()),
+        "wrapped": "sample" in vars(p),
+    }
+
+
+said = {"installed": str(installed), "folders": [str(first), str(second)]}
+said["labels"] = [script_of(folder).controls[1].label for folder in (first, second)]
+generation = module_of(second).generation
+generation.store.presets.save("Mine", generation.MergeSettings())
+for folder in (first, second):
+    module = module_of(folder)
+    files = [Path(m.__file__) for name, m in sys.modules.items() if name.split(".")[0] == module.PACKAGE]
+    roots = {str(next(part.parent for part in file.parents if part.name == "tomesd_core")) for file in files}
+    said.setdefault("files", []).append([len(files), sorted(roots)])
+    said.setdefault("presets", []).append((folder / "presets.json").exists())
+
+import tomesd_core.compat, tomesd_core.merge_map
+
+after = {name: id(module) for name, module in sys.modules.items() if name.split(".")[0] == "tomesd_core"}
+said["kept"] = after.items() >= before.items()
+said["installed files"] = sorted({str(Path(sys.modules[name].__file__).parent) for name in after if name.count(".") == 1
+                                  and not hasattr(sys.modules[name], "__path__")})
+
+off = [False, *halved[1:]]
+said["plain"] = generate()
+said["api"] = host.txt2img(**request, alwayson_scripts={"ToMe": {"args": halved}}).images[0].tobytes().hex()
+said["first"] = generate(first=halved, second=off)
+said["second"] = generate(first=off, second=halved)
+said["both"] = generate(first=halved, second=halved)
+said["map"] = generate(first=[*halved, 1, 1])
+
+p = processing.StableDiffusionProcessingTxt2Img(**request)
+said["in turn"] = [generate(p, **given) for given in ({"first": halved}, {"second": [True, 0.3, *halved[2:]]}, {})]
+
+plot = next(d.module for d in scripts.scripts_data if d.path.endswith("xyz_grid.py"))
+axes = [option for option in plot.axis_options if option.label in ("[ToMe] Ratio", "[ToMe] Share")]
+p = processing.StableDiffusionProcessingTxt2Img(**request)
+axes[0].apply(p, 0.5, [])
+said["axis"] = generate(p)
+host.reload_ui()
+assert host.app
+said["after reload"] = generate(first=halved)
+print(json.dumps(said))
+"""
+
+
+def test_each_runs_the_files_beside_its_script(said):
+    assert said["labels"] == ["Share", "Ratio"]
+    for (count, folders), folder in zip(said["files"], said["folders"], strict=True):
+        assert count > 20
+        assert folders == [folder]
+
+
+def test_each_keeps_presets_in_its_own_folder(said):
+    assert said["presets"] == [False, True]
+
+
+def test_a_package_that_was_imported_before_stays_what_it_was(said):
+    assert said["kept"] is True
+    assert said["installed files"] == [said["installed"]] == [str(ROOT / "tomesd_core")]
+
+
+def test_the_api_reaches_the_first_and_it_merges(said):
+    assert said["api"] == said["first"]["picture"] != said["plain"]["picture"]
+
+
+@pytest.mark.parametrize("which", ["first", "second", "map", "axis", "after reload"])
+def test_the_one_that_is_asked_merges_and_the_other_takes_nothing_away(said, which):
+    one = said[which]
+    assert one["keys"]["ToMe ratio"] == 0.5
+    assert len(one["said"]) == (2 if which == "map" else 1)
+    assert "1024 -> " in one["said"][0]
+    assert one["count"] == (2 if which == "map" else 1)
+    assert (one["hooked"], one["wrapped"]) == (0, False)
+    if which != "axis":
+        assert one["picture"] == said["first"]["picture"]
+
+
+def test_both_merge_once(said):
+    assert said["both"]["picture"] == said["first"]["picture"]
+    assert said["both"]["keys"] == said["first"]["keys"]
+    assert len(said["both"]["said"]) == 2
+    assert said["both"]["said"][1].startswith("ToMe: nothing merged: its 512 tokens are not the grid's")
+
+
+def test_a_p_that_is_used_again_has_nothing_of_the_other_run(said):
+    first, second, off = said["in turn"]
+    assert (first["keys"]["ToMe ratio"], second["keys"]["ToMe ratio"]) == (0.5, 0.3)
+    assert [len(run["said"]) for run in said["in turn"]] == [1, 1, 0]
+    assert off["keys"] == {} and off["picture"] == said["plain"]["picture"]
+
+
+def test_the_second_is_named_at_the_start_and_under_the_picture(said):
+    paths = [f"{folder}/scripts/tome.py" for folder in said["folders"]]
+    line = f"more than one script is titled 'ToMe', and the API reaches the first only: {', '.join(paths)}"
+    assert set(said["log"]) == {f"ToMe: {line}"}
+    for which in ("first", "second", "both"):
+        assert said[which]["warned"] == [f"ToMe: {line}"]
+    assert said["plain"]["warned"] == []
