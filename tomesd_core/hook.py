@@ -19,6 +19,9 @@ LEFT_BEHIND = ("modules.hypertile",)
 class Hook:
     """A function as one of our hooks. What is copied or pickled with its module is a hook that does nothing."""
 
+    merges_tokens = True
+    """Tells a hook of another copy of this package, whose class is another: it counts on nothing."""
+
     def __init__(self, call: Callable[..., Any] | None = None) -> None:
         self._call = call
 
@@ -49,7 +52,8 @@ def whose_forward(module: nn.Module) -> str | None:
 
 def whose_hook(module: nn.Module) -> str | None:
     """The name of the Python module that put a forward hook on this one; None where there are no others than ours."""
-    return next((_home(hook) for hook in module._forward_hooks.values() if not isinstance(hook, Hook)), None)
+    others = (hook for hook in module._forward_hooks.values() if not getattr(hook, "merges_tokens", False))
+    return next(map(_home, others), None)
 
 
 def _home(function: Any) -> str:

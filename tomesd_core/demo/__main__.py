@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, help="the page's port (default: the first free one from 7860)")
     parser.add_argument("--theme", choices=["light", "dark"], help="the page's colours (default: the browser's)")
     saved = parser.add_argument_group("with a prompt")
-    saved.add_argument("--ratio", type=float, default=0.5, help="share of the tokens removed, 0 to 0.9375 (default: 0.5)")
+    saved.add_argument("--ratio", type=float, default=0.5, help="share of the tokens removed, up to 0.9375 (0.5)")
     saved.add_argument("--size", type=_size, default=(32, 32), metavar="WIDTHxHEIGHT", help="default: 32x32")
     saved.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
     saved.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
