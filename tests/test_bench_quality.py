@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -19,15 +20,30 @@ pytest.importorskip("tqdm")
 
 from tomesd_core.bench import ablations, distances, output, pictures, quality
 from tomesd_core.bench.__main__ import main
-from tomesd_core.bench.ablations import TABLES, WHOLE, Variant, ours
-from tomesd_core.bench.contenders import CORNER, OURS, RANDOM, UNMERGED
+from tomesd_core.bench.ablations import TABLES, WHOLE, Variant, by_settings, ours, shipped
+from tomesd_core.bench.contenders import (
+    CORNER,
+    FORMER,
+    KEYS,
+    PAPER,
+    RANDOM,
+    TODO,
+    TODO_FACTORS,
+    TOKENS,
+    UNMERGED,
+    UNWEIGHED,
+)
 from tomesd_core.bench.pictures import CHUNK, Album, Studio
 from tomesd_core.demo import model as demo_model
 from tomesd_core.demo.model import TinyModel
 from tomesd_core.settings import FIELDS
 
 STUDIO = Studio(None, True, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu"))
-EVERY_ROW = [pytest.param(row, id=f"{name}: {row.name} {row.ratio}") for name, t in TABLES.items() for row in t.rows]
+EVERY_ROW = [
+    pytest.param(row, id=f"{name} {number}: {row.name}")
+    for name, table in TABLES.items()
+    for number, row in enumerate(table.rows)
+]
 
 
 @pytest.fixture
@@ -50,6 +66,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
     make = Studio.make
     monkeypatch.setattr(Studio, "make", lambda self, *chunk: chunks.append(chunk) or make(self, *chunk))
     return chunks
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of few steps without its longest runs."""
+    table = TABLES["steps"]
+    monkeypatch.setitem(TABLES, "steps", dataclasses.replace(table, rows=table.rows[:12]))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -75,7 +98,8 @@ def test_a_table_says_how_each_row_differs(bench: Callable, tmp_path: Path) -> N
             difference = float(row[metric]) - float(reference[metric])
             assert float(row[f"{metric}_difference"]) == pytest.approx(difference)
             assert f"{abs(difference):.{digits}f} ± " in printed
-        assert row["reference"] == "level 1" and row["samples"] == "6" and row["steps"] == "2"
+        assert row["reference"] == "level 1" and row["contender"] == PAPER
+        assert row["samples"] == "6" and row["steps"] == "2"
         assert row["machine"] and "torch" in row["versions"] and "quality --tiny" in row["command"]
     assert [row["merged"].partition(" self")[0] for row in rows] == [
         "",
@@ -86,10 +110,11 @@ def test_a_table_says_how_each_row_differs(bench: Callable, tmp_path: Path) -> N
     assert (tmp_path / "quality-where.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert rows[0]["command"] in markdown and rows[0]["command"] in printed
-    assert "| levels 1, 2, 4 | 0.50 |" in markdown
+    assert "| levels 1, 2, 4 | 0.50 | 0.25 |" in markdown
     assert f"{float(coarser['psnr']):.2f} ± {float(coarser['psnr_interval']):.2f} |" in markdown
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_all_tables_share_what_they_have_in_common(bench: Callable, made: list, tmp_path: Path) -> None:
     pytest.importorskip("tomesd")
     bench("--tiny", "--steps", 1)
@@ -99,21 +124,41 @@ def test_all_tables_share_what_they_have_in_common(bench: Callable, made: list, 
         rows = read(tmp_path / f"quality-{name}.csv")
         assert [row["row"] for row in rows] == [row.name for row in table.rows]
         assert {row["table"] for row in rows} == {name}
-    half = [row["psnr"] for row in read(tmp_path / "quality-ratio.csv") if row["ratio"] == "0.5"]
-    assert half == [row["psnr"] for row in read(tmp_path / "quality-share.csv") if row["row"] == "own"]
+    half = {row["psnr"] for row in read(tmp_path / "quality-ratio.csv") if row["ratio"] == "0.5"}
+    assert half == {row["psnr"] for row in read(tmp_path / "quality-where.csv") if row["row"] == "level 1"}
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_pictures_of_few_steps_are_held_against_twins_of_as_many(bench: Callable, made: list, tmp_path: Path) -> None:
+    printed = bench("--tiny", "--steps", 4, "--tables", "steps", "defaults")
+    rows = read(tmp_path / "quality-steps.csv")
+    assert [(row["steps"], row["row"]) for row in rows] == [
+        (steps, name) for steps in ("4", "5", "8") for name in (UNMERGED, "kept for 1", "kept for 2", "kept for 4")
+    ]
+    assert "4 or 5 or 8 PLMS steps" in (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert "'kept for 1', the last one above" in printed
+    # What is made in four steps because the table says so is what is made in four because the command does.
+    (only,) = (variant for variant, _ in made if variant.steps is None)
+    assert only == TABLES["defaults"].rows[1].variant
+    album = Album(tmp_path / "quality", STUDIO)
+    for four, row in ((4, rows[1]), (8, rows[9])):
+        variant = by_settings(shipped(method=KEYS, reuse_steps=1), four)
+        merged, twins = (album.read(one, 6).pictures for one in (variant, Variant(UNMERGED, steps=four)))
+        assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, twins).mean()))
+        assert f"{four} of {four} steps" in row["merged"]
 
 
 def test_more_samples_make_only_the_new_ones(bench: Callable, made: list, tmp_path: Path) -> None:
-    bench("--tiny", "--tables", "share", "--samples", CHUNK)
+    bench("--tiny", "--tables", "defaults", "--samples", CHUNK)
     assert [first for _, first in made] == [0, 0, 0]
-    before = read(tmp_path / "quality-share.csv")
+    before = read(tmp_path / "quality-defaults.csv")
     made.clear()
-    bench("--tiny", "--tables", "share", "--samples", CHUNK + 1)
+    bench("--tiny", "--tables", "defaults", "--samples", CHUNK + 1)
     assert [first for _, first in made] == [CHUNK] * 3
     made.clear()
-    bench("--tiny", "--tables", "share", "--samples", CHUNK)
+    bench("--tiny", "--tables", "defaults", "--samples", CHUNK)
     assert not made
-    again = read(tmp_path / "quality-share.csv")
+    again = read(tmp_path / "quality-defaults.csv")
     assert [row["psnr"] for row in again] == [row["psnr"] for row in before]
 
 
@@ -128,11 +173,11 @@ def test_an_interrupted_run_goes_on_where_it_was(bench: Callable, made: list, mo
     with monkeypatch.context() as patched:
         patched.setattr(pictures.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            bench("--tiny", "--tables", "share", "where")
+            bench("--tiny", "--tables", "defaults", "where")
     done, half_written = made[:2], made[2]
     made.clear()
-    bench("--tiny", "--tables", "share", "where")
-    assert made[0] == half_written and len(made) == 3
+    bench("--tiny", "--tables", "defaults", "where")
+    assert made[0] == half_written and len(made) == 4
     assert not set(done) & set(made)
 
 
@@ -146,33 +191,66 @@ def test_two_processes_make_the_same_pictures(bench: Callable, tmp_path: Path) -
         assert kept.seconds > 0
 
 
-def test_ours_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path: Path) -> None:
-    pytest.importorskip("tomesd")
-    times = {OURS: (1.0, 0.5), CORNER: (1.1, 0.8), UNMERGED: (1.0, 1.0)}
+def write_gains(path: Path, size: str, gains: dict[str, tuple[float, float]], value: str = "64x64") -> Path:
+    """A CSV as `bench speed` and `bench layer` write it: of each contender its gains at the ratios 0 and 0.75.
+
+    Some rows have no ratio, others no gain.
+    """
     lines = [
-        f"64x64,{ratio},{name},{t}" for name, pair in times.items() for ratio, t in zip((0, 0.5), pair, strict=True)
+        f"{value},{at},{name},{both[number]}" for name, both in gains.items() for number, at in enumerate((0, 0.75))
     ]
-    path = tmp_path / "speed.csv"
-    path.write_text("\n".join(["size,ratio,contender,seconds", *lines]), encoding="utf-8")
-    bench("--tiny", "--steps", 1, "--tables", "share", "--speed", path)
+    lines += [f"{value},,defaults,2", f"{value},0.5,keys,"]
+    path.write_text("\n".join([f"{size},ratio,contender,gain", *lines]), encoding="utf-8")
+    return path
+
+
+def test_keys_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("tomesd")
+    gains = {KEYS: (1.0, 4.0), CORNER: (0.71, 2.21), RANDOM: (0.6, 1.8), UNMERGED: (1.0, 1.0)}
+    path = write_gains(tmp_path / "speed.csv", "size", gains)
+    quicker = write_gains(tmp_path / "layer-sdp.csv", "grid", {**gains, KEYS: (1.0, 7.0)}, "8x8")
+    printed = bench("--tiny", "--steps", 1, "--tables", "what", "--speed", path, "--layer", quicker)
     rows = read(tmp_path / "quality-time.csv")
+    # 1.21, 1.71 and 1.91 times faster is the faster of the two; keys is so at 0.0525, 0.1775 and 0.2275.
     assert [(row["row"], row["ratio"]) for row in rows[1:]] == [
-        *((OURS, "0.05"), (CORNER, "0.25")),
-        *((OURS, "0.2"), (CORNER, "0.5")),
+        *((KEYS, "0.06"), (CORNER, "0.25"), (RANDOM, "0.25")),
+        *((KEYS, "0.18"), (CORNER, "0.5"), (RANDOM, "0.5")),
+        *((KEYS, "0.23"), (CORNER, "0.6"), (RANDOM, "0.6")),
     ]
-    for mine, theirs in zip(rows[1::2], rows[2::2], strict=True):
-        assert float(theirs["psnr_difference"]) == pytest.approx(float(theirs["psnr"]) - float(mine["psnr"]))
+    for mine, *theirs in zip(rows[1::3], rows[2::3], rows[3::3], strict=True):
+        for row in theirs:
+            assert float(row["psnr_difference"]) == pytest.approx(float(row["psnr"]) - float(mine["psnr"]))
+            assert float(row["faster"]) <= float(mine["faster"])
+    of_layer = read(tmp_path / "quality-time-layer-sdp-8x8.csv")
+    assert [row["ratio"] for row in of_layer if row["row"] == KEYS] == ["0.03", "0.09", "0.12"]
+    # In each table by its own times: 1 + 0.09 * 6 / 0.75.
+    assert float(of_layer[4]["faster"]) == pytest.approx(1.72)
+    faster = {(row["contender"], row["ratio"]): row["faster"] for row in read(tmp_path / "quality-what.csv")}
+    assert float(faster[CORNER, "0.5"]) == pytest.approx(1.71)
+    assert faster[UNWEIGHED, "0.75"] == faster[KEYS, "0.84"] == ""
+    assert "x faster" in printed
+
+
+def test_where_keys_is_never_as_fast_there_is_no_table(bench: Callable, tmp_path: Path) -> None:
+    path = write_gains(tmp_path / "layer-sdp.csv", "grid", {KEYS: (0.5, 0.6), CORNER: (1.0, 2.0)})
+    assert "time-layer-sdp-64x64 is left out" in bench("--tiny", "--tables", "defaults", "--layer", path)
+    assert not [*tmp_path.glob("quality-time*")]
 
 
 def test_what_is_wrong_is_said(bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    (tmp_path / "sizes.csv").write_text("size,ratio,contender,seconds\na,0,ours,1\nb,0.5,ours,1\n", encoding="utf-8")
+    other, sizes = tmp_path / "other.csv", tmp_path / "sizes.csv"
+    other.write_text("a,b\n1,2\n", encoding="utf-8")
+    lines = [f"{size},{ratio},keys,1" for size in "ab" for ratio in (0, 0.5)]
+    sizes.write_text("\n".join(["size,ratio,contender,gain", *lines]), encoding="utf-8")
+    one = write_gains(tmp_path / "one.csv", "size", {CORNER: (1.0, 2.0)})
     for arguments, why in (
         (["--weights", tmp_path / "none.safetensors"], "none.safetensors is missing"),
         (["--tiny", "--samples", 1], "samples must be at least 2"),
         (["--tiny", "--speed", tmp_path / "none.csv"], "there is no file"),
-        (["--tiny", "--speed", tmp_path / "other.csv"], "not a CSV of `bench speed`"),
-        (["--tiny", "--speed", tmp_path / "sizes.csv"], "must hold one size"),
+        (["--tiny", "--speed", other], "not a CSV of `bench speed`"),
+        (["--tiny", "--layer", sizes], "not a CSV of `bench layer`"),
+        (["--tiny", "--speed", sizes], "must hold one size"),
+        (["--tiny", "--speed", one], "must hold keys at two ratios"),
     ):
         assert why in bench(*arguments, status=2)
     monkeypatch.setattr(demo_model, "WEIGHTS", tmp_path)
@@ -197,8 +275,8 @@ def test_without_tomesd_its_rows_are_left_out(bench: Callable, tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "tomesd", None)
     printed = bench("--tiny", "--steps", 1, "--tables", "peers")
     assert "tomesd is left out" in printed
-    assert {row["row"] for row in read(tmp_path / "quality-peers.csv")} == {UNMERGED, OURS}
-    assert "tomesd is left out" not in bench("--tiny", "--steps", 1, "--tables", "share")
+    assert {row["row"] for row in read(tmp_path / "quality-peers.csv")} == {UNMERGED, PAPER}
+    assert "tomesd is left out" not in bench("--tiny", "--steps", 1, "--tables", "where")
 
 
 # Its tables
@@ -209,47 +287,84 @@ def test_tables_depend_on_no_default() -> None:
 
 
 @pytest.mark.parametrize("row", EVERY_ROW)
-def test_a_rows_ratio_is_the_mean_over_its_steps(row: ablations.Row) -> None:
-    if row.variant.contender != OURS:
-        assert row.ratio == row.variant.ratio
-        return
-    ratios = [row.variant.settings.ratio_at(step / 49) for step in range(50)]
-    assert sum(ratios) / 50 == pytest.approx(row.ratio)
+def test_a_rows_ratio_and_pairs_are_the_means_over_its_steps(row: ablations.Row) -> None:
+    variant = row.variant
+    ratios = [variant.ratio] * 50
+    if variant.settings is not None:
+        ratios = [variant.settings.ratio_at(step / 49) for step in range(50)]
+    assert variant.mean_ratio == pytest.approx(sum(ratios) / 50, abs=1e-3)
+    power = 1 if variant.contender in (KEYS, UNWEIGHED, TODO) else 2
+    assert variant.pairs == pytest.approx(sum((1 - ratio) ** power for ratio in ratios) / 50, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_rows_are_held_against_their_like(name: str) -> None:
-    table = TABLES[name]
-    against = [(row, table.reference_of(row)) for row in table.rows]
-    references = [row for row in table.rows if row.name == table.reference]
-    assert references and len({row.variant for row in table.rows}) == len(table.rows)
-    for row, reference in against:
-        if row in references:
-            assert reference is None
-        elif len(references) == 1:
-            assert reference is references[0]
-        else:
-            assert (reference is None) == (row is WHOLE)
-            assert reference is None or reference.ratio == row.ratio
-    # At one ratio, but where that is what the table is of.
-    merged = {row.ratio for row in table.rows if row is not WHOLE}
-    assert table.over_ratio or name == "presets" or merged == {0.5}
+def test_rows_are_held_against_rows_above(name: str) -> None:
+    rows = TABLES[name].rows
+    assert len({row.variant for row in rows}) == len(rows)
+    for number, row in enumerate(rows):
+        reference = row.reference
+        assert reference is None or reference in rows[:number] or name == "partition"
+        assert reference is None or reference.reference is None
+        if reference is not None and reference.variant.contender != UNMERGED:
+            assert reference.variant.steps == row.variant.steps
+    assert any(row.reference for row in rows)
 
 
-def test_ours_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> None:
-    curve = {0.0: 10.0, 0.1: 11.0, 0.5: 6.0, 0.75: 4.0}
-    table = ablations.at_equal_time({OURS: curve, CORNER: {0.0: 9.1, 0.5: 5.1}, RANDOM: {0.0: 12.0, 0.7: 2.0}})
-    found = [(row.name, row.ratio) for row in table.rows]
+def test_what_is_merged_is_compared_at_equally_many_pairs() -> None:
+    rows = [row for row in TABLES["what"].rows if row is not WHOLE]
+    for row in rows:
+        assert row.variant.pairs == pytest.approx((row.reference or row).variant.pairs)
+        assert row.variant.contender != TODO or row.variant.ratio in TODO_FACTORS
+    beside = {0.5625: {TOKENS, PAPER, CORNER, RANDOM, UNWEIGHED}, 0.16: {TOKENS, PAPER, CORNER, RANDOM, UNWEIGHED}}
+    beside |= {0.25: {*beside[0.16], TODO}, 0.0625: {TODO}}
+    for pairs, contenders in beside.items():
+        assert {row.name for row in rows if row.reference and round(row.variant.pairs, 4) == pairs} == contenders
+
+
+def test_presets_are_held_against_what_they_were() -> None:
+    rows = {row.name: row for row in TABLES["presets"].rows}
+    assert {"Quality", "Balanced", "Fast", "Paper (60 %)"} < set(rows)
+    for name, former in FORMER.items():
+        assert former.method == PAPER
+        before = dataclasses.replace(former, skip_unprofitable=False)
+        reference = rows[name].reference
+        assert (reference or rows[name]).variant.settings == before
+    assert TABLES["defaults"].rows[1].variant == rows["Balanced, before"].variant
+    assert TABLES["defaults"].rows[2].variant.settings == shipped()
+
+
+def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> None:
+    curve = {0.0: 1.0, 0.1: 0.9, 0.5: 1.7, 0.9375: 4.0}
+    peers = {CORNER: {0.0: 0.92, 0.5: 1.5}, RANDOM: {0.0: 0.7, 0.5: 1.61, 0.6: 5.0}}
+    table = ablations.at_equal_time("a layer", {KEYS: curve, **peers})
+    found = [(row.name, row.variant.ratio) for row in table.rows]
     assert found == [
         (UNMERGED, 0),
-        *((OURS, 0.42), (CORNER, 0.25)),  # 7.1 s: at 0.1 + 0.4 * 3.9 / 5 = 0.412
-        *((OURS, 0.62), (CORNER, 0.5)),  # 5.1 s: at 0.5 + 0.25 * 0.9 / 2 = 0.6125
-        # corner wasn't measured at 0.7.
-        *((OURS, 0.31), (RANDOM, 0.25)),  # 8.43 s: at 0.1 + 0.4 * 2.57 / 5 = 0.306
-        *((OURS, 0.65), (RANDOM, 0.5)),  # 4.86 s: at 0.5 + 0.25 * 1.14 / 2 = 0.643
-        # At 0.7 tomesd takes 2 s, which ours never does.
+        # Corner 1.21 and random 1.155 times: at 0.1 + 0.4 * 0.31 / 0.8 = 0.255.
+        *((KEYS, 0.26), (CORNER, 0.25), (RANDOM, 0.25)),
+        # 1.5 and 1.61 times: at 0.1 + 0.4 * 0.71 / 0.8 = 0.455.
+        *((KEYS, 0.46), (CORNER, 0.5), (RANDOM, 0.5)),
+        # Corner wasn't timed at 0.6, and keys never runs 5 times as fast.
     ]
-    assert [table.reference_of(row) for row in table.rows[1:5]] == [None, table.rows[1], None, table.rows[3]]
+    assert [row.reference for row in table.rows[1:]] == [None, *[table.rows[1]] * 2, None, *[table.rows[4]] * 2]
+    # Where one of the peers alone was timed, it decides; and something is always merged.
+    alone = ablations.at_equal_time("a layer", {KEYS: curve, RANDOM: {0.5: 0.5, 0.6: 2.0}})
+    found = [(row.name, row.variant.ratio) for row in alone.rows[1:]]
+    # 2 times: at 0.5 + 0.4375 * 0.3 / 2.3 = 0.557.
+    assert found == [(KEYS, 0.01), (RANDOM, 0.5), (KEYS, 0.56), (RANDOM, 0.6)]
+
+
+def test_how_fast_a_row_is_is_known_of_plain_contenders_alone() -> None:
+    gains = {KEYS: {0.5: 2.0, 0.75: 3.0}, TODO: {0.75: 2.5}, UNMERGED: {0.5: 1.0}}
+    for variant, faster in (
+        (ours(KEYS, ratio=0.6), 2.4),
+        (Variant(TODO, 0.75), 2.5),
+        (ours(KEYS, ratio=0.4), None),
+        (ours(KEYS, ratio=0.6, redraw=True), None),
+        (Variant(CORNER, 0.5), None),
+        (Variant(UNMERGED), None),
+    ):
+        assert ablations.times_faster(variant, gains) == (faster and pytest.approx(faster))
 
 
 # Its pictures
@@ -296,11 +411,11 @@ def test_the_merging_is_told_its_steps(watch: Callable) -> None:
     assert "4 of 4 steps" in merged
 
 
-@pytest.mark.parametrize("contender", [OURS, CORNER, RANDOM])
+@pytest.mark.parametrize("contender", [KEYS, UNWEIGHED, TOKENS, PAPER, CORNER, RANDOM, TODO])
 def test_merging_changes_the_pictures_and_leaves_nothing_behind(contender: str, hook_dicts: Callable) -> None:
     pytest.importorskip("tomesd")
     unet = STUDIO.model().model.diffusion_model
-    variant = ours() if contender == OURS else Variant(contender, 0.5)
+    variant = Variant(contender, 0.75) if contender in (CORNER, RANDOM, TODO) else ours(contender)
     before, random_state, plain = hook_dicts(unet), torch.get_rng_state(), STUDIO.make(WHOLE.variant, 0)[0]
     first, again = (STUDIO.make(variant, 0)[0] for _ in range(2))
     assert torch.equal(first, again)
@@ -341,7 +456,8 @@ def test_a_shared_draw_makes_pictures_that_do_not_depend_on_the_chunk(monkeypatc
 def test_what_pictures_depend_on_is_in_their_folders_name(tmp_path: Path) -> None:
     model = TinyModel.random(1, **pictures.TINY_SHAPE)
     model.save(tmp_path / "other.safetensors")
-    variants = [WHOLE.variant, ours(), ours(ratio=0.4), ours(window=8), Variant(CORNER, 0.5), Variant(RANDOM, 0.5)]
+    variants = [WHOLE.variant, ours(), ours(ratio=0.4), ours(window=8), ours(KEYS), ours(UNWEIGHED), ours(TOKENS)]
+    variants += [Variant(contender, 0.75) for contender in (CORNER, RANDOM, TODO)]
     studios = [
         STUDIO,
         *(dataclasses.replace(STUDIO, **{name: value}) for name, value in (("steps", 5), ("scale", 2.0))),
@@ -354,6 +470,23 @@ def test_what_pictures_depend_on_is_in_their_folders_name(tmp_path: Path) -> Non
     digests = [studio.digest(variant) for studio in studios for variant in variants]
     assert len(set(digests)) == len(studios) * len(variants)
     assert STUDIO.digest(ours()) == STUDIO.digest(ours(partition="random"))
+    # The steps that a variant says are the studio's, or others in its place.
+    assert STUDIO.digest(dataclasses.replace(ours(), steps=4)) == STUDIO.digest(ours())
+    assert studios[1].digest(dataclasses.replace(ours(), steps=4)) == STUDIO.digest(ours())
+
+
+@pytest.mark.parametrize("module", ["hooks", "matching", "profit", "proportional"])
+def test_pictures_depend_on_the_code_that_merges(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = [ours(KEYS), Variant(CORNER, 0.5), WHOLE.variant]
+    before = [STUDIO.digest(variant) for variant in variants]
+    source = inspect.getsource
+    monkeypatch.setattr(
+        pictures.inspect, "getsource", lambda of: source(of) + "#" * (of.__name__ == f"tomesd_core.{module}")
+    )
+    pictures._code_digest.cache_clear()
+    changed = [STUDIO.digest(variant) != digest for variant, digest in zip(variants, before, strict=True)]
+    pictures._code_digest.cache_clear()
+    assert changed == [True, False, False]
 
 
 def test_chunks_are_made_in_turns_and_once(tmp_path: Path) -> None:
@@ -372,11 +505,11 @@ def test_chunks_are_made_in_turns_and_once(tmp_path: Path) -> None:
 
 
 def test_what_is_judged(bench: Callable, tmp_path: Path) -> None:
-    bench("--tiny", "--tables", "share", "--samples", 6)
+    bench("--tiny", "--tables", "where", "--samples", 6)
     studio = dataclasses.replace(STUDIO, steps=2)
     plain, merged = (studio.make(variant, 0)[0][:6] for variant in (WHOLE.variant, ours()))
-    row = read(tmp_path / "quality-share.csv")[1]
-    assert row["row"] == "own"
+    row = read(tmp_path / "quality-where.csv")[1]
+    assert row["row"] == "level 1"
     assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, plain).mean()), abs=0.2)
     net = studio.classifier()
     logits = net(merged.permute(0, 3, 1, 2) / 255)
@@ -460,4 +593,4 @@ def test_markdown() -> None:
 
 def test_usual_settings_are_the_papers() -> None:
     assert quality.USUAL["steps"] == 50
-    assert list(TABLES)[:6] == ["partition", "when", "window", "reuse", "share", "together"]
+    assert list(TABLES)[-2:] == ["defaults", "presets"]

@@ -118,6 +118,10 @@ class Row:
     """The row of the same table that it is held against."""
 
 
+Gains = Mapping[str, Mapping[float, float]]
+"""By contender how many times faster than unmerged it was timed at each ratio; straight lines are drawn between."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Rows, of which some are held against others."""
@@ -126,6 +130,8 @@ class Table:
     rows: Sequence[Row]
     over: str | None = None
     """`ratio`, `pairs` or `steps`: the rows of one name are a curve over it."""
+    gains: Gains | None = None
+    """How fast its contenders are; None: as the UNet's runs say, if there are any."""
 
     def without(self, contenders: set[str]) -> Table:
         """The table without these contenders' rows."""
@@ -151,11 +157,10 @@ def _change(schedule: str, early: float, late: float) -> dict[str, Any]:
     return {"ratio": early, "late_ratio": late, "schedule": schedule}
 
 
-def _at(contender: str, ratio: float, reference: Row | None = None) -> Row:
+def _at(contender: str, ratio: float) -> Row:
     """A contender at one ratio in all steps, under its own name."""
     is_ours = contender in (*METHODS, UNWEIGHED)
-    variant = ours(contender, ratio=ratio) if is_ours else Variant(contender, ratio)
-    return Row(contender, variant, reference)
+    return Row(contender, ours(contender, ratio=ratio) if is_ours else Variant(contender, ratio))
 
 
 def _what() -> list[Row]:
@@ -278,25 +283,35 @@ TABLES = {
 """By name; those that set a default come first, `presets` after the tables that set its rows."""
 
 
-def at_equal_time(title: str, seconds: Mapping[str, Mapping[float, float]]) -> Table:
+def times_faster(variant: Variant, gains: Gains) -> float | None:
+    """How many times faster than unmerged a contender is at its ratio; None where that wasn't measured.
+
+    Nor is it known of a variant with settings of its own, a schedule or other levels.
+    """
+    contender, ratio = variant.contender, variant.ratio
+    is_timed = contender != UNMERGED and variant == _at(contender, ratio).variant
+    known = gains.get(contender, {})
+    return _between(known, ratio) if is_timed and _is_measured(known, ratio) else None
+
+
+def at_equal_time(title: str, gains: Gains) -> Table:
     """`tomesd` at each of its ratios beside the method keys at the ratio that takes no longer than either kind of it.
 
-    `seconds`: by contender the seconds of each measured ratio; between them a straight line is drawn. Of keys it is the
-    lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where there is none, and outside of what was
-    measured.
+    Of keys it is the lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where there is none, and
+    outside of what was measured.
     """
     rows = [WHOLE]
-    ours_by_ratio = seconds.get(KEYS, {})
-    percents = [percent for percent in range(100) if _is_measured(ours_by_ratio, percent / 100)]
+    keys = gains.get(KEYS, {})
+    percents = [percent for percent in range(1, 100) if _is_measured(keys, percent / 100)]
     for ratio in PEER_RATIOS:
-        peers = [peer for peer in (CORNER, RANDOM) if _is_measured(seconds.get(peer, {}), ratio)]
+        peers = [peer for peer in (CORNER, RANDOM) if _is_measured(gains.get(peer, {}), ratio)]
         if not peers:
             continue
-        allowed = min(_between(seconds[peer], ratio) for peer in peers)
-        fast = [percent for percent in percents if _between(ours_by_ratio, percent / 100) <= allowed]
+        needed = max(_between(gains[peer], ratio) for peer in peers)
+        fast = [percent for percent in percents if _between(keys, percent / 100) >= needed]
         if fast:
             rows += _beside(_at(KEYS, fast[0] / 100), *(_at(peer, ratio) for peer in peers))
-    return Table(f"Time: keys and tomesd at equal time of {title}", rows, over="ratio")
+    return Table(f"Time: keys and tomesd at equal time of {title}", rows, over="ratio", gains=gains)
 
 
 def _is_measured(points: Mapping[float, float], x: float) -> bool:
@@ -305,6 +320,8 @@ def _is_measured(points: Mapping[float, float], x: float) -> bool:
 
 def _between(points: Mapping[float, float], x: float) -> float:
     """What the line through `points`, y by x, is at `x`, which lies between them."""
+    if x in points:
+        return points[x]
     known = sorted(points)
     after = max(bisect.bisect_left(known, x), 1)
     low, high = known[after - 1], known[after]

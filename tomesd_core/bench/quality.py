@@ -5,7 +5,7 @@ unmerged twin, made in as many steps; "pairs" is the share of query-key pairs le
 distance of all of a row's pictures to the training pictures, on features of a small classifier of the same pictures
 (not Inception: it compares with no published FID); "named" is the share of pictures that this classifier takes for
 their prompt's. Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only the
-new ones. --speed and --layer add tables at equal time.
+new ones. --speed and --layer add tables at equal time, and --speed what a row's ratio brings in times faster.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from . import distances, output
-from .ablations import TABLES, Table, Variant, at_equal_time
+from .ablations import TABLES, Gains, Table, Variant, at_equal_time, times_faster
 from .contenders import CORNER, KEYS, RANDOM, UNMERGED, why_left_out
 from .distances import Estimate
 from .options import add_shared, fill_in, whole_number
@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> None:
     studio = Studio(args.weights, args.tiny, args.steps, args.scale, args.attention, args.dtype, args.device)
     album = Album(args.out / "quality", studio)
     judge = Judge(album, args.samples)
-    tables, notes = _that_can_run(args, studio)
+    gains = _gains_of_the_unet(args.speed)
+    tables, notes = _that_can_run(args, gains, studio)
     chunks = _chunks_by_table(album, tables, args.samples)
     every_chunk = [chunk for some in chunks.values() for chunk in some]
     written = [args.out / "quality.md"]
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
             for _ in chunks[name]:
                 variant = next(made)
                 tick(f"{name}: {variant.contender}, {variant.ratio:g}")
-            rows = [{"table": name, **row} for row in judge.rows(table)]
+            rows = [{"table": name, **row} for row in judge.rows(table, table.gains or gains)]
             sections.append((_heading(table), rows))
             csv_path, plot_path = (args.out / f"quality-{name}{ending}" for ending in (".csv", ".png"))
             # After every table: what is done is there to be read while the rest is made.
@@ -145,7 +146,7 @@ class Judge:
         self._drawn = distances.resamples(samples)
         self._judged: dict[Variant, tuple[Made, dict[str, Estimate]]] = {}
 
-    def rows(self, table: Table) -> list[dict[str, object]]:
+    def rows(self, table: Table, gains: Gains) -> list[dict[str, object]]:
         """A table's rows. All of its pictures, and their unmerged twins, must have been made."""
         studio = self._album.studio
         rows = []
@@ -154,7 +155,8 @@ class Judge:
             made, values = self._judge(variant)
             others = {} if reference is None else self._judge(reference.variant)[1]
             line: dict[str, object] = {"row": row.name, "contender": variant.contender}
-            line |= {"ratio": variant.mean_ratio, "pairs": variant.pairs, "steps": studio.steps_of(variant)}
+            line |= {"ratio": variant.mean_ratio, "pairs": variant.pairs, "faster": times_faster(variant, gains)}
+            line["steps"] = studio.steps_of(variant)
             for name, metric in METRICS.items():
                 line |= _compared(name, metric, values.get(name), others.get(name))
             line |= {"seconds": made.seconds, "reference": reference and reference.name, "merged": made.merged}
@@ -188,8 +190,8 @@ def _plms_steps(text: str) -> int:
     return steps
 
 
-def _seconds(path: Path, command: str, size: str, seconds: str) -> dict[str, dict[str, dict[float, float]]]:
-    """By size, contender and ratio the seconds in the CSV that `bench COMMAND` wrote, from these columns of it.
+def _gains(path: Path, command: str, size: str) -> dict[str, Gains]:
+    """By size, in the column of that name, what is in the CSV that `bench COMMAND` wrote.
 
     Raises `ValueError` for another file.
     """
@@ -197,37 +199,35 @@ def _seconds(path: Path, command: str, size: str, seconds: str) -> dict[str, dic
         raise ValueError(f"there is no file {path}")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {size, "ratio", "contender", seconds} <= set(rows[0]):
+    if not rows or not {size, "ratio", "contender", "gain"} <= set(rows[0]):
         raise ValueError(f"{path} is not a CSV of `bench {command}`")
     found: dict[str, dict[str, dict[float, float]]] = {}
     for row in rows:
-        if row[seconds]:
+        # Some have no ratio, others no gain: the defaults' schedules, and what was matched alone.
+        if row["ratio"] and row["gain"]:
             by_ratio = found.setdefault(row[size], {}).setdefault(row["contender"], {})
-            by_ratio[float(row["ratio"])] = float(row[seconds])
-    if not all(len(contenders.get(KEYS, {})) > 1 for contenders in found.values()):
+            by_ratio[float(row["ratio"])] = float(row["gain"])
+    if not found or not all(len(gains.get(KEYS, {})) > 1 for gains in found.values()):
         raise ValueError(f"{path} must hold {KEYS} at two ratios or more")
     return found
 
 
-def _at_equal_time(args: argparse.Namespace) -> dict[str, Table]:
-    """The tables by what `--speed` and `--layer` name."""
-    tables = {}
-    if args.speed is not None:
-        by_size = _seconds(args.speed, "speed", "size", "seconds")
-        if len(by_size) > 1:
-            raise ValueError(f"{args.speed} must hold one size")
-        for size, seconds in by_size.items():
-            tables["time"] = at_equal_time(f"the UNet at {size}", seconds)
+def _gains_of_the_unet(path: Path | None) -> Gains:
+    by_size = {} if path is None else _gains(path, "speed", "size")
+    if len(by_size) > 1:
+        raise ValueError(f"{path} must hold one size")
+    return next(iter(by_size.values()), {})
+
+
+def _that_can_run(args: argparse.Namespace, gains: Gains, studio: Studio) -> tuple[dict[str, Table], list[str]]:
+    """The chosen tables, and those at equal time, without the rows of peers that are missing; and notes that say so."""
+    tables = {name: table for name, table in TABLES.items() if name in args.tables}
+    if gains:
+        tables["time"] = at_equal_time("the UNet", gains)
     for path in args.layer:
-        for grid, seconds in _seconds(path, "layer", "grid", "layer").items():
+        for grid, of_layer in _gains(path, "layer", "grid").items():
             # The file's name says of which attention.
-            tables[f"time-{path.stem}-{grid}"] = at_equal_time(f"a layer of {grid} tokens ({path.stem})", seconds)
-    return tables
-
-
-def _that_can_run(args: argparse.Namespace, studio: Studio) -> tuple[dict[str, Table], list[str]]:
-    """The chosen tables in their usual order, without the rows of peers that are missing; and notes that say so."""
-    tables = {name: table for name, table in TABLES.items() if name in args.tables} | _at_equal_time(args)
+            tables[f"time-{path.stem}-{grid}"] = at_equal_time(f"a layer of {grid} tokens ({path.stem})", of_layer)
     side = studio.model().image_shape[-1]
     why_not = {peer: why_left_out(peer, 0.0, side * side, args.torch_dtype) for peer in (CORNER, RANDOM)}
     needed = {row.variant.contender for table in tables.values() for row in table.rows}
@@ -277,6 +277,8 @@ def _shown(rows: Sequence[output.Row]) -> tuple[output.Columns, list[output.Row]
     }
     if len({row["steps"] for row in rows}) > 1:
         columns["steps"] = ("steps", str)
+    if any(row["faster"] for row in rows):
+        columns["faster"] = ("x faster", output.number(2))
     shown = [dict(row) for row in rows]
     for name, metric in METRICS.items():
         columns |= {name: (metric.title, str), f"{name}_difference": ("difference", str)}
@@ -307,6 +309,12 @@ def _panels(table: Table, rows: Sequence[output.Row]) -> list[output.Panel]:
             panel.add(UNMERGED, x, unmerged[row["steps"]][name])
         panel.reference = UNMERGED
         panels.append(panel)
+    known = sorted((row for row in merged if row["faster"]), key=lambda row: row["faster"])
+    if table.over and known:
+        over_speed = output.Panel("Distance over speed", "times faster than unmerged", METRICS["psnr"].title)
+        for row in known:
+            over_speed.add(row["row"], row["faster"], row["psnr"], row["psnr_interval"])
+        panels.insert(0, over_speed)
     return panels
 
 
