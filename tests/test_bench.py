@@ -138,6 +138,15 @@ def test_speed_of_the_defaults(bench: Callable) -> None:
     assert "8 of 8 steps" in rows[1]["merged"]
 
 
+def test_speed_of_presets(bench: Callable) -> None:
+    rows, _ = bench("speed", "--tiny", "--steps", 2, "--presets", "Quality", "Fast", "--force", stem="presets")
+    found = [row["contender"] for row in rows]
+    assert found == [UNMERGED, "Quality", "Quality before", "Fast", "Fast before"]
+    # 0.75 and 0.5 of 256 tokens, and of 64 at level 2.
+    merged = "7 of 7 self-attention layers, 256 -> 64 to 128 tokens, 64 -> 16 to 32 tokens, 2 of 2 steps"
+    assert rows[4]["merged"] == merged
+
+
 def test_layer(bench: Callable) -> None:
     pytest.importorskip("tomesd")
     rows, _ = bench("layer", "--tiny", "--rounds", 1, "--ratios", 0.3, 0.75)
@@ -223,6 +232,14 @@ def test_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "tomesd_core.bench", "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert all(name in printed for name in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_explains_its_options(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert "--attention" in capsys.readouterr().out
 
 
 def test_checkpoint(tiny: nn.Module, tmp_path: Path, bench: Callable, capfd: pytest.CaptureFixture) -> None:

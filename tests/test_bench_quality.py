@@ -192,10 +192,14 @@ def test_two_processes_make_the_same_pictures(bench: Callable, tmp_path: Path) -
 
 
 def write_gains(path: Path, size: str, gains: dict[str, tuple[float, float]], value: str = "64x64") -> Path:
-    """A CSV as `bench speed` and `bench layer` write it: of each contender its gains at the ratios 0 and 0.75."""
+    """A CSV as `bench speed` and `bench layer` write it: of each contender its gains at the ratios 0 and 0.75.
+
+    Some rows have no ratio, others no gain.
+    """
     lines = [
         f"{value},{at},{name},{both[number]}" for name, both in gains.items() for number, at in enumerate((0, 0.75))
     ]
+    lines += [f"{value},,defaults,2", f"{value},0.5,keys,"]
     path.write_text("\n".join([f"{size},ratio,contender,gain", *lines]), encoding="utf-8")
     return path
 

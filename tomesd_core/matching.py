@@ -78,7 +78,7 @@ def similarity_dtype(x: Tensor, exact: bool = False) -> torch.dtype:
     """The dtype in which x's similarities are computed: x's own, but on the CPU the one that it multiplies fastest.
 
     `exact` is never less precise than x. Where the CPU multiplies bf16 by itself, matching 64×64 tokens of 320 channels
-    took 0.68 of the time that it takes in fp32, and 256×256 tokens 0.61 (`bench layer`, "ours" and "ours, exact").
+    took 0.68 of the time that it takes in fp32, and 256×256 tokens 0.61 (`bench layer`, "keys" and "ours, exact").
     """
     if x.device.type != "cpu":
         return x.dtype

@@ -65,15 +65,27 @@ PEER_BYTES = 4e9
 WHOLE_IMAGE_SIDE = 128
 """Up to this side of a grid, in tokens, our own matching over the whole image is measured too: its time is N²."""
 
+_FORMER_SETTINGS = {
+    "late_ratio": 0.4,
+    "schedule": "linear",
+    "max_downsample": 1,
+    "min_tokens": 0,
+    "reuse_steps": 4,
+    "method": PAPER,
+    "partition": "random",
+    "window": 32,
+    "shared_draw": True,
+}
 FORMER = {
-    name: MergeSettings(schedule="linear", method="paper", reuse_steps=4, **values)
+    name: MergeSettings(**{**_FORMER_SETTINGS, **values})
     for name, values in {
         "Quality": {"ratio": 0.4, "late_ratio": 0.2},
-        "Balanced": {"ratio": 0.6, "late_ratio": 0.4},
+        "Balanced": {"ratio": 0.6},
         "Fast": {"ratio": 0.75, "late_ratio": 0.5, "max_downsample": 2},
+        "Paper (60 %)": {"ratio": 0.6, "schedule": "constant", "reuse_steps": 1},
     }.items()
-} | {"Paper (60 %)": MergeSettings(ratio=0.6, schedule="constant", method="paper", reuse_steps=1)}
-"""The presets of version 1, by their names, which shipped ones still have. `Balanced` was the default."""
+}
+"""The presets of version 0.1.0, whose names the shipped ones still have. `Balanced` was the default."""
 
 
 @dataclasses.dataclass(frozen=True)

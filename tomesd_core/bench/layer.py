@@ -57,7 +57,7 @@ USUAL = {
     "channels": 320,
     "rounds": 11,
     "attention": "sdp",
-    "ratios": [0.25, 0.5, 0.6, 0.75, 0.84],
+    "ratios": [0.25, 0.5, 0.6, 0.75, 0.84, 0.9375],
 }
 QUICK = {"tokens": [32, 64], "rounds": 5}
 TINY = {"tokens": [8, 16], "channels": 32, "rounds": 1}

@@ -3,8 +3,8 @@
 Unmerged, ours by method, tomesd's two kinds of destinations, ToDo at the ratios that it has, and the limits: attention
 of all queries to as many keys as keys leaves, or over as many tokens as the others leave, and no merging at all. At one
 ratio keys leaves more pairs of queries and keys than the others: 0.4375 and 0.75 of it leave as many as 0.25 and 0.5.
-With --defaults the shipped defaults run beside those of version 1 over a whole schedule. All is interleaved round by
-round, all quotients are taken within a round, and what is shown is their median.
+With --defaults or --presets what is shipped runs over a whole schedule, beside what it was in version 0.1.0. All is
+interleaved round by round, all quotients are taken within a round, and what is shown is their median.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 
+from ..presets import BUILT_IN
 from ..settings import MergeSettings
 from . import output
 from .contenders import DEFAULTS, FORMER, FORMER_DEFAULTS, KEYS, PAPER, UNMERGED, Contender, Running, merging, put_on
@@ -31,7 +32,8 @@ USUAL = {
 QUICK = {"sizes": [(256, 256)], "ratios": [0.3, 0.6], "rounds": 3}
 TINY = {"sizes": [(128, 128)], "ratios": [0.3, 0.6], "rounds": 1}
 
-DEFAULTS_STEPS = 8
+SCHEDULE_STEPS = 8
+"""Enough for a schedule to go its way, and for a matching of version 0.1.0, kept for 4, to be made twice."""
 
 COLUMNS = {
     "size": ("size", str),
@@ -58,21 +60,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=whole_number,
         metavar="N",
-        help=f"a run's, timed together (default: those that a matching is kept for; with --defaults {DEFAULTS_STEPS})",
+        help=f"a run's, timed together (default: those that a matching is kept for; of a schedule {SCHEDULE_STEPS})",
     )
-    parser.add_argument(
-        "--defaults",
-        action="store_true",
-        help="time the shipped defaults beside those of version 1, and nothing else but the unmerged UNet",
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--defaults", action="store_true", help="time the shipped defaults, and nothing but them and what they were"
     )
+    instead.add_argument("--presets", choices=FORMER, nargs="+", help="the same of these presets")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints the table, writes `speed-ATTENTION.csv` and `.png`; with `--defaults` `defaults-ATTENTION.*`."""
+    """Measures, prints the table, writes `speed-ATTENTION.csv` and `.png`, of schedules `defaults-…` or `presets-…`."""
     fill_in(args, USUAL, QUICK, TINY)
-    steps = args.steps or (DEFAULTS_STEPS if args.defaults else args.reuse_steps)
+    schedules = _schedules(args)
+    steps = args.steps or (SCHEDULE_STEPS if schedules else args.reuse_steps)
     machine = output.this_machine(args.device, args.dtype, args.command)
-    stem = f"{'defaults' if args.defaults else 'speed'}-{args.attention}"
+    stem = f"{'defaults' if args.defaults else 'presets' if args.presets else 'speed'}-{args.attention}"
     csv_path, plot_path = (args.out / f"{stem}{ending}" for ending in (".csv", ".png"))
     rows: list[output.Row] = []
 
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         output.write_csv(csv_path, rows, machine)
 
     def choose(tokens: int) -> tuple[Runs, list[str]]:
-        return (_defaults(args), []) if args.defaults else everyone(args, tokens, args.reuse_steps)
+        return ({None: schedules}, []) if schedules else everyone(args, tokens, args.reuse_steps)
 
     def seconds(case: Case, running: Running) -> float:
         def work() -> None:
@@ -97,10 +100,13 @@ def run(args: argparse.Namespace) -> None:
     output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
 
 
-def _defaults(args: argparse.Namespace) -> Runs:
-    """What `--defaults` times, each by a schedule of its own."""
-    both = {DEFAULTS: MergeSettings(), FORMER_DEFAULTS: FORMER["Balanced"]}
-    forced = {name: dataclasses.replace(settings, skip_unprofitable=not args.force) for name, settings in both.items()}
-    unmerged = Contender(UNMERGED, functools.partial(put_on, name=UNMERGED, ratio=0.0))
-    ours = [Contender(name, functools.partial(merging, settings=settings)) for name, settings in forced.items()]
-    return {None: [unmerged, *ours]}
+def _schedules(args: argparse.Namespace) -> list[Contender]:
+    """What `--defaults` or `--presets` times, each by a schedule of its own; else nothing."""
+    timed = {DEFAULTS: MergeSettings(), FORMER_DEFAULTS: FORMER["Balanced"]} if args.defaults else {}
+    for name in args.presets or ():
+        timed |= {name: MergeSettings(**BUILT_IN[name][0]), f"{name} before": FORMER[name]}
+    ours = [
+        Contender(name, functools.partial(merging, settings=dataclasses.replace(one, skip_unprofitable=not args.force)))
+        for name, one in timed.items()
+    ]
+    return [Contender(UNMERGED, functools.partial(put_on, name=UNMERGED, ratio=0.0)), *ours] if ours else []
