@@ -17,13 +17,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 pytest.importorskip("tqdm")
 
-from tomesd_core.bench import ablations, distances, output, pictures, quality
-from tomesd_core.bench.__main__ import main
-from tomesd_core.bench.ablations import TABLES, WHOLE, Variant, ours
-from tomesd_core.bench.contenders import CORNER, OURS, RANDOM, UNMERGED
-from tomesd_core.bench.pictures import CHUNK, Album, Studio
-from tomesd_core.demo import model as demo_model
-from tomesd_core.demo.model import TinyModel
+from lab.bench import ablations, distances, output, pictures, quality
+from lab.bench.__main__ import main
+from lab.bench.ablations import TABLES, WHOLE, Variant, ours
+from lab.bench.contenders import CORNER, OURS, RANDOM, UNMERGED
+from lab.bench.pictures import CHUNK, Album, Studio
+from lab.demo import model as demo_model
+from lab.demo.model import TinyModel
 from tomesd_core.settings import FIELDS
 
 STUDIO = Studio(None, True, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu"))

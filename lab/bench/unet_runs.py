@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from ..settings import MergeSettings
+from tomesd_core.settings import MergeSettings
+
 from .contenders import Contender, contenders
 from .models import LATENT_FACTOR, SD1, TINY, attention, build_unet, one_step, read_checkpoint
 from .options import Size

@@ -11,7 +11,8 @@ import functools
 
 import torch
 
-from ..settings import MergeSettings
+from tomesd_core.settings import MergeSettings
+
 from . import output
 from .contenders import OVER_OTHERS, UNMERGED, Contender
 from .options import add_shared, add_unet, fill_in, whole_number

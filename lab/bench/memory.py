@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..settings import MergeSettings
+from tomesd_core.settings import MergeSettings
+
 from . import output
 from .contenders import OVER_OTHERS, UNMERGED, Contender, Matcher, matchers
 from .layer import image_tokens

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..presets import BUILT_IN
-from ..settings import MergeSettings
+from tomesd_core.presets import BUILT_IN
+from tomesd_core.settings import MergeSettings
+
 from .contenders import CORNER, OURS, RANDOM, UNMERGED, WAYS, Running
 
 BASE: dict[str, Any] = {

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..hooks import attach
-from ..matching import match, tokens_removed
-from ..partition import make_partition
-from ..settings import FIELDS, MergeSettings
-from ..unet import Layer, find_layers, finest_level
+from tomesd_core.hooks import attach
+from tomesd_core.matching import match, tokens_removed
+from tomesd_core.partition import make_partition
+from tomesd_core.settings import FIELDS, MergeSettings
+from tomesd_core.unet import Layer, find_layers, finest_level
+
 from .packages import INSTALL, MissingPackage, require
 
 UNMERGED, OURS, CORNER, RANDOM, LIMIT = "unmerged", "ours", "tomesd corner", "tomesd random", "limit"

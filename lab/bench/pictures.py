@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import hooks, matching, partition, plan, schedule, token_map
+from tomesd_core import hooks, matching, partition, plan, schedule, token_map
+
 from ..demo.model import FeatureNet, TinyModel
 from .ablations import Variant
 from .contenders import CORNER, OURS, RANDOM, Running

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..profit import pays
+from tomesd_core.profit import pays
+
 from . import output
 from .contenders import OURS, OVER_PEERS, UNMERGED, Matcher, matchers
 from .models import attend, attention, attention_layer
