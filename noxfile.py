@@ -76,7 +76,7 @@ def demo(session: nox.Session) -> None:
     _install(session)
     env = {"GRADIO_ANALYTICS_ENABLED": "False"}
     # Ctrl-C reaches the page too, which needs a moment to end by itself.
-    session.run("python", "-m", "tomesd_core.demo", *session.posargs, env=env, interrupt_timeout=20)
+    session.run("python", "-m", "lab.demo", *session.posargs, env=env, interrupt_timeout=20)
 
 
 @nox.session
@@ -100,4 +100,4 @@ def live(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """A short benchmark of this machine, beside tomesd."""
     _install(session, "tomesd==0.1.3", "scikit-image")
-    session.run("python", "-m", "tomesd_core.bench", *(session.posargs or ("speed", "--quick")))
+    session.run("python", "-m", "lab.bench", *(session.posargs or ("speed", "--quick")))

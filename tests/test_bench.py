@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from tomesd_core import hooks
-from tomesd_core.bench import layer, memory, models, output, speed, timing
-from tomesd_core.bench.__main__ import SUBCOMMANDS, main
-from tomesd_core.bench.contenders import (
+from lab.bench import layer, memory, models, output, speed, timing
+from lab.bench.__main__ import SUBCOMMANDS, main
+from lab.bench.contenders import (
     CORNER,
     DEFAULTS,
     EXACT,
@@ -39,8 +38,9 @@ from tomesd_core.bench.contenders import (
     matchers,
     merged_layers,
 )
-from tomesd_core.bench.options import merge_ratio, picture_size
-from tomesd_core.bench.packages import MissingPackage, require
+from lab.bench.options import merge_ratio, picture_size
+from lab.bench.packages import MissingPackage, require
+from tomesd_core import hooks
 from tomesd_core.settings import MergeSettings
 
 pytest.importorskip("matplotlib")
@@ -229,7 +229,7 @@ def test_memory(bench: Callable) -> None:
 
 
 def test_runs_as_a_module() -> None:
-    command = [sys.executable, "-m", "tomesd_core.bench", "--help"]
+    command = [sys.executable, "-m", "lab.bench", "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert all(name in printed for name in SUBCOMMANDS)
 
@@ -531,6 +531,6 @@ def test_papers_curve() -> None:
 
 
 def test_machine_is_named() -> None:
-    machine = output.this_machine(CPU, "float32", "python -m tomesd_core.bench speed")
+    machine = output.this_machine(CPU, "float32", "python -m lab.bench speed")
     assert "thread" in machine.machine
     assert torch.__version__ in machine.versions and "tomesd" in machine.versions

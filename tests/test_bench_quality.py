@@ -18,10 +18,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 pytest.importorskip("tqdm")
 
-from tomesd_core.bench import ablations, distances, output, pictures, quality
-from tomesd_core.bench.__main__ import main
-from tomesd_core.bench.ablations import TABLES, WHOLE, Variant, by_settings, ours, shipped
-from tomesd_core.bench.contenders import (
+from lab.bench import ablations, distances, output, pictures, quality
+from lab.bench.__main__ import main
+from lab.bench.ablations import TABLES, WHOLE, Variant, by_settings, ours, shipped
+from lab.bench.contenders import (
     CORNER,
     FORMER,
     KEYS,
@@ -33,9 +33,9 @@ from tomesd_core.bench.contenders import (
     UNMERGED,
     UNWEIGHED,
 )
-from tomesd_core.bench.pictures import CHUNK, Album, Studio
-from tomesd_core.demo import model as demo_model
-from tomesd_core.demo.model import TinyModel
+from lab.bench.pictures import CHUNK, Album, Studio
+from lab.demo import model as demo_model
+from lab.demo.model import TinyModel
 from tomesd_core.settings import FIELDS
 
 STUDIO = Studio(None, True, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu"))

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from tomesd_core.demo.__main__ import main
-from tomesd_core.demo.compare import AMPLIFIED, LINE, MARGIN, difference, enlarged, sheet
+from lab.demo.__main__ import main
+from lab.demo.compare import AMPLIFIED, LINE, MARGIN, difference, enlarged, sheet
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,7 +94,7 @@ def test_a_size_that_the_model_can_not_make_is_refused(capsys, size):
 
 
 def test_without_weights_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
-    from tomesd_core.demo import model
+    from lab.demo import model
 
     monkeypatch.setattr(model, "WEIGHTS", tmp_path)
     assert main(["cat", "--steps", "1", "--out", str(tmp_path / "out.png")]) == 0
@@ -102,7 +102,7 @@ def test_without_weights_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_without_a_prompt_a_page_is_served_until_ctrl_c():
-    command = [sys.executable, "-m", "tomesd_core.demo"]
+    command = [sys.executable, "-m", "lab.demo"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
     ) as process:

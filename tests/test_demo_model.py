@@ -8,7 +8,7 @@ from PIL import Image
 
 pytest.importorskip("ldm")
 
-from tomesd_core.demo.model import WEIGHTS, FeatureNet, TinyModel, rgb_tensor, split_words
+from lab.demo.model import WEIGHTS, FeatureNet, TinyModel, rgb_tensor, split_words
 
 SMALL = {"image_size": 8, "channel_mult": [1, 1], "attention_resolutions": [1, 2], "context_dim": 32}
 
@@ -178,7 +178,7 @@ def test_shipped_model_has_attention_at_three_levels(shipped):
 
 def test_a_cat_and_an_apple_are_recognised(shipped):
     """What the model draws for a prompt is what the classifier of the training pictures takes it for."""
-    from tomesd_core.demo.train import ddim
+    from lab.demo.train import ddim
 
     prompts = ["cat face", "red apple", "green apple"]
     rgb = shipped.to_rgb(ddim(shipped, prompts, steps=10))

@@ -11,8 +11,8 @@ from PIL import Image
 
 pytest.importorskip("ldm")
 
-from tomesd_core.demo import train
-from tomesd_core.demo.model import FeatureNet, TinyModel
+from lab.demo import train
+from lab.demo.model import FeatureNet, TinyModel
 
 SMALL = {"image_size": 8, "channel_mult": [1, 1], "attention_resolutions": [1, 2], "context_dim": 32}
 RECIPE = train.Recipe(batch=6, warmup=5, lr=2e-3)

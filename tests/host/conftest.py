@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from tomesd_core.demo.host import Host, start
-from tomesd_core.demo.model import TinyModel
+from lab.demo.model import TinyModel
+from lab.host import Host, start
 
 EXTENSION = Path(__file__).parent / "extension"
 

@@ -23,7 +23,7 @@ PANEL = "#script_txt2img_tome_"
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """The demo, started as a person starts it."""
-    command = [sys.executable, "-m", "tomesd_core.demo"]
+    command = [sys.executable, "-m", "lab.demo"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             lines = (re.match(r"The page: (\S+)", line) for line in process.stdout)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tomesd_core.demo.host import Host
+from lab.host import Host
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -390,9 +390,6 @@ def test_webuis_own_token_merging(host, generate, recorded):
 def test_refuses_where_webui_is(tmp_path):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "__init__.py").write_text("")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import modules\nfrom tomesd_core.demo.host import start\nstart(None)"
-    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport modules\nfrom lab.host import start\nstart(None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "RuntimeError: the miniature host stands in for WebUI's package `modules`" in done.stderr

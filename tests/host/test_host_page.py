@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
-from tomesd_core.demo.host import Host
+from lab.host import Host
 
 REQUEST = {"prompt": "cat", "steps": 2, "width": 16, "height": 16, "seed": 1, "sampler_name": "Euler"}
 
@@ -275,7 +275,7 @@ def test_no_model_loaded_and_started_twice(tmp_path, host, recorded, make_model)
     """A second start sets everything back, in the same modules; `load_model=False` loads nothing until it is used."""
     from modules import scripts, shared
 
-    from tomesd_core.demo.host import start
+    from lab.host import start
 
     shared.opts.set("recorder_flag", True)
     second = start(make_model(), [], tmp_path, load_model=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tomesd_core.demo import samplers
+from lab.demo import samplers
 
 
 class GaussianModel(nn.Module):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tomesd_core.demo.host import FOLDER, Host
+from lab.host import FOLDER, Host
 
 WEBUI_DIR = os.environ.get("WEBUI_DIR")
 

@@ -96,7 +96,7 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     command = [
         sys.executable,
         "-m",
-        "tomesd_core.demo.host",
+        "lab.host",
         "--port",
         str(port),
         "--random",

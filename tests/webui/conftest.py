@@ -16,8 +16,8 @@ import torch
 from in_host import HALVED, REQUEST, hooked, other_script, pixels, running, script_args
 from torch import nn
 
-from tomesd_core.demo.host import Host, start
-from tomesd_core.demo.model import TinyModel
+from lab.demo.model import TinyModel
+from lab.host import Host, start
 
 
 def small_model(seed: int, **shape: Any) -> TinyModel:

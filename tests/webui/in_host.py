@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from tomesd_core.demo.host import Host
+from lab.host import Host
 from tomesd_core.profit import tokens_removed
 from tomesd_core.settings import FIELDS
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from in_host import HALVED, REQUEST, ROOT, run
 
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "weights", "demo", "bench")
+LEFT_OUT = shutil.ignore_patterns("__pycache__")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ import torch
 
 torch.set_num_threads(1)
 import tomesd_core
-from tomesd_core.demo.host import start
-from tomesd_core.demo.model import TinyModel
+from lab.host import start
+from lab.demo.model import TinyModel
 
 installed = Path(tomesd_core.__file__).parent
 before = {name: id(module) for name, module in sys.modules.items() if name.split(".")[0] == "tomesd_core"}

@@ -103,7 +103,7 @@ def test_reload_ui_in_the_middle_of_sampling_ends_merging(host, make, on_denoise
 def updated(tmp_path_factory):
     """What a host said whose extension was updated while it ran; in a process of its own, on a copy of the files."""
     folder = tmp_path_factory.mktemp("update")
-    for name in ("scripts", "tomesd_core"):
+    for name in ("scripts", "tomesd_core", "lab"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "weights", "bench"))
     shutil.copy(ROOT / "metadata.ini", folder)
     return json.loads(run(UPDATE, str(folder), json.dumps(REQUEST), cwd=folder).stdout.splitlines()[-1])
@@ -135,8 +135,8 @@ folder, request = Path(sys.argv[1]), {**json.loads(sys.argv[2]), "steps": 1}
 import torch
 
 torch.set_num_threads(1)
-from tomesd_core.demo.host import start
-from tomesd_core.demo.model import TinyModel
+from lab.host import start
+from lab.demo.model import TinyModel
 
 said = {"labels": [], "ratios": [], "new": [], "merged": []}
 host = start(TinyModel.random(0, channel_mult=[1], attention_resolutions=[1]), [], folder / "data")
@@ -147,7 +147,8 @@ from modules import processing, script_callbacks, scripts, shared
 
 package = next(found.module for found in scripts.scripts_data if found.path.endswith("tome.py")).PACKAGE
 new = {name for name in set(sys.modules) - before if name.startswith(("tomesd_core", package))}
-said["imported"] = [name for name in new if name.split(".")[0] != package or ".demo" in name or ".bench" in name]
+lab = {name for name in set(sys.modules) - before if name.startswith("lab.")}
+said["imported"] = [*lab, *(name for name in new if name.split(".")[0] != package)]
 assert f"{package}.webui.panel" in new
 
 
@@ -180,7 +181,7 @@ def change(*replacements):
     if replacements:
         settings.write_text(text, encoding="utf-8")
     else:
-        (folder / "tomesd_core" / "demo" / "model.py").touch()
+        (folder / "lab" / "demo" / "model.py").touch()
 
 
 look()
@@ -215,9 +216,10 @@ def imports_of(file):
             yield from (f"{name}.{alias.name}" for alias in node.names)
 
 
-def files(*parts, without=()):
-    found = [file for file in (ROOT / "tomesd_core").joinpath(*parts).rglob("*.py")]
-    return [f for f in found if not set(f.relative_to(ROOT / "tomesd_core").parts) & set(without)]
+def files(folder, without=""):
+    found = [*(ROOT / folder).rglob("*.py")]
+    assert len(found) > 0
+    return [file for file in found if not without or ROOT / without not in file.parents]
 
 
 def starts(name, *packages):
@@ -225,21 +227,15 @@ def starts(name, *packages):
 
 
 def test_imports_point_one_way():
-    core, webui = files(without=("webui", "demo", "bench")), [*files("webui"), *(ROOT / "scripts").glob("*.py")]
-    assert len(core) > 8 and len(webui) > 5
-    upwards = [
-        (file.name, name)
-        for file in core
-        for name in imports_of(file)
-        if starts(name, "tomesd_core.webui", "tomesd_core.demo", "tomesd_core.bench", "modules", "gradio", "numpy")
-    ]
-    sideways = [
-        (file.name, name)
-        for file in webui
-        for name in imports_of(file)
-        if starts(name, "tomesd_core.demo", "tomesd_core.bench")
-    ]
-    assert upwards == sideways == []
+    """From the laboratory to the product, and there from what WebUI sees to the core."""
+    product = [ROOT / "install.py", *files("scripts"), *files("tomesd_core")]
+    core = files("tomesd_core", without="tomesd_core/webui")
+    assert len(core) > 8 and len(product) > len(core) + 5
+    above = [(file, "lab") for file in product]
+    above += [(file, name) for file in core for name in ("tomesd_core.webui", "modules", "gradio", "numpy")]
+    upwards = [(file.name, name) for file, upper in above for name in imports_of(file) if starts(name, upper)]
+    assert upwards == []
+    assert any(starts(name, "tomesd_core") for file in files("lab") for name in imports_of(file))
 
 
 def test_the_core_needs_torch_alone():
@@ -261,8 +257,8 @@ import tomesd_core as tome
 token_map = tome.match_tokens(torch.randn(1, 64, 4), (8, 8), 0.5)
 assert token_map.merge(torch.randn(1, 64, 4)).shape == (1, token_map.merged_tokens, 4)
 inner = {name.split(".")[1] for name in sys.modules if name.startswith("tomesd_core.")}
-assert not inner & {"webui", "demo", "bench"}, inner
-assert not {"gradio", "numpy", "modules"} & set(sys.modules)
+assert "webui" not in inner
+assert not {"lab", "gradio", "numpy", "modules"} & set(sys.modules)
 """,
         PYTHONWARNINGS="ignore",
     )

@@ -1,1 +1,1 @@
-"""What WebUI sees. The only modules that import `modules.*` and gradio, besides the demo's."""
+"""What WebUI sees: the only modules of the package that import `modules.*` and gradio."""

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import hooks
-from ..matching import match
-from ..partition import make_partition
-from ..plan import coarsest_level
-from ..profit import tokens_removed
-from ..settings import FIELDS, METHODS, MergeSettings
-from ..token_map import TokenMap
-from ..unet import Layer, find_layers
+from tomesd_core import hooks
+from tomesd_core.matching import match
+from tomesd_core.partition import make_partition
+from tomesd_core.plan import coarsest_level
+from tomesd_core.profit import tokens_removed
+from tomesd_core.settings import FIELDS, METHODS, MergeSettings
+from tomesd_core.token_map import TokenMap
+from tomesd_core.unet import Layer, find_layers
+
 from .packages import INSTALL, MissingPackage, require
 
 UNMERGED = "unmerged"

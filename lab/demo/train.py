@@ -1,8 +1,8 @@
 """Trains the tiny text-to-image model on a hundred emoji, on a CPU, in an hour or two.
 
-    python -m tomesd_core.demo.train --data DIR --out DIR --steps 5000       (again with --resume, to go on)
-    python -m tomesd_core.demo.train --data DIR --out DIR --resume --finish-in 800
-    python -m tomesd_core.demo.train --data DIR --out DIR --export           (into weights/)
+    python -m lab.demo.train --data DIR --out DIR --steps 5000       (again with --resume, to go on)
+    python -m lab.demo.train --data DIR --out DIR --resume --finish-in 800
+    python -m lab.demo.train --data DIR --out DIR --export           (into weights/)
 
 The pictures are the npm package ``@lobehub/fluent-emoji-3d``, their names come from ``emoji-datasource`` (both MIT);
 where they are not in the ``--data`` folder yet, ``npm pack`` fetches them. Whatever is random in a step is drawn from
@@ -443,7 +443,7 @@ def export(training: Training, folder: Path, log: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tomesd_core.demo.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m lab.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the two npm packages; fetched when missing")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and the samples")
     length = parser.add_mutually_exclusive_group()

@@ -6,7 +6,7 @@ import torch
 from modules import sd_samplers_common, shared
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 
-from tomesd_core.demo import samplers
+from lab.demo import samplers
 
 samplers_timesteps = [("DDIM", samplers.sample_ddim, ["ddim"], {}), ("PLMS", samplers.sample_plms, ["plms"], {})]
 samplers_data_timesteps = [

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from ..presets import BUILT_IN
-from ..profit import pairs_left
-from ..settings import METHODS, MergeSettings
+from tomesd_core.presets import BUILT_IN
+from tomesd_core.profit import pairs_left
+from tomesd_core.settings import METHODS, MergeSettings
+
 from .contenders import (
     CORNER,
     FORMER,

@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..host import Host, start
+from ..host.__main__ import load_model, serve
 from .compare import SCRIPT, sheet
-from .host import Host, start
-from .host.__main__ import load_model, serve
 
 EXTENSIONS = [Path(__file__).resolve().parents[2], Path(__file__).resolve().parent / "extension"]
 STEPS, SAMPLER, CFG, SEED = 20, "Euler", 3.0, 1
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tomesd_core.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lab.demo", description=__doc__)
     parser.add_argument("prompt", nargs="?", help="what to make; left out, a page is served")
     parser.add_argument("--port", type=int, help="the page's port (default: the first free one from 7860)")
     parser.add_argument("--theme", choices=["light", "dark"], help="the page's colours (default: the browser's)")

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..settings import MergeSettings
+from tomesd_core.settings import MergeSettings
+
 from . import output
 from .contenders import (
     CORNER,

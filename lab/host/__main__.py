@@ -1,11 +1,11 @@
-"""`python -m tomesd_core.demo.host --port 7860 [--api-auth user:password]`: the page and the API, until Ctrl-C."""
+"""`python -m lab.host --port 7860 [--api-auth user:password]`: the page and the API, until Ctrl-C."""
 
 from __future__ import annotations
 
 import argparse
 
-from tomesd_core.demo.host import Host, start
-from tomesd_core.demo.model import TinyModel
+from lab.demo.model import TinyModel
+from lab.host import Host, start
 
 
 def load_model() -> TinyModel:
@@ -32,7 +32,7 @@ def serve(host: Host, port: int | None) -> None:
 
 def main() -> None:
     """Starts the host with the tiny model."""
-    parser = argparse.ArgumentParser(prog="python -m tomesd_core.demo.host", description="A miniature WebUI.")
+    parser = argparse.ArgumentParser(prog="python -m lab.host", description="A miniature WebUI.")
     parser.add_argument("--port", type=int, default=7860, help="port of the page and of the API (default: 7860)")
     parser.add_argument("--api-auth", metavar="USER:PASSWORD", help="credentials that the API asks for")
     parser.add_argument("--data-dir", help="where settings go (default: a temporary folder)")

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import hooks, matching, partition, plan, profit, proportional, schedule, token_map
+from tomesd_core import hooks, matching, partition, plan, profit, proportional, schedule, token_map
+
 from ..demo.model import FeatureNet, TinyModel
 from . import contenders
 from .ablations import Variant

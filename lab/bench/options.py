@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..settings import FIELDS, METHODS
+from tomesd_core.settings import FIELDS, METHODS
+
 from . import packages
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -13,8 +13,9 @@ import argparse
 import dataclasses
 import functools
 
-from ..presets import BUILT_IN
-from ..settings import MergeSettings
+from tomesd_core.presets import BUILT_IN
+from tomesd_core.settings import MergeSettings
+
 from . import output
 from .contenders import DEFAULTS, FORMER, FORMER_DEFAULTS, KEYS, PAPER, UNMERGED, Contender, Running, merging, put_on
 from .options import add_shared, add_unet, fill_in, whole_number

@@ -9,7 +9,7 @@ from copy import copy
 import gradio as gr
 from modules import processing, scripts, shared
 
-from tomesd_core.demo.compare import AMPLIFIED, SCRIPT, difference, enlarged, sheet
+from lab.demo.compare import AMPLIFIED, SCRIPT, difference, enlarged, sheet
 
 
 class Compare(scripts.Script):

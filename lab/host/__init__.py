@@ -235,7 +235,7 @@ def start(
 
     shared.cmd_opts.api_auth, shared.cmd_opts.theme = api_auth, theme
     temporary = tempfile.TemporaryDirectory(prefix="tome-host-") if data_path is None else None
-    folders = [FOLDER.parents[2]] if extension_dir is None else extension_dir
+    folders = [FOLDER.parents[1]] if extension_dir is None else extension_dir
     folders = folders if isinstance(folders, list) else [folders]
     host = Host(
         dict(model) if isinstance(model, Mapping) else {"model": model},

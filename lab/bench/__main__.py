@@ -20,7 +20,7 @@ SUBCOMMANDS = ("speed", "layer", "memory", "quality")
 def parser() -> argparse.ArgumentParser:
     """The parser of every subcommand; `module` in what it returns is the subcommand's module."""
     whole = argparse.ArgumentParser(
-        prog="python -m tomesd_core.bench", description=importlib.import_module(__package__).__doc__
+        prog="python -m lab.bench", description=importlib.import_module(__package__).__doc__
     )
     commands = whole.add_subparsers(required=True, metavar="|".join(SUBCOMMANDS))
     for name in SUBCOMMANDS:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status: 0, or 2 where something is missing or can't be measured."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parser().parse_args(arguments)
-    args.command = shlex.join(["python", "-m", "tomesd_core.bench", *arguments])
+    args.command = shlex.join(["python", "-m", "lab.bench", *arguments])
     try:
         args.module.run(args)
     except (MissingPackage, ValueError) as error:

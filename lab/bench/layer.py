@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..profit import pays
-from ..settings import METHODS, MergeSettings
+from tomesd_core.profit import pays
+from tomesd_core.settings import METHODS, MergeSettings
+
 from . import output
 from .contenders import (
     CORNER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from modules import sd_samplers_common, shared
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 
-from tomesd_core.demo import samplers
+from lab.demo import samplers
 
 samplers_k_diffusion = [
     ("Euler a", samplers.sample_euler_ancestral, ["k_euler_a", "k_euler_ancestral"], {}),

@@ -1,1 +1,0 @@
-"""Measures merging on this machine, beside the peers that are installed: `python -m tomesd_core.bench`."""
