@@ -23,8 +23,8 @@ def serve(host: Host, port: int | None) -> None:
         address = host.serve(port)
     except OSError as e:
         raise SystemExit(f"The page can't be served: {e}") from e
-    print(f"The page: {address} (Ctrl-C ends it)", flush=True)
     try:
+        print(f"The page: {address} (Ctrl-C ends it)", flush=True)
         host.wait()
     except KeyboardInterrupt:
         print("Stopping.")
