@@ -1165,13 +1165,22 @@ def test_what_is_not_finite_reaches_every_token_of_its_item_whatever_is_merged_a
         assert output[1].isfinite().all() and output[1].shape == healthy[1].shape
 
 
-def test_a_model_compiled_before_says_so(unet, whole, make_inputs):
-    compiled = torch.compile(unet, backend="eager")
-    compiled(*make_inputs())
+@pytest.mark.parametrize("how", ["torch.compile(unet)", "unet.compile()"])
+def test_a_compiled_model_makes_its_picture_and_the_reason_is_said(unet, whole, make_inputs, how):
+    inputs, unmerged = make_inputs(), unet(*make_inputs())
+    if how == "unet.compile()":
+        if not hasattr(unet, "compile"):
+            pytest.skip("this torch compiles no module in place")
+        unet.compile(backend="eager")
+        compiled = unet
+    else:
+        compiled = torch.compile(unet, backend="eager")
     with tome.attach(compiled, whole()) as merging:
-        compiled(*make_inputs())
-    summary = merging.report().summary
-    assert merging.report().merged_layers or "compiled before merging was attached" in summary
+        torch.testing.assert_close(compiled(*inputs), unmerged)
+    assert merging.report().summary == (
+        "nothing merged: this model is compiled (torch.compile), and hooks can't reach into that"
+    )
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])

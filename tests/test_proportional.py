@@ -16,6 +16,16 @@ GRID = (8, 8)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
+@pytest.fixture(autouse=True)
+def has_half(request):
+    """Older torch has no half precision on the CPU."""
+    if "torch.float16" in request.node.name:
+        try:
+            nn.functional.layer_norm(torch.ones(2, 2).half() @ torch.ones(2, 2).half(), (2,))
+        except RuntimeError as error:
+            pytest.skip(str(error))
+
+
 def plain_softmax(q, k, v, scale):
     return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
 

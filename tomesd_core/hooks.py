@@ -167,7 +167,8 @@ class Merging:
         self._attached = True
         self._steps = self._merged_steps = 0
         self._is_compiled = hasattr(unet, "_orig_mod") or getattr(unet, "_compiled_call_impl", None) is not None
-        layers = find_layers(unet)
+        # What is compiled ignores hooks that come later, or traces into them, and fails.
+        layers = [] if self._is_compiled else find_layers(unet)
         self.coarsest = coarsest_level(settings, layers)
         self._layers: list[_LayerHooks] = []
         self._handles: list[RemovableHandle] = []
@@ -198,7 +199,9 @@ class Merging:
     def report(self) -> Report:
         """What was merged so far; can be read at any time, also after `detach`."""
         notes = []
-        if not self._layers:
+        if self._is_compiled:
+            notes.append("this model is compiled (torch.compile), and hooks can't reach into that")
+        elif not self._layers:
             notes.append("this model has no self-attention layers that can be merged")
         elif self.coarsest > self.settings.max_downsample:
             notes.append(
@@ -207,8 +210,7 @@ class Merging:
             )
         reports = [dataclasses.replace(hooks.report) for hooks in self._layers]
         if self._steps and self._layers and not any(report.calls or report.left_out for report in reports):
-            why = ": it was compiled before merging was attached" if self._is_compiled else ""
-            notes.append(f"the model's own attention layers did not run{why}")
+            notes.append("the model's own attention layers did not run")
         if self.failure and any(report.merged_calls for report in reports):
             notes.append(self.failure)
         ratio = self.sampling.step.ratio if self._steps else None
