@@ -43,7 +43,7 @@ def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
     assert main(["cat qwxyz", "--ratio", "0.5", "--steps", "3", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "does not know the word 'qwxyz'" in said and "'cat'" not in said
-    assert "self-attention layers, 1024 -> 512 tokens, 3 of 3 steps" in said
+    assert "self-attention layers, 1024 -> 512 keys, 3 of 3 steps" in said
     assert "merge map of step 1, layer 1" in said
     assert len(re.findall(r"^with(out)? merging: \d+\.\d\d s$", said, re.MULTILINE)) == 2
     assert said.endswith(f"saved: {out.resolve()}\n")
@@ -68,7 +68,7 @@ def test_the_same_command_makes_the_same_pictures(tmp_path, capsys):
 def test_another_size(tmp_path, capsys):
     assert main(["cat", "--size", "40x32", "--steps", "2", "--out", str(tmp_path / "out.png")]) == 0
     assert len(pictures_of(tmp_path / "out.png", 320, 256)) == 4
-    assert "1280 -> 640 tokens" in capsys.readouterr().out
+    assert "1280 -> 640 keys" in capsys.readouterr().out
 
 
 def test_where_nothing_merges_the_pictures_are_equal_and_there_is_no_map(tmp_path, capsys):

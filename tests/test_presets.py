@@ -72,7 +72,7 @@ def kept_aside(path):
 
 def assert_built_ins_work(file):
     assert file.names()[: len(NAMES)] == NAMES
-    assert file.get("Quality").ratio == 0.4
+    assert file.get("Quality").ratio == 0.75
 
 
 ALONE = """
@@ -755,7 +755,7 @@ def test_a_built_in_one_is_exported_by_its_name_and_never_replaced(file, path):
     assert not path.exists(), "nothing to write"
     different = '{"version": 1, "presets": {"quality": {"ratio": 0.11}}}'
     assert file.import_(different).added == ["quality (2)"]
-    assert (file.get("Quality").ratio, file.get("quality (2)").ratio) == (0.4, 0.11)
+    assert (file.get("Quality").ratio, file.get("quality (2)").ratio) == (0.75, 0.11)
 
 
 def test_a_namesake_gets_a_new_name_and_only_once(file):

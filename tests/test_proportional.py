@@ -93,7 +93,7 @@ def image(channels, dtype=torch.float32, cells=False, batch=2):
 
 def settings(method, ratio=0.75, **values):
     return MergeSettings(
-        ratio=ratio, schedule="constant", method=method, reuse_steps=1, window=None, skip_unprofitable=False, **values
+        ratio=ratio, schedule="constant", method=method, window=None, skip_unprofitable=False, **values
     )
 
 

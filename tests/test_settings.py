@@ -28,7 +28,7 @@ def error_of(**values):
             "ratio must lie in [0, 0.5] for the alternating partition, got 0.6",
         ),
         (
-            {"late_ratio": 0.8, "schedule": "linear", "stride": (2, 2)},
+            {"ratio": 0.5, "late_ratio": 0.8, "schedule": "linear", "stride": (2, 2)},
             "late_ratio must lie in [0, 0.75] for a 2×2 stride, got 0.8",
         ),
         ({"late_ratio": 1.1, "schedule": "constant"}, "late_ratio must lie in [0, 1], got 1.1"),
@@ -94,8 +94,8 @@ def test_a_settings_error_is_a_value_error():
 
 
 def test_integral_floats_are_integers_and_integers_are_numbers():
-    settings = tome.MergeSettings(min_tokens=256.0, max_downsample=2.0, stride=[2.0, 3.0], window=16.0, switch_at=1)
-    assert settings == tome.MergeSettings(min_tokens=256, max_downsample=2, stride=(2, 3), window=16, switch_at=1.0)
+    settings = tome.MergeSettings(ratio=0.5, min_tokens=256.0, max_downsample=2.0, stride=[2.0, 3.0], window=16.0, switch_at=1)
+    assert settings == tome.MergeSettings(ratio=0.5, min_tokens=256, max_downsample=2, stride=(2, 3), window=16, switch_at=1.0)
     assert all(type(value) is int for value in (settings.min_tokens, settings.max_downsample, settings.window))
     assert all(type(side) is int for side in settings.stride)
     assert type(settings.switch_at) is float

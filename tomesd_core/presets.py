@@ -26,19 +26,19 @@ MAX_IMPORT_BYTES, MAX_IMPORT_PRESETS = 1_000_000, 200
 LOCK_SECONDS, BUSY_SECONDS = 10.0, 1.0
 
 BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
-    "Quality": ({"ratio": 0.4, "late_ratio": 0.2}, "Stays closest to the picture without merging; a little faster."),
+    "Quality": ({"ratio": 0.75, "late_ratio": 0.6}, "Stays closest to the picture without merging; a little faster."),
     "Balanced": ({}, "Clearly faster, with small changes in detail; a good start."),
     "Fast": (
-        {"ratio": 0.75, "late_ratio": 0.5, "max_downsample": 2},
-        "For drafts: merges as much as can be in the early steps, and in coarser layers too.",
+        {"ratio": 0.9375, "late_ratio": 0.85, "max_downsample": 2},
+        "For drafts: merges nearly as much as can be, and in coarser layers too.",
     ),
     "Hires only": (
         {"apply_to": "hires pass"},
         "Speeds up the second pass of hires fix, where most of the time goes; the first stays as it is.",
     ),
     "Paper (60 %)": (
-        {"ratio": 0.6, "schedule": "constant", "reuse_steps": 1},
-        "The paper's highest ratio, constant, at full resolution only, matched anew in every step.",
+        {"ratio": 0.6, "schedule": "constant", "method": "paper"},
+        "The paper's highest ratio, constant, at full resolution only: queries merged too, and nothing weighed.",
     ),
 }
 """The read-only presets by name: what differs from the defaults, and what each is for."""

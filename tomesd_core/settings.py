@@ -102,7 +102,7 @@ class MergeSettings:
     """
 
     ratio: float = _setting(
-        0.6,
+        0.9,
         "number",
         "Ratio",
         "Share of the tokens removed before self-attention, in the early steps. More is faster and less exact.",
@@ -112,7 +112,7 @@ class MergeSettings:
         infotext="ToMe ratio",
     )
     late_ratio: float = _setting(
-        0.4,
+        0.7,
         "number",
         "Late ratio",
         "The ratio in the late steps, where details are made.",
@@ -166,7 +166,7 @@ class MergeSettings:
         infotext="ToMe apply to",
     )
     reuse_steps: int = _setting(
-        4,
+        1,
         "integer",
         "Rematch every",
         "How many steps a matching is kept for. 1 matches in every step.",
@@ -176,7 +176,7 @@ class MergeSettings:
         infotext="ToMe rematch every",
     )
     method: str = _setting(
-        "paper",
+        "keys",
         "choice",
         "Method",
         "keys: merges keys and values, each counted as often as the tokens it stands for. tokens: queries too, which "

@@ -85,7 +85,7 @@ def test_the_page_starts_with_what_the_model_is_made_for_and_the_panel_on(page):
     assert [value(page, f"#txt2img_{name}") for name in controls] == ["cat face", "Euler", "20", "32", "32", "3", "1"]
     assert page.locator(f"{PANEL}enabled-visible-checkbox").is_checked()
     sync_api.expect(page.locator(f"{PANEL}enabled .label-wrap > span").first).to_contain_text(
-        "ToMe: 60 % → 40 % of tokens, level 1"
+        "ToMe: 90 % → 70 % of keys, level 1"
     )
     assert value(page, f"{PANEL}map_step") == "10"
     assert value(page, "#script_list") == "Compare with and without merging"
@@ -98,7 +98,7 @@ def test_generate_shows_both_pictures_their_difference_the_map_and_the_times(pag
     asked: list[str] = []
     said = generate(page)
     assert re.search(r"without merging: \d+\.\d\d s\s+with merging: \d+\.\d\d s", said)
-    assert "1024 -> 416 to 608 tokens, 2 of 2 steps" in said and "merge map of step 2, layer 1" in said
+    assert "1024 -> 103 to 304 keys, 2 of 2 steps" in said and "merge map of step 2, layer 1" in said
     assert asked, "the bar follows the progress"
     page.wait_for_selector("#txt2img_gallery .preview img")
     assert page.locator("#txt2img_gallery .thumbnail-small").count() == 5

@@ -28,15 +28,15 @@ expect = sync_api.expect
 
 TABS = ["txt2img", "img2img"]
 DEFAULTS = {
-    "ratio": 0.6,
-    "late_ratio": 0.4,
+    "ratio": 0.9,
+    "late_ratio": 0.7,
     "schedule": "linear",
     "switch_at": 0.5,
     "max_downsample": "1",
     "min_tokens": 0,
     "apply_to": "both passes",
-    "reuse_steps": 4,
-    "method": "paper",
+    "reuse_steps": 1,
+    "method": "keys",
 }
 OTHERS = {
     "ratio": 0.4,
@@ -228,12 +228,12 @@ def generate(page: Any, side: int, steps: int = 2) -> Any:
 def test_the_title_says_what_is_set_and_the_preview_what_will_happen(page, tab):
     go_to(page, tab)
     panel = Panel(page, tab).unfold()
-    expect(panel.title).to_contain_text("ToMe: 60 % → 40 % of tokens, level 1")
+    expect(panel.title).to_contain_text("ToMe: 90 % → 70 % of keys, level 1")
     expect(panel.preview).to_contain_text("self-attention layers")
     panel.set(ratio=0.25)
-    expect(panel.title).to_contain_text("ToMe: 25 % → 40 % of tokens, level 1")
+    expect(panel.title).to_contain_text("ToMe: 25 % → 70 % of keys, level 1")
     panel.set(schedule="constant")
-    expect(panel.title).to_contain_text("ToMe: 25 % of tokens, level 1")
+    expect(panel.title).to_contain_text("ToMe: 25 % of keys, level 1")
 
 
 @pytest.mark.parametrize("tab", TABS)
@@ -244,7 +244,7 @@ def test_the_preview_follows_the_tabs_size_and_steps(webui, page, tab):
         set_tab(page, tab, steps=steps)
         expect(panel.preview.locator("rect")).to_have_count(steps)
     line = panel.preview.locator("p").first
-    expect(line).to_contain_text("tokens each")
+    expect(line).to_contain_text("keys each")
     before = line.inner_text()
     set_tab(page, tab, width=3 * webui.side, height=webui.side)
     expect(line).not_to_have_text(before)
@@ -276,7 +276,7 @@ def test_help_is_shown_on_hover(panel):
 
 def test_no_server_call_while_a_slider_is_moving(panel):
     calls = []
-    expect(panel.title).to_contain_text("60 %")
+    expect(panel.title).to_contain_text("90 %")
     panel.page.on("request", lambda request: calls.append(request.url) if request.method == "POST" else None)
     box = panel.element("ratio").locator("input[type=range]").bounding_box()
     panel.page.mouse.move(box["x"] + box["width"] * 0.66, box["y"] + box["height"] / 2)
@@ -300,11 +300,11 @@ def test_choosing_a_preset_sets_the_fields_and_leaves_the_switch(panel, on):
             pytest.skip("this WebUI's fold is its switch: unfolded is on")
         checkbox.click()
     choose(panel.element("preset"), "Fast")
-    panel.expect({"ratio": 0.75, "late_ratio": 0.5, "schedule": "linear", "max_downsample": "2"})
+    panel.expect({"ratio": 0.9375, "late_ratio": 0.85, "schedule": "linear", "max_downsample": "2"})
     expect(panel.element("late_ratio")).to_be_visible()
     expect(panel.message).to_contain_text("For drafts")
     if on:
-        expect(panel.title).to_contain_text("ToMe: 75 % → 50 % of tokens, level 2")
+        expect(panel.title).to_contain_text("ToMe: 94 % → 85 % of keys, level 2")
     expect(panel.switch).to_be_checked(checked=on)
     choose(panel.element("preset"), "Hires only")
     panel.expect({**DEFAULTS, "apply_to": "hires pass"})
@@ -497,7 +497,7 @@ def test_every_word_can_be_read_in_both_themes(open_page, theme):
     page = open_page(f"?__theme={theme}")
     assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
     panel = Panel(page).unfold().set(schedule="step")
-    expect(panel.title).to_contain_text("40 %")
+    expect(panel.title).to_contain_text("70 %")
     contrasts = panel.root.evaluate(CONTRASTS)
     assert len(contrasts) > len(DEFAULTS)
     assert {text: contrast for text, contrast in contrasts if contrast < 4} == {}
@@ -514,7 +514,7 @@ OVERHANGING = """panel => {
 def test_nothing_hangs_over_in_a_narrow_window(open_page):
     page = open_page(width=400)
     panel = Panel(page).unfold().set(schedule="step")
-    expect(panel.title).to_contain_text("40 %")
+    expect(panel.title).to_contain_text("70 %")
     assert panel.root.bounding_box()["width"] <= 400
     assert panel.root.evaluate(OVERHANGING) == []
 
@@ -543,8 +543,8 @@ def test_the_keyboard_alone_is_enough(page):
     expect(panel.switch).to_be_checked()
     tab_to(panel.element("ratio").locator("input[type=range]"))
     page.keyboard.press("ArrowRight")
-    panel.expect({"ratio": 0.6125})
-    expect(panel.title).to_contain_text("ToMe: 61 %")
+    panel.expect({"ratio": 0.9125})
+    expect(panel.title).to_contain_text("ToMe: 91 %")
     tab_to(panel.element("schedule").locator("input[type=radio]:checked"))
     page.keyboard.press("ArrowRight")
     panel.expect({"schedule": "step"})

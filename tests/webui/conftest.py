@@ -163,7 +163,7 @@ def ratios(generation, on_denoised) -> list[float | None]:
 
 @pytest.fixture
 def attention(host) -> Iterator[SimpleNamespace]:
-    """What reaches self-attention, whoever calls it: for each UNet call, tokens of its first layer, and the UNet."""
+    """What reaches self-attention, whoever calls it: for each UNet call, tokens or keys of its first layer, and the UNet."""
     seen = SimpleNamespace(tokens=[], unets=[])
 
     def before(module: nn.Module, args: tuple) -> None:
@@ -171,15 +171,16 @@ def attention(host) -> Iterator[SimpleNamespace]:
             seen.unets.append(module)
             seen.tokens.append(None)
 
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
+    def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         # Called before the module's own hooks, so that the output is the merged one.
         is_self = hasattr(module, "to_q") and module.to_q.in_features == module.to_k.in_features
         if is_self and seen.tokens and seen.tokens[-1] is None:
-            seen.tokens[-1] = output.shape[1]
+            keys = kwargs.get("context")
+            seen.tokens[-1] = output.shape[1] if keys is None else min(output.shape[1], keys.shape[1])
 
     handles = [
         nn.modules.module.register_module_forward_pre_hook(before),
-        nn.modules.module.register_module_forward_hook(after),
+        nn.modules.module.register_module_forward_hook(after, with_kwargs=True),
     ]
     yield seen
     for handle in handles:

@@ -24,7 +24,7 @@ SIDE = 32
 """Of the pictures: 1024 tokens at level 1, 256 at level 2; fewer than 1024 would not be worth merging."""
 
 REQUEST = {"prompt": "cat", "steps": 2, "width": SIDE, "height": SIDE, "seed": 1, "sampler_name": "Euler"}
-HALVED = [True, 0.5, 0.2, "constant", 0.5, 1, 0, "both passes", 1]
+HALVED = [True, 0.5, 0.2, "constant", 0.5, 1, 0, "both passes", 1, "paper"]
 """The script's arguments that merge half of the tokens, matched anew in every step."""
 HIRES = {"enable_hr": True, "hr_scale": 1.125, "denoising_strength": 0.6}
 HIRES_TOKENS = 36 * 36

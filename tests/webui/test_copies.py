@@ -102,7 +102,7 @@ said["api"] = host.txt2img(**request, alwayson_scripts={"ToMe": {"args": halved}
 said["first"] = generate(first=halved, second=off)
 said["second"] = generate(first=off, second=halved)
 said["both"] = generate(first=halved, second=halved)
-said["map"] = generate(first=[*halved, "paper", 1, 1])
+said["map"] = generate(first=[*halved, 1, 1])
 
 p = processing.StableDiffusionProcessingTxt2Img(**request)
 said["in turn"] = [generate(p, **given) for given in ({"first": halved}, {"second": [True, 0.3, *halved[2:]]}, {})]

@@ -19,7 +19,7 @@ FULL = left(0.0)
 
 
 def arguments(ratio=0.5, late=0.2, schedule="constant", switch_at=0.5, level=1, least=0, apply_to="both passes"):
-    return [True, ratio, late, schedule, switch_at, level, least, apply_to, 1]
+    return [True, ratio, late, schedule, switch_at, level, least, apply_to, 1, "paper"]
 
 
 def keys_of(processed):
@@ -883,7 +883,7 @@ def test_a_wrong_value_leaves_the_picture_unmerged_and_is_said(make, one_step, l
 
 
 def test_numbers_of_other_types_are_numbers(make, merged):
-    assert pixels(make([True, 0.5, 0, "constant", 1, 1.0, 0.0, "both passes", 1.0])) == merged
+    assert pixels(make([True, 0.5, 0, "constant", 1, 1.0, 0.0, "both passes", 1.0, "paper"])) == merged
 
 
 def test_values_without_effect_may_be_anything_in_range(make, merged):
@@ -891,7 +891,7 @@ def test_values_without_effect_may_be_anything_in_range(make, merged):
 
 
 def test_more_arguments_than_fields_are_ignored(make, merged):
-    assert pixels(make([*arguments(), "paper", 0, 1, *["too", "many"] * 20])) == merged
+    assert pixels(make([*arguments(), 0, 1, *["too", "many"] * 20])) == merged
 
 
 def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
@@ -915,12 +915,12 @@ def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
 )
 def test_an_object_switches_on_and_missing_keys_are_defaults(make, given, effective):
     expected = {
-        "ratio": 0.6,
-        "late ratio": 0.4,
+        "ratio": 0.9,
+        "late ratio": 0.7,
         "schedule": "linear",
         "max downsample": 1,
-        "rematch every": 4,
-        "method": "paper",
+        "rematch every": 1,
+        "method": "keys",
     }
     expected |= effective
     if expected["schedule"] == "constant":

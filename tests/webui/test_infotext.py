@@ -18,7 +18,7 @@ VALUES = {
     "min_tokens": 1024,
     "apply_to": "hires pass",
     "reuse_steps": 3,
-    "method": "keys",
+    "method": "tokens",
 }
 """None is its field's default."""
 
@@ -165,8 +165,8 @@ def test_send_to_sets_every_control(paste, tab):
 
 
 def test_the_apis_infotext_sets_the_arguments(make, attention):
-    processed = make(infotext=text(ratio=0.6, late_ratio=0.1, schedule="linear"), steps=2)
-    assert attention.tokens == [left(0.6), left(0.1)]
+    processed = make(infotext=text(ratio=0.6, late_ratio=0.2, schedule="linear"), steps=2)
+    assert attention.tokens == [left(0.6), left(0.2)]
     assert processed.extra_generation_params["ToMe ratio"] == 0.6
     attention.tokens.clear()
     make(infotext=text(), steps=1)
@@ -177,7 +177,7 @@ def test_the_apis_infotext_sets_the_arguments(make, attention):
 @pytest.mark.parametrize("values", [{"ratio": "abc"}, {"ratio": 0.6, "min_tokens": "0.5"}, {"ratio": "False"}])
 def test_the_apis_infotext_may_be_wrong(make, attention, log_lines, values):
     processed = make(infotext=text(**values), steps=1)
-    assert attention.tokens == [left(0.6)]
+    assert attention.tokens == [left(values["ratio"] if "min_tokens" in values else 0.9)]
     assert "ToMe error" not in processed.extra_generation_params
     assert "is ignored" in log_lines[0]
 

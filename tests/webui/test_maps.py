@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from tomesd_core import merge_map
 from tomesd_core.settings import PANEL_FIELDS
 
-CONSTANT = {"ratio": 0.5, "schedule": "constant", "reuse_steps": 1}
+CONSTANT = {"ratio": 0.5, "schedule": "constant", "reuse_steps": 1, "method": "paper"}
 
 
 def shown(step=1, layer=1, **values):
