@@ -94,8 +94,10 @@ def test_a_settings_error_is_a_value_error():
 
 
 def test_integral_floats_are_integers_and_integers_are_numbers():
-    settings = tome.MergeSettings(ratio=0.5, min_tokens=256.0, max_downsample=2.0, stride=[2.0, 3.0], window=16.0, switch_at=1)
-    assert settings == tome.MergeSettings(ratio=0.5, min_tokens=256, max_downsample=2, stride=(2, 3), window=16, switch_at=1.0)
+    values = {"min_tokens": 256, "max_downsample": 2, "stride": (2, 3), "window": 16}
+    floats = {"min_tokens": 256.0, "max_downsample": 2.0, "stride": [2.0, 3.0], "window": 16.0}
+    settings = tome.MergeSettings(ratio=0.5, switch_at=1, **floats)
+    assert settings == tome.MergeSettings(ratio=0.5, switch_at=1.0, **values)
     assert all(type(value) is int for value in (settings.min_tokens, settings.max_downsample, settings.window))
     assert all(type(side) is int for side in settings.stride)
     assert type(settings.switch_at) is float

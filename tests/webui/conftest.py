@@ -163,7 +163,7 @@ def ratios(generation, on_denoised) -> list[float | None]:
 
 @pytest.fixture
 def attention(host) -> Iterator[SimpleNamespace]:
-    """What reaches self-attention, whoever calls it: for each UNet call, tokens or keys of its first layer, and the UNet."""
+    """What reaches self-attention, whoever calls it: the UNet of each call, and the first layer's tokens or keys."""
     seen = SimpleNamespace(tokens=[], unets=[])
 
     def before(module: nn.Module, args: tuple) -> None:
