@@ -14,11 +14,7 @@ ALONE = -1
 """In place of the slot of a token that fell together with none."""
 
 GOLDEN = 0.6180339887498949
-"""By how much of the circle the first choice of hue turns from slot to slot."""
-
-HUES = 24
-"""From how many hues around the circle a slot takes the one that is furthest from its neighbours'. More are taken where
-these don't tell all neighbours apart, which no map of a picture has needed yet."""
+"""Multiples of its squares are spread evenly over the circle of hues."""
 
 COVER = 0.6
 """How much of a merged token's picture its colour covers."""
@@ -112,7 +108,7 @@ def draw(slots: Tensor, grid: tuple[int, int], picture: Tensor) -> Tensor:
         """[rows, columns, …] to [H, W, …]."""
         return tokens.index_select(0, down).index_select(1, across)
 
-    covered = picture.float().lerp_(of_pixels(_colours(laid)[laid]), COVER)
+    covered = picture.float().lerp_(of_pixels(_colours(len(slots), slots.device)[laid]), COVER)
     if min(height // rows, width // columns) >= LEAST_SIDE:
         covered *= 1 - (1 - EDGE) * _edges(of_pixels(laid))[..., None].float()
     return torch.where(of_pixels(laid != ALONE)[..., None], covered.round_().to(torch.uint8), picture)
@@ -126,66 +122,11 @@ def _edges(of_pixel: Tensor) -> Tensor:
     return is_edge
 
 
-def _colours(laid: Tensor) -> Tensor:
-    """[slots, 3], float32, 0 to 255: a colour for each slot in `laid` [rows, columns], unlike its neighbours'."""
-    hue, hues = None, HUES
-    while hue is None:
-        hue, hues = _hues(laid, hues), 2 * hues
+def _colours(slots: int, device: torch.device) -> Tensor:
+    """[slots, 3], float32, 0 to 255: a colour for each slot, mostly unlike its neighbours'."""
+    number = torch.arange(slots, device=device, dtype=torch.float64)
+    # Squares keep the slots below each other apart too, however many there are in a row.
+    hue = number**2 * GOLDEN % 1
     # At full saturation and value each channel is a trapezium over the hue.
-    turned = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float32, device=laid.device)) % 6
-    return 255 * ((turned - 3).abs() - 1).clamp(0, 1)
-
-
-def _hues(laid: Tensor, hues: int) -> Tensor | None:
-    """[slots]: a hue for each slot, out of so many around the circle; None where a slot's neighbours take them all.
-
-    A greedy colouring of the graph of slots that touch, in rounds (Jones and Plassmann, 1993): all slots that have no
-    undecided neighbour before them choose at once, each what is furthest from what its neighbours chose.
-    """
-    count = max(int(laid.max()) + 1, 1)
-    number = torch.arange(count, device=laid.device)
-    first, second = _touching(laid, count)
-    # Those with the most neighbours are hardest to suit, so they choose first.
-    neighbours = torch.cat([first, second]).bincount(minlength=count)
-    rank = torch.empty_like(number).scatter_(0, neighbours.argsort(descending=True, stable=True), number)
-    is_first = rank[first] < rank[second]
-    before, after = torch.where(is_first, first, second), torch.where(is_first, second, first)
-
-    choices = torch.arange(hues, device=laid.device)
-    favourite = (number.double() * GOLDEN % 1 * hues).long()
-    is_taken = torch.zeros(count, hues, dtype=torch.bool, device=laid.device)
-    choice = torch.zeros_like(number)
-    undecided = number
-    while undecided.numel():
-        must_wait = torch.zeros_like(number, dtype=torch.bool)
-        must_wait[after] = True
-        deciding, undecided = undecided[~must_wait[undecided]], undecided[must_wait[undecided]]
-        near = is_taken[deciding]
-        apart = torch.zeros_like(near, dtype=torch.long)
-        for _ in range(hues // 2 + 1):
-            apart += ~near
-            near = near | near.roll(1, dims=1) | near.roll(-1, dims=1)
-        turned = (choices - favourite[deciding, None]) % hues
-        best = (apart * hues - turned).argmax(dim=1)
-        if is_taken[deciding, best].any():
-            return None
-        choice[deciding] = best
-        has_decided = ~must_wait[before]
-        is_taken[after[has_decided], choice[before[has_decided]]] = True
-        before, after = before[~has_decided], after[~has_decided]
-    return choice.float() / hues
-
-
-def _touching(laid: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The pairs of different slots that touch, each pair once: [pairs] twice."""
-    shifted = [
-        (laid[:, 1:], laid[:, :-1]),
-        (laid[1:], laid[:-1]),
-        (laid[1:, 1:], laid[:-1, :-1]),
-        (laid[1:, :-1], laid[:-1, 1:]),
-    ]
-    one, other = (torch.cat([pair[side].flatten() for pair in shifted]) for side in (0, 1))
-    touches = (one != other) & (one != ALONE) & (other != ALONE)
-    one, other = one[touches], other[touches]
-    pairs = (torch.minimum(one, other) * count + torch.maximum(one, other)).unique()
-    return pairs // count, pairs % count
+    turned = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64, device=device)) % 6
+    return (255 * ((turned - 3).abs() - 1).clamp(0, 1)).float()
