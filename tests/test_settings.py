@@ -4,7 +4,7 @@ import math
 import pytest
 
 import tomesd_core as tome
-from tomesd_core.settings import FIELDS, max_ratio
+from tomesd_core.settings import FIELDS, PANEL_FIELDS, max_ratio
 
 NOT_A_NUMBER = [math.nan, math.inf, -math.inf, True, False, "abc", "0.5", None, [0.5], 1j]
 
@@ -182,7 +182,7 @@ def test_the_paper_draws_anew_and_the_others_keep_their_draw_unless_it_is_said()
 
 def test_the_field_list_has_every_field_in_order():
     assert list(FIELDS) == [field.name for field in dataclasses.fields(tome.MergeSettings)]
-    assert all(setting.label and setting.help for setting in FIELDS.values())
+    assert all(setting.label and setting.help for setting in PANEL_FIELDS.values())
 
 
 def test_the_defaults_are_the_fields_own_and_valid():

@@ -21,6 +21,9 @@ CELLS = ((2, 2), (4, 4))
 HIGHEST_RATIO = 1 - 1 / (CELLS[-1][0] * CELLS[-1][1])
 """The largest ratio that the largest cell allows."""
 
+RATIO_STEP = 0.0125
+"""By how much the sliders of ratios move; the highest ratio is a multiple."""
+
 PASSES = ("both passes", "first pass", "hires pass")
 
 
@@ -32,22 +35,26 @@ class SettingsError(ValueError):
 class Setting:
     """How one field of `MergeSettings` is named, bounded and explained.
 
-    `kind` is `number`, `integer`, `choice`, `flag`, or `pair` (two integers). `infotext` is the field's key in a
-    picture's parameters; a field without one is an expert field, which the panel doesn't show.
+    `kind` is `number`, `integer`, `choice`, `flag`, or `pair` (two integers). The panel shows the fields that have a
+    label; the others are for experts.
     """
 
     default: Any
     kind: str
-    label: str
-    help: str
-    minimum: float | None = None
-    maximum: float | None = None
+    label: str = ""
+    help: str = ""
+    minimum: float = -math.inf
+    maximum: float = math.inf
     step: float | None = None
     choices: tuple[Any, ...] = ()
-    infotext: str | None = None
     optional: bool = False
     where: str = ""
     """Added to the range in an error, where the range depends on other settings."""
+
+    @property
+    def infotext(self) -> str | None:
+        """The field's key in a picture's parameters; None for an expert field."""
+        return f"ToMe {self.label.lower()}" if self.label else None
 
     def check(self, name: str, value: Any) -> Any:
         """`value` in the field's own type; raises `SettingsError` when it isn't one that the field can have."""
@@ -61,36 +68,35 @@ class Setting:
             # A number chosen on a page may come back as a float; True is not the choice 1.
             match = [choice for choice in self.choices if choice == value and not isinstance(value, bool)]
             if not match:
-                allowed = ", ".join(str(choice) for choice in self.choices)
-                raise SettingsError(f"{name} must be one of {allowed}, got {value!r}")
+                raise SettingsError(f"{name} must be one of {', '.join(map(str, self.choices))}, got {value!r}")
             return match[0]
         if self.kind == "pair":
             if not isinstance(value, (list, tuple)) or len(value) != 2:
-                raise SettingsError(f"{name} must be two integers {self._range()}, got {value!r}")
+                raise SettingsError(f"{name} must be two integers {self._range}, got {value!r}")
             return tuple(self._number(name, side) for side in value)
         return self._number(name, value)
 
+    @property
     def _range(self) -> str:
-        return f"of at least {self.minimum:g}" if self.maximum is None else f"in [{self.minimum:g}, {self.maximum:g}]"
+        return f"in [{self.minimum:g}, {self.maximum:g}]"
 
     def _number(self, name: str, value: Any) -> int | float:
-        integer = self.kind != "number"
+        is_integer = self.kind != "number"
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        # Beyond what a float holds, which an int may be: out of any range, and not to be formatted as it is.
+        # An int may be larger than any float: it is out of every range, and can't be formatted.
         if is_number and abs(value) > sys.float_info.max:
             value = math.inf if value > 0 else -math.inf
-        if not is_number or (integer and math.isfinite(value) and value != int(value)):
-            raise SettingsError(
-                f"{name} must be {'an integer' if integer else 'a number'} {self._range()}, got {value!r}"
-            )
-        if value < self.minimum or (self.maximum is not None and value > self.maximum):
-            verb = "be" if self.maximum is None else "lie"
-            raise SettingsError(f"{name} must {verb} {self._range()}{self.where}, got {value:g}")
-        return int(value) if integer else float(value)
+        if not is_number or (is_integer and math.isfinite(value) and value != int(value)):
+            kind = "an integer" if is_integer else "a number"
+            raise SettingsError(f"{name} must be {kind} {self._range}, got {value!r}")
+        if not self.minimum <= value <= self.maximum:
+            raise SettingsError(f"{name} must lie {self._range}{self.where}, got {value:g}")
+        return int(value) if is_integer else float(value)
 
 
-def _setting(default: Any, *args: Any, **options: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"setting": Setting(default, *args, **options)})
+def _field(default: Any, kind: str, *values: Any, **options: Any) -> Any:
+    """A field of `MergeSettings` and its `Setting`: label, help, minimum, maximum and step come in this order."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(default, kind, *values, **options)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,133 +107,86 @@ class MergeSettings:
     partition can remove (paper, section 3.1: every destination stays).
     """
 
-    ratio: float = _setting(
+    ratio: float = _field(
         0.9,
         "number",
         "Ratio",
         "Share of the tokens removed before self-attention, in the early steps. More is faster and less exact.",
-        minimum=0.0,
-        maximum=HIGHEST_RATIO,
-        step=0.0125,
-        infotext="ToMe ratio",
+        0,
+        HIGHEST_RATIO,
+        RATIO_STEP,
     )
-    late_ratio: float = _setting(
+    late_ratio: float = _field(
         0.7,
         "number",
         "Late ratio",
         "The ratio in the late steps, where details are made.",
-        minimum=0.0,
-        maximum=HIGHEST_RATIO,
-        step=0.0125,
-        infotext="ToMe late ratio",
+        0,
+        HIGHEST_RATIO,
+        RATIO_STEP,
     )
-    schedule: str = _setting(
+    schedule: str = _field(
         "linear",
         "choice",
         "Schedule",
         "constant: the same ratio in every step. linear: from ratio to late ratio. step: a change at one point.",
         choices=SCHEDULES,
-        infotext="ToMe schedule",
     )
-    switch_at: float = _setting(
+    switch_at: float = _field(
         0.5,
         "number",
         "Switch at",
         "Where in the steps the late ratio takes over: 0 is the first step, 1 the last.",
-        minimum=0.0,
-        maximum=1.0,
-        step=0.01,
-        infotext="ToMe switch at",
+        0,
+        1,
+        0.01,
     )
-    max_downsample: int = _setting(
+    max_downsample: int = _field(
         1,
         "choice",
         "Max downsample",
         "1: only layers at the full latent resolution, where the speed is; 2, 4, 8: coarser ones too.",
         choices=(1, 2, 4, 8),
-        infotext="ToMe max downsample",
     )
-    min_tokens: int = _setting(
+    min_tokens: int = _field(
         0,
         "integer",
         "Min tokens",
         "Layers with fewer tokens are left alone. 512x512 has 4096 tokens at level 1.",
-        minimum=0,
-        maximum=65536,
-        step=256,
-        infotext="ToMe min tokens",
+        0,
+        65536,
+        256,
     )
-    apply_to: str = _setting(
+    apply_to: str = _field(
         "both passes",
         "choice",
         "Apply to",
         "Which passes of hires fix merge. A picture without hires fix has only the first.",
         choices=PASSES,
-        infotext="ToMe apply to",
     )
-    reuse_steps: int = _setting(
-        1,
-        "integer",
-        "Rematch every",
-        "How many steps a matching is kept for. 1 matches in every step.",
-        minimum=1,
-        maximum=50,
-        step=1,
-        infotext="ToMe rematch every",
+    reuse_steps: int = _field(
+        1, "integer", "Rematch every", "How many steps a matching is kept for. 1 matches in every step.", 1, 50, 1
     )
-    method: str = _setting(
+    method: str = _field(
         "keys",
         "choice",
         "Method",
         "keys: merges keys and values, each counted as often as the tokens it stands for. tokens: queries too, which "
         "are unmerged. paper: as published, not counted.",
         choices=METHODS,
-        infotext="ToMe method",
     )
-    stride: tuple[int, int] | None = _setting(
-        None,
-        "pair",
-        "Stride",
-        "Rows and columns of the cell that has one destination; none: 2x2, or 4x4 for ratios above 0.75.",
-        minimum=1,
-        maximum=16,
-        optional=True,
-    )
-    partition: str = _setting(
-        "random",
-        "choice",
-        "Partition",
-        "How destinations are chosen (paper, table 2): random is one token drawn in each cell.",
-        choices=PARTITIONS,
-    )
-    window: int | None = _setting(
-        32,
-        "integer",
-        "Window",
-        "Side, in tokens, of the windows inside which a destination is looked for; none: the whole image.",
-        minimum=1,
-        maximum=4096,
-        optional=True,
-    )
-    skip_unprofitable: bool = _setting(
-        True,
-        "flag",
-        "Skip unprofitable",
-        "Leaves out layers where, by a fixed rule, merging costs more time than it saves.",
-    )
-    shared_draw: bool = _setting(
-        True,
-        "flag",
-        "Shared draw",
-        "One random choice for the whole batch, so that both halves of guidance share it (paper, section 4.1).",
-    )
-    redraw: bool | None = _setting(
-        None,
-        "flag",
-        "Redraw",
-        "Whether each new matching has a new random choice; none: with the method paper alone.",
-        optional=True,
-    )
+    stride: tuple[int, int] | None = _field(None, "pair", minimum=1, maximum=16, optional=True)
+    """Rows and columns of the cell that has one destination; None: as `cell` says."""
+    partition: str = _field("random", "choice", choices=PARTITIONS)
+    """How destinations are chosen (paper, table 2): random is one token drawn in each cell."""
+    window: int | None = _field(32, "integer", minimum=1, maximum=4096, optional=True)
+    """Side, in tokens, of the windows inside which a destination is looked for; None: the whole image."""
+    skip_unprofitable: bool = _field(True, "flag")
+    """Leaves out layers where, by a fixed rule, merging costs more time than it saves."""
+    shared_draw: bool = _field(True, "flag")
+    """One random choice for the whole batch, so that both halves of guidance share it (paper, section 4.1)."""
+    redraw: bool | None = _field(None, "flag", optional=True)
+    """Whether each new matching has a new random choice; None: with the method paper alone."""
 
     def __post_init__(self) -> None:
         for name in ("stride", "partition"):

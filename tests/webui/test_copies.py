@@ -142,7 +142,7 @@ def test_the_api_reaches_the_first_and_it_merges(said):
 @pytest.mark.parametrize("which", ["first", "second", "map", "axis", "after reload"])
 def test_the_one_that_is_asked_merges_and_the_other_takes_nothing_away(said, which):
     one = said[which]
-    assert one["keys"]["ToMe ratio"] == 0.5
+    assert one["keys"]["ToMe ratio" if which in ("second", "axis") else "ToMe share"] == 0.5
     assert len(one["said"]) == (2 if which == "map" else 1)
     assert "1024 -> " in one["said"][0]
     assert one["count"] == (2 if which == "map" else 1)
@@ -153,14 +153,14 @@ def test_the_one_that_is_asked_merges_and_the_other_takes_nothing_away(said, whi
 
 def test_both_merge_once(said):
     assert said["both"]["picture"] == said["first"]["picture"]
-    assert said["both"]["keys"] == said["first"]["keys"]
+    assert said["both"]["keys"] == said["second"]["keys"] | said["first"]["keys"]
     assert len(said["both"]["said"]) == 2
     assert said["both"]["said"][1].startswith("ToMe: nothing merged: its 512 tokens are not the grid's")
 
 
 def test_a_p_that_is_used_again_has_nothing_of_the_other_run(said):
     first, second, off = said["in turn"]
-    assert (first["keys"]["ToMe ratio"], second["keys"]["ToMe ratio"]) == (0.5, 0.3)
+    assert (first["keys"]["ToMe share"], second["keys"]["ToMe ratio"]) == (0.5, 0.3)
     assert [len(run["said"]) for run in said["in turn"]] == [1, 1, 0]
     assert off["keys"] == {} and off["picture"] == said["plain"]["picture"]
 

@@ -168,7 +168,7 @@ def look():
     assert host.app
     ratio = scripts.scripts_txt2img.script("ToMe").controls[1]
     said["labels"].append(ratio.label)
-    assert ratio.value == generate().extra_generation_params["ToMe ratio"]
+    assert ratio.value == generate().extra_generation_params[f"ToMe {ratio.label.lower()}"]
     said["ratios"].append(ratio.value)
 
 
@@ -185,7 +185,7 @@ def change(*replacements):
 
 
 look()
-default = "    ratio: float = _setting(\\n        "
+default = "    ratio: float = _field(\\n        "
 for changes in ([('"Ratio",', '"Share",'), (f"{default}0.9", f"{default}0.25")], []):
     before = sys.modules[f"{package}.settings"]
     change(*changes)
