@@ -167,14 +167,13 @@ def test_the_windows_hold_each_src_and_each_dst_once(grid, window, partition):
     windows = split.windows
     sources, destinations = split.src.shape[1], split.dst.shape[1]
     for number in range(sources):
-        assert windows.src[0].flatten()[windows.src_place[0, number]] == number
-    held = [set(window.tolist()) for window in windows.dst[0]]
+        assert windows.src.flatten()[windows.src_place[number]] == number
+    held = [set(window.tolist()) for window in windows.dst]
     if destinations:
         assert set.union(*held) == set(range(destinations))
-    if windows.stranded is None:
-        assert sum(len(window) for window in held) == destinations
-    homes = (windows.src_place[0] // max(1, windows.src.shape[2])).tolist()
-    for number, window in enumerate(windows.src[0].tolist()):
+    assert sum(len(window) for window in held) == destinations
+    homes = (windows.src_place // max(1, windows.src.shape[1])).tolist()
+    for number, window in enumerate(windows.src.tolist()):
         assert {place for place in window if homes[place] == number} == {
             place for place in range(sources) if homes[place] == number
         }
@@ -185,7 +184,7 @@ def test_a_window_is_a_rectangle_of_whole_cells_no_wider_than_asked_for(window):
     split = make_partition((12, 20), (2, 2), "corner", window=window)
     tokens_of = [
         set(split.src[0, src].tolist()) | set(split.dst[0, dst].tolist())
-        for src, dst in zip(split.windows.src[0], split.windows.dst[0], strict=True)
+        for src, dst in zip(split.windows.src, split.windows.dst, strict=True)
     ]
     assert sorted(token for tokens in tokens_of for token in tokens) == list(range(12 * 20))
     for tokens in tokens_of:
@@ -196,21 +195,13 @@ def test_a_window_is_a_rectangle_of_whole_cells_no_wider_than_asked_for(window):
 
 
 def test_no_window_is_one_window():
-    assert make_partition((65, 33), (2, 2), "random", window=None).windows.dst.shape == (1, 1, 32 * 16)
+    assert make_partition((65, 33), (2, 2), "random", window=None).windows.dst.shape == (1, 32 * 16)
 
 
-def test_only_a_uniform_draw_can_leave_a_window_without_a_dst():
-    uniform = make_partition((16, 16), (2, 2), "uniform", window=2)
-    stranded = uniform.windows.stranded
-    dst_windows = {(token // 16 // 2, token % 16 // 2) for token in uniform.dst[0].tolist()}
-    lonely = [(token // 16 // 2, token % 16 // 2) not in dst_windows for token in uniform.src[0].tolist()]
-    assert any(lonely)
-    assert stranded[0].tolist() == lonely
-    assert uniform.most_removed == len(lonely) - sum(lonely)
-    for partition in ("random", "corner", "alternating"):
-        split = make_partition((17, 15), (2, 2), partition, window=2)
-        assert split.windows.stranded is None
-        assert split.most_removed == split.src.shape[1]
+def test_a_uniform_draw_has_no_windows():
+    split = make_partition((16, 16), (2, 2), "uniform", window=2)
+    assert split.windows.dst.shape == (1, 64)
+    assert split.most_removed == 192
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)

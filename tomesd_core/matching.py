@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .partition import Partition, make_partition
-from .profit import tokens_removed
-from .settings import FIELDS, MergeSettings
+from .plan import tokens_removed
+from .settings import MergeSettings
 from .token_map import TokenMap
 
 SIMILARITY_BYTES = 64 * 2**20
@@ -52,7 +54,7 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     is; inside its own item attention spreads it to every token, whatever is merged.
     `exact` keeps at least x's own precision; else a lower one may be used where that is faster: `similarity_dtype`.
     """
-    items, windows = x.shape[0], partition.windows
+    items = x.shape[0]
     if not partition.most_removed or not items:
         order = torch.arange(partition.src.shape[1], device=x.device).expand(items, -1)
         return Matching(partition, torch.zeros_like(order), order)
@@ -62,8 +64,6 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     with _own_precision(x) if exact else contextlib.nullcontext():
         dtype = similarity_dtype(x, exact)
         similarity, best = _best_in_windows(x, partition, scale, dtype, exact)
-    if windows.stranded is not None:
-        similarity = similarity.masked_fill(windows.stranded, -torch.inf)
     return Matching(partition, best, similarity.sort(dim=1, descending=True, stable=True).indices)
 
 
@@ -121,42 +121,24 @@ def _best_in_windows(
     if not src_is_unit:
         similarity = similarity * scale.index_select(0, src.flatten())
     best = best + torch.arange(count // items, device=x.device)[:, None] * destinations
-    best = windows.dst.flatten(1).expand(items, -1).gather(1, best.flatten(1))
-    place = windows.src_place.expand(items, -1)
-    return similarity.view(items, -1).gather(1, place), best.gather(1, place)
+    best = windows.dst.flatten()[best.flatten(1)]
+    return similarity.view(items, -1)[:, windows.src_place], best[:, windows.src_place]
 
 
-def match_tokens(
-    x: Tensor,
-    grid: tuple[int, int],
-    ratio: float,
-    *,
-    stride: tuple[int, int] | None = (2, 2),
-    partition: str = "random",
-    step: int = 0,
-    window: int | None = FIELDS["window"].default,
-    shared_draw: bool = True,
-) -> TokenMap:
+def match_tokens(x: Tensor, grid: Sequence[int], ratio: float, *, step: int = 0, **options: Any) -> TokenMap:
     """The map that removes `ratio` of x's tokens, the most similar ones.
 
-    x is a transformer block's input, [B, rows·columns, C] in row order; `grid` is (rows, columns). The other options
-    are the fields of `MergeSettings`, and `step` which random choice is made. Raises `SettingsError` (a `ValueError`)
-    for an option out of its range, and `ValueError` where x is not on the grid. With a window the number of tokens left
-    is rounded, see `tokens_removed`.
+    x is a transformer block's input, [B, rows·columns, C] in row order; `grid` is (rows, columns), `step` tells which
+    random choice is made. The options are those fields of `MergeSettings` that say how tokens are matched: `stride`,
+    here (2, 2) if it isn't given, `partition`, `window` and `shared_draw`. Raises `SettingsError` (a `ValueError`) for
+    an option out of its range, and `ValueError` where x is not on the grid. With a window the number of tokens left is
+    rounded, see `tokens_removed`.
     """
-    grid = tuple(grid)
-    settings = MergeSettings(
-        ratio=ratio,
-        schedule="constant",
-        stride=stride,
-        partition=partition,
-        window=window,
-        shared_draw=shared_draw,
-    )
-    if x.ndim != 3 or x.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"x must be [B, {grid[0] * grid[1]}, C] on a grid of {grid[0]}×{grid[1]}, got {list(x.shape)}")
-    split = make_partition(
-        grid, settings.cell, settings.partition, step, settings.window, 1 if shared_draw else x.shape[0], x.device
-    )
+    rows, columns = grid
+    settings = MergeSettings(ratio=ratio, schedule="constant", **{"stride": (2, 2), **options})
+    if x.ndim != 3 or x.shape[1] != rows * columns:
+        raise ValueError(f"x must be [B, {rows * columns}, C] on a grid of {rows}×{columns}, got {list(x.shape)}")
+    draws = 1 if settings.shared_draw else x.shape[0]
+    split = make_partition((rows, columns), settings.cell, settings.partition, step, settings.window, draws, x.device)
     removed = tokens_removed(x.shape[1], settings.ratio, rounded=not settings.exact)
     return match(x, split, settings.exact).token_map(removed)

@@ -12,33 +12,31 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """In which window each src and dst lies, all windows padded to one size.
+    """In which window each src and dst lies, all windows padded to one size. All batch items share them.
 
-    Numbers are places in a `Partition`'s `src` and `dst`. A padded place repeats a number of its window. P is 1 where
-    all batch items share the windows, else the number of items.
+    Numbers are places in a `Partition`'s `src` and `dst`. A padded place repeats a number of its window.
     """
 
     src: Tensor
-    """[P, W, S]: the src of each window."""
+    """[W, S]: the src of each window."""
     dst: Tensor
-    """[P, W, D]: the dst of each window; in a window that has none, dst 0."""
+    """[W, D]: the dst of each window."""
     src_place: Tensor
-    """[P, n_src]: where each src lies in `src`, its last two dimensions laid in one row."""
-    stranded: Tensor | None = None
-    """[P, n_src]: true for a src in a window without a dst, which can't merge; None: there is no such src."""
+    """[n_src]: where each src lies in `src`, all windows laid in one row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The tokens of a grid, split into src and dst. Index tensors are int64, on the device of the tokens."""
+    """The tokens of a grid, split into src and dst. Index tensors are int64, on the device of the tokens.
+
+    P is 1 where all batch items share one draw, else the number of items.
+    """
 
     src: Tensor
     """[P, n_src]: the tokens that may fall into a dst."""
     dst: Tensor
     """[P, n_dst]: the tokens that they may fall into."""
     windows: Windows
-    most_removed: int
-    """How many src can merge, in every batch item."""
 
     _rows: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
@@ -47,20 +45,24 @@ class Partition:
         """The number of tokens in the grid."""
         return self.src.shape[1] + self.dst.shape[1]
 
+    @property
+    def most_removed(self) -> int:
+        """How many src can merge, in every batch item."""
+        return self.src.shape[1] if self.dst.shape[1] else 0
+
     def rows(self, items: int) -> tuple[Tensor, Tensor]:
         """[items·W, S] and [items·W, D]: where the windows' src and dst lie when all items' tokens lie in one row."""
         if items not in self._rows:
             first = torch.arange(items, device=self.src.device)[:, None, None] * self.tokens
 
             def rows_of(part: Tensor, numbers: Tensor) -> Tensor:
-                numbers = numbers.expand(max(part.shape[0], numbers.shape[0]), -1, -1)
-                tokens = part.expand(numbers.shape[0], -1).gather(1, numbers.flatten(1)).view(numbers.shape)
-                return (tokens + first).flatten(0, 1)
+                return (part[:, numbers] + first).flatten(0, 1)
 
             self._rows[items] = rows_of(self.src, self.windows.src), rows_of(self.dst, self.windows.dst)
         return self._rows[items]
 
 
+@functools.lru_cache(maxsize=32)
 def make_partition(
     grid: tuple[int, int],
     stride: tuple[int, int] = (2, 2),
@@ -75,8 +77,8 @@ def make_partition(
     `partition`: `random` draws one dst in each whole cell of `stride` (rows, columns); `corner` takes the cell's first
     token; `uniform` draws as many dst anywhere; `alternating` takes every other token along the row. Tokens outside a
     whole cell are src. `window` is the side, in tokens, of the windows inside which a dst is looked for, rounded down
-    to whole cells and spread evenly over the grid; None is the whole grid. With `items` above 1 each batch item has a
-    draw of its own (the paper's ablation of a draw that is not shared).
+    to whole cells and spread evenly over the grid; None, and with `uniform` any, is the whole grid. With `items` above
+    1 each batch item has a draw of its own (the paper's ablation of a draw that is not shared).
 
     The draw is a pure function of grid, stride, step and item. It reads no random state and is made on the CPU, so that
     it is the same on every device.
@@ -84,7 +86,7 @@ def make_partition(
     if partition == "alternating":
         stride = (1, 2)
     if partition == "uniform":
-        return _uniform_partition(grid, stride, step, window, items, torch.device(device))
+        return _uniform_partition(grid, stride, step, items, torch.device(device))
     layout = _layout(grid, stride, window, torch.device(device))
     cells, in_cell = layout.cells.shape
     if partition == "random":
@@ -97,7 +99,7 @@ def make_partition(
     tokens = layout.cells.expand(draw.shape[0], -1, -1).gather(-1, order)
     rest = layout.rest.expand(draw.shape[0], -1)
     src = torch.cat([tokens[..., 1:].flatten(1), rest], dim=1)
-    return Partition(src, tokens[..., 0], layout.windows, most_removed=src.shape[1] if cells else 0)
+    return Partition(src, tokens[..., 0], layout.windows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,23 +128,20 @@ def _layout(grid: tuple[int, int], stride: tuple[int, int], window: int | None, 
     )
     window_of = _window_of(grid, stride, window)
     sources = cells[:, 1:]
-    windows = _windows(window_of, [torch.cat([sources.flatten(), rest])], [cells[:, 0]])
+    windows = _windows(window_of, torch.cat([sources.flatten(), rest]), cells[:, 0], device)
     turn = torch.arange(cells.shape[1], device=device)
-    return _Layout(cells.to(device), rest.to(device), turn, _to(windows, device))
+    return _Layout(cells.to(device), rest.to(device), turn, windows)
 
 
 def _uniform_partition(
-    grid: tuple[int, int], stride: tuple[int, int], step: int, window: int | None, items: int, device: torch.device
+    grid: tuple[int, int], stride: tuple[int, int], step: int, items: int, device: torch.device
 ) -> Partition:
     count = math.prod(side // cell for side, cell in zip(grid, stride, strict=True))
-    shuffled = [_hash(math.prod(grid), step, item).argsort(stable=True) for item in range(items)]
-    src = [order[count:].sort().values for order in shuffled]
-    dst = [order[:count].sort().values for order in shuffled]
-    windows = _windows(_window_of(grid, stride, window), src, dst)
-    most = src[0].numel()
-    if windows.stranded is not None:
-        most -= int(windows.stranded.sum(dim=1).max())
-    return Partition(torch.stack(src).to(device), torch.stack(dst).to(device), _to(windows, device), most)
+    shuffled = torch.stack([_hash(math.prod(grid), step, item).argsort(stable=True) for item in range(items)])
+    src, dst = shuffled[:, count:].sort().values, shuffled[:, :count].sort().values
+    numbers = torch.arange(math.prod(grid), device=device)
+    windows = Windows(numbers[None, : src.shape[1]], numbers[None, :count], numbers[: src.shape[1]])
+    return Partition(src.to(device), dst.to(device), windows)
 
 
 def _window_of(grid: tuple[int, int], stride: tuple[int, int], window: int | None) -> Tensor:
@@ -157,35 +156,27 @@ def _window_of(grid: tuple[int, int], stride: tuple[int, int], window: int | Non
     return (along[0][:, None] * (int(along[1].max()) + 1) + along[1]).flatten()
 
 
-def _windows(window_of: Tensor, src: list[Tensor], dst: list[Tensor]) -> Windows:
-    """The windows of each item's src and dst tokens, on the CPU."""
+def _windows(window_of: Tensor, src: Tensor, dst: Tensor, device: torch.device) -> Windows:
+    """The windows of the src and dst tokens ([n_src] and [n_dst], on the CPU), on `device`."""
     count = int(window_of.max()) + 1
 
-    def groups(tokens: Tensor) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in range(count)]
+    def grouped(tokens: Tensor) -> list[list[int]]:
+        groups: list[list[int]] = [[] for _ in range(count)]
         for number, window in enumerate(window_of[tokens].tolist()):
-            found[window].append(number)
-        return found
+            groups[window].append(number)
+        return groups
 
-    def padded(items: list[list[list[int]]]) -> Tensor:
-        size = max(len(group) for item in items for group in item)
-        rows = [[group + group[:1] * (size - len(group)) or [0] * size for group in item] for item in items]
-        return torch.tensor(rows, dtype=torch.long, device="cpu").view(len(items), count, size)
+    def padded(groups: list[list[int]]) -> Tensor:
+        size = max(map(len, groups))
+        numbers = [group + group[:1] * (size - len(group)) for group in groups]
+        return torch.tensor(numbers, dtype=torch.long, device="cpu").view(count, size)
 
-    src_groups, dst_groups = [groups(tokens) for tokens in src], [groups(tokens) for tokens in dst]
+    src_groups = grouped(src)
     src_padded = padded(src_groups)
-    places = torch.empty(len(src), src[0].numel(), dtype=torch.long, device="cpu")
-    stranded = torch.zeros(places.shape, dtype=torch.bool, device="cpu")
-    for item, windows in enumerate(src_groups):
-        for window, group in enumerate(windows):
-            places[item, group] = torch.arange(len(group), device="cpu") + window * src_padded.shape[-1]
-            stranded[item, group] = not dst_groups[item][window]
-    return Windows(src_padded, padded(dst_groups), places, stranded if stranded.any() else None)
-
-
-def _to(windows: Windows, device: torch.device) -> Windows:
-    stranded = None if windows.stranded is None else windows.stranded.to(device)
-    return Windows(windows.src.to(device), windows.dst.to(device), windows.src_place.to(device), stranded)
+    places = torch.empty(len(src), dtype=torch.long, device="cpu")
+    for window, group in enumerate(src_groups):
+        places[group] = torch.arange(len(group), device="cpu") + window * src_padded.shape[1]
+    return Windows(src_padded.to(device), padded(grouped(dst)).to(device), places.to(device))
 
 
 def _hash(count: int, step: int, item: int) -> Tensor:
