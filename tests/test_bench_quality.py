@@ -475,7 +475,7 @@ def test_what_pictures_depend_on_is_in_their_folders_name(tmp_path: Path) -> Non
     assert studios[1].digest(dataclasses.replace(ours(), steps=4)) == STUDIO.digest(ours())
 
 
-@pytest.mark.parametrize("module", ["hooks", "matching", "profit", "proportional"])
+@pytest.mark.parametrize("module", ["hooks", "matching", "plan", "proportional"])
 def test_pictures_depend_on_the_code_that_merges(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = [ours(KEYS), Variant(CORNER, 0.5), WHOLE.variant]
     before = [STUDIO.digest(variant) for variant in variants]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import tomesd_core as tome
 from tomesd_core.partition import make_partition
-from tomesd_core.profit import tokens_removed
+from tomesd_core.plan import tokens_removed
 from tomesd_core.settings import PARTITIONS, max_ratio
 
 ROUNDING = 64

@@ -56,7 +56,6 @@ def apply_patch(
             stride=(sy, sx),
             partition=partition,
             window=None,
-            reuse_steps=1,
             method="paper",
             skip_unprofitable=False,
         ),

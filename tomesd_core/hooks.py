@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import threading
 import weakref
 from collections import defaultdict
@@ -16,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .hook import Hook, remove_hooks, whose_forward, whose_hook
 from .matching import Matching, match
-from .partition import Partition, make_partition
+from .partition import make_partition
 from .plan import coarsest_level, removed_or_why_not, why_left_out
-from .proportional import Heads, Projections, Weighed, ask_heads, can_be_weighed, widen_input
+from .proportional import Heads, Projections, Weighed, ask_heads, can_be_weighed
 from .report import LayerReport, Report
 from .schedule import progress_of
 from .settings import MergeSettings
@@ -76,8 +77,6 @@ class _Step:
 
     number: int
     ratio: float
-    draw: int
-    """Which random choice of destinations is made."""
     passes: int = 0
     """Passes of the UNet in this step so far."""
     has_merged: bool = False
@@ -93,12 +92,41 @@ class _Place:
     why_not: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    """What a call of `attn1` is given."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """`x`, `context` or `mask`, which may come by position, or another one by its name; None: it isn't given."""
+        by_place = dict(zip(("x", "context", "mask"), self.args, strict=False))
+        return by_place.get(name, self.kwargs.get(name))
+
+    @property
+    def attends_to_itself(self) -> bool:
+        """Whether the keys are made of x."""
+        context = self.get("context")
+        return context is None or context is self.get("x")
+
+    def each(self, change: Callable[[Any], Any]) -> _Arguments:
+        """All of them changed."""
+        return _Arguments(tuple(map(change, self.args)), {name: change(value) for name, value in self.kwargs.items()})
+
+    def replaced(self, place: int, name: str, value: Any) -> _Arguments:
+        """One of them replaced, or given: by position where it came so, else by its name."""
+        if place < len(self.args):
+            return _Arguments((*self.args[:place], value, *self.args[place + 1 :]), self.kwargs)
+        return _Arguments(self.args, {**self.kwargs, name: value})
+
+
 @dataclasses.dataclass
 class _Call:
     """One call of `attn1` that is running."""
 
-    given: tuple[list[Callable[[], Any]], dict[str, Callable[[], Any]]] | None = None
-    """Its arguments as they came, its tensors weak; None for a call that is left alone."""
+    given: _Arguments | None = None
+    """Its arguments as they came, as `_weak` makes them; None for a call that is left alone."""
     tokens: int = 0
     token_map: TokenMap | None = None
     """By which its output is unmerged, if it is."""
@@ -134,7 +162,7 @@ class _Sampling(threading.local):
     """What one thread's passes share. Every thread has its own."""
 
     def __init__(self, ratio: float) -> None:
-        self.step = _Step(-1, ratio, 0)
+        self.step = _Step(-1, ratio)
         self.counts_passes = True
         self.latent: Grid | None = None
         self.is_checkpointed = False
@@ -142,7 +170,6 @@ class _Sampling(threading.local):
         self.layers: defaultdict[_LayerHooks, _LayerPass] = defaultdict(_LayerPass)
         self.kept: dict[tuple[Any, ...], _Kept] = {}
         self.kept_tokens = 0
-        self.partitions: dict[tuple[Any, ...], Partition] = {}
 
 
 class Merging:
@@ -152,19 +179,15 @@ class Merging:
     """
 
     def __init__(
-        self,
-        unet: nn.Module,
-        settings: MergeSettings,
-        leave_out: LeaveOut | None = None,
-        on_map: OnMap | None = None,
+        self, unet: nn.Module, settings: MergeSettings, leave_out: LeaveOut | None, on_map: OnMap | None
     ) -> None:
-        self.settings = settings
-        self.leave_out, self.on_map = leave_out, on_map
+        self.settings, self.leave_out, self.on_map = settings, leave_out, on_map
         self.sampling = _Sampling(settings.ratio_at(0.0))
         self.failure: str | None = None
         """Why nothing is merged any more: an error of the device's."""
         self.heads: dict[tuple[Any, ...], Heads | None] = {}
-        self._attached = True
+        self.attached = True
+        """False after `detach`."""
         self._steps = self._merged_steps = 0
         self._is_compiled = hasattr(unet, "_orig_mod") or getattr(unet, "_compiled_call_impl", None) is not None
         # What is compiled ignores hooks that come later, or traces into them, and fails.
@@ -182,11 +205,6 @@ class Merging:
             hooks = _LayerHooks(self, layer, grids[layer.transformer])
             self._layers.append(hooks)
             self._handles += hooks.register(layer)
-
-    @property
-    def attached(self) -> bool:
-        """False after `detach`."""
-        return self._attached
 
     def set_step(self, step: int, total: int | None = None) -> None:
         """Says where sampling is: the UNet passes that follow belong to `step` (from 0) of `total`.
@@ -221,9 +239,8 @@ class Merging:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._attached = False
-        ratio = self.sampling.step.ratio
-        self.sampling = _Sampling(ratio)
+        self.attached = False
+        self.sampling = _Sampling(self.sampling.step.ratio)
         for unet in [unet for unet, merging in _attached.items() if merging is self]:
             del _attached[unet]
 
@@ -241,19 +258,15 @@ class Merging:
         if sampling.counts_passes or number <= before or number // every != before // every:
             sampling.kept.clear()
             sampling.kept_tokens = 0
-        if self.settings.draws_anew:
-            sampling.partitions.clear()
         number = max(number, 0)
-        ratio = self.settings.ratio_at(progress_of(number, total))
-        sampling.step = _Step(number, ratio, number if self.settings.draws_anew else 0)
+        sampling.step = _Step(number, self.settings.ratio_at(progress_of(number, total)))
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _is_in_backward():
             return
         latent, sampling = args[0] if args else kwargs.get("x"), self.sampling
-        is_image = isinstance(latent, Tensor) and latent.ndim == 4
-        sampling.latent = tuple(latent.shape[-2:]) if is_image else None
-        sampling.is_checkpointed = is_image and _will_run_again(latent)
+        sampling.latent = _grid_of(latent)
+        sampling.is_checkpointed = isinstance(latent, Tensor) and _will_run_again(latent)
         # A pass that raised has left some behind.
         sampling.layers.clear()
         if sampling.counts_passes:
@@ -278,7 +291,8 @@ class Merging:
         state.matched_calls += 1
         kept = sampling.kept.get(key)
         if kept is None:
-            partition = self._partition(grid, 1 if settings.shared_draw else items, x.device)
+            draw, draws = step.number if settings.draws_anew else 0, 1 if settings.shared_draw else items
+            partition = make_partition(grid, settings.cell, settings.partition, draw, settings.window, draws, x.device)
             if not partition.most_removed:
                 return f"its {grid[0]}x{grid[1]} grid is smaller than a {settings.cell[0]}x{settings.cell[1]} cell"
             kept = _Kept(match(x, partition, settings.exact))
@@ -286,16 +300,6 @@ class Merging:
                 sampling.kept[key] = kept
                 sampling.kept_tokens += items * tokens
         return kept.map_of(removed)
-
-    def _partition(self, grid: Grid, items: int, device: torch.device) -> Partition:
-        """The partition of a grid, made once for all layers on it."""
-        settings, sampling = self.settings, self.sampling
-        key = grid, items, device
-        if key not in sampling.partitions:
-            sampling.partitions[key] = make_partition(
-                grid, settings.cell, settings.partition, sampling.step.draw, settings.window, items, device
-            )
-        return sampling.partitions[key]
 
 
 class _GridHook:
@@ -305,15 +309,14 @@ class _GridHook:
         self._merging, self._built_level = merging, built_level
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sampling, x = self._merging.sampling, args[0] if args else kwargs.get("x")
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            sampling.places[self] = _Place(None, self._built_level, "its input is not an image")
+        sampling, level = self._merging.sampling, self._built_level
+        grid = _grid_of(args[0] if args else kwargs.get("x"))
+        if grid is None:
+            sampling.places[self] = _Place(None, level, "its input is not an image")
             return
-        rows, columns = grid = tuple(x.shape[-2:])
-        level = self._built_level
         if sampling.latent is not None:
             level = measured_level(sampling.latent, grid, level)
-        why_not = why_left_out(self._merging.settings, level, rows * columns, self._merging.coarsest)
+        why_not = why_left_out(self._merging.settings, level, math.prod(grid), self._merging.coarsest)
         sampling.places[self] = _Place(grid, level, why_not)
 
 
@@ -364,22 +367,18 @@ class _LayerHooks:
         if _is_in_backward():
             self._check_run_again()
             return None
-        report, x = self.report, args[0] if args else kwargs.get("x")
-        report.calls += 1
-        report.level = self._place.level
-        given = self._why_left_alone(attention, x, args, kwargs)
-        if given is None:
-            given = self._merged(call, attention, x, args, kwargs)
-        if isinstance(given, str):
-            report.left_out = given
+        self.report.calls += 1
+        self.report.level = self._place.level
+        given = _Arguments(args, kwargs)
+        merged = self._why_left_alone(attention, given) or self._merged(call, attention, given)
+        if isinstance(merged, str):
+            self.report.left_out = merged
             return None
-        return given
+        return merged.args, merged.kwargs
 
-    def _why_left_alone(
-        self, attention: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> str | None:
+    def _why_left_alone(self, attention: nn.Module, given: _Arguments) -> str | None:
         """Why this call of attention is left alone, by all but its tokens; or None."""
-        merging, place = self._merging, self._place
+        merging, place, x = self._merging, self._place, given.get("x")
         if place.why_not or merging.failure or self._odd_output:
             return place.why_not or merging.failure or self._odd_output
         if place.grid is None:
@@ -388,65 +387,47 @@ class _LayerHooks:
             return "its input is not a batch of tokens"
         if x.shape[1] != place.grid[0] * place.grid[1]:
             return f"its {x.shape[1]} tokens are not the grid's {place.grid[0]}x{place.grid[1]}"
-        context = args[1] if len(args) > 1 else kwargs.get("context")
-        mask = args[2] if len(args) > 2 else kwargs.get("mask")
-        is_own = context is None or context is x
-        if mask is not None and is_own:
+        if given.get("mask") is not None and given.attends_to_itself:
             return "its attention is masked token by token"
-        value = kwargs.get("value")
-        if merging.settings.method == "keys" and not (is_own and (value is None or value is x)):
+        value = given.get("value")
+        is_whole = given.attends_to_itself and (value is None or value is x)
+        if merging.settings.method == "keys" and not is_whole:
             return "its keys and values are not its own tokens alone"
         self._was_checkpointed |= merging.sampling.is_checkpointed
         if self._was_checkpointed:
             return "backward would run it again (gradient checkpointing)"
-        self.report.conflict = merging.leave_out(attention) if merging.leave_out else None
-        self.report.conflict = self.report.conflict or _left_to(attention)
+        self.report.conflict = (merging.leave_out and merging.leave_out(attention)) or _left_to(attention)
         return self.report.conflict
 
-    def _merged(
-        self, call: _Call, attention: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _merged(self, call: _Call, attention: nn.Module, given: _Arguments) -> _Arguments | str:
         """What attention is given in place of its arguments, or why it is left alone."""
-        merging, report, state = self._merging, self.report, self._state
-        report.tokens = x.shape[1]
+        merging, report, state, x = self._merging, self.report, self._state, given.get("x")
+        grid = self._place.grid or (0, 0)
         source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
         # A call with another tensor than norm1's output (part of the batch, say) is matched by what it was given.
         source = source if normed is x and source is not None else x
+        report.tokens = x.shape[1]
         try:
-            token_map = merging.token_map(self, source, self._place.grid)
-            if isinstance(token_map, str):
-                return token_map
-            given = self._given(call, attention, token_map, x, args, kwargs)
+            token_map = merging.token_map(self, source, grid)
+            merged = token_map if isinstance(token_map, str) else self._arguments(call, attention, token_map, given)
         except Exception as error:
             # A device without one of the operations, or without memory: the picture is worth more than its speed.
             merging.failure = f"matching failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             return merging.failure
-        if isinstance(given, str):
-            return given
-        call.given = [_weak(value) for value in args], {name: _weak(value) for name, value in kwargs.items()}
-        report.merged_tokens = token_map.merged_tokens
-        report.fewest_tokens = min(report.fewest_tokens or report.merged_tokens, report.merged_tokens)
-        report.most_tokens = max(report.most_tokens, report.merged_tokens)
-        report.merged_calls += 1
+        if isinstance(token_map, str) or isinstance(merged, str):
+            return merged
+        call.given = given.each(_weak)
+        report.count_merged(token_map.merged_tokens)
         merging.count_merged_step()
         if merging.on_map is not None:
-            merging.on_map(report.name, merging.sampling.step.number, self._place.grid, token_map)
-        return given
+            merging.on_map(report.name, merging.sampling.step.number, grid, token_map)
+        return merged
 
-    def _given(
-        self,
-        call: _Call,
-        attention: nn.Module,
-        token_map: TokenMap,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | str:
+    def _arguments(self, call: _Call, attention: nn.Module, token_map: TokenMap, given: _Arguments) -> _Arguments | str:
         """The arguments with merged tokens, by the method; fills in what `call` needs for the way back."""
-        method = self._merging.settings.method
-        context = args[1] if len(args) > 1 else kwargs.get("context")
+        method, x = self._merging.settings.method, given.get("x")
         # Keys that aren't the layer's own tokens stay as they are, and count as ever.
-        weighs = method != "paper" and (context is None or context is x)
+        weighs = method != "paper" and given.attends_to_itself
         heads = self._heads(attention, x) if weighs else None
         if weighs and heads is None:
             return "its attention has no scale that is known, to weigh merged keys by (the method paper needs none)"
@@ -454,21 +435,13 @@ class _LayerHooks:
         call.tokens = x.shape[1]
         call.token_map = None if method == "keys" else token_map
         queries = x if method == "keys" else merged
+        # A context or value that is the input itself is self-attention; one of its own is left whole.
+        changed = given.each(lambda value: merged if value is x else value)
         if heads is not None:
             call.weighed = Weighed(heads, token_map.counts)
-            queries = widen_input(heads, queries)
-        # A context that is the input itself is self-attention; one of its own is left whole.
-        swapped = [merged if value is x else value for value in args]
-        named = {name: merged if value is x else value for name, value in kwargs.items()}
-        if args:
-            swapped[0] = queries
-        else:
-            named["x"] = queries
-        if heads is not None and len(args) > 1:
-            swapped[1] = merged
-        elif heads is not None:
-            named["context"] = merged
-        return tuple(swapped), named
+            queries = heads.widen_input(queries)
+            changed = changed.replaced(1, "context", merged)
+        return changed.replaced(0, "x", queries)
 
     def _heads(self, attention: nn.Module, x: Tensor) -> Heads | None:
         """How this layer's attention splits and scales: asked once for each implementation and size."""
@@ -502,8 +475,8 @@ class _LayerHooks:
         if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == call.tokens:
             return None
         self._odd_output = "its attention gave something else than its tokens"
-        whole, named = call.given
-        return attention.forward(*(value() for value in whole), **{name: value() for name, value in named.items()})
+        whole = call.given.each(lambda value: value())
+        return attention.forward(*whole.args, **whole.kwargs)
 
     def _check_run_again(self) -> None:
         """Raises `RuntimeError` where backward runs a layer again that was merged when it ran first."""
@@ -526,6 +499,11 @@ def _left_to(attention: nn.Module) -> str | None:
         if name:
             return f"left to {name}, whose hook sees its tokens"
     return None
+
+
+def _grid_of(x: Any) -> Grid | None:
+    """The rows and columns of an image [B, C, H, W]; None for anything else."""
+    return (x.shape[2], x.shape[3]) if isinstance(x, Tensor) and x.ndim == 4 else None
 
 
 def _weak(value: Any) -> Callable[[], Any]:

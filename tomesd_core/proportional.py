@@ -60,11 +60,15 @@ class Heads:
 
     def split(self, x: Tensor) -> Tensor:
         """[B, N, count·size] to [B, N, count, size], of widened heads as of others."""
-        return x.unflatten(-1, (self.count, -1))
+        return x.view(*x.shape[:-1], self.count, -1)
 
     def widen(self, x: Tensor, value: float = 0.0) -> Tensor:
         """[B, N, count·size] to [B, N, count·wide], `value` in the channels that are added."""
         return F.pad(self.split(x), (0, self.wide - self.size), value=value).flatten(2)
+
+    def widen_input(self, x: Tensor) -> Tensor:
+        """[B, N, C] with as many channels more as the heads get: some attentions divide its channels by their heads."""
+        return F.pad(x, (0, self.added))
 
     def narrow(self, x: Tensor) -> Tensor:
         """[B, N, count·wide] to [B, N, count·size]; what is narrow already stays."""
@@ -78,6 +82,10 @@ class Weighed:
         """`counts`: [B, M], how many tokens each of the call's keys stands for."""
         self.heads = heads
         self._bias = counts.float().log() / heads.scale
+
+    def narrow_input(self, x: Tensor) -> Tensor:
+        """Without what `widen_input` adds: `to_q` takes what it would take without us."""
+        return x[..., : x.shape[-1] - self.heads.added]
 
     def queries(self, q: Tensor) -> Tensor:
         """Widened by ones."""
@@ -135,51 +143,41 @@ class Projections:
     `running` gives the call that is running, if it is weighed.
     """
 
-    def __init__(self, attention: nn.Module, running: Callable[[], Weighed | None]) -> None:
+    def __init__(self, attention: Any, running: Callable[[], Weighed | None]) -> None:
         self._running = running
         # Before those of others, which so see what they would see without us.
         self.handles: list[RemovableHandle] = [
-            attention.to_q.register_forward_pre_hook(Hook(self._narrow_input), prepend=True)
+            attention.to_q.register_forward_pre_hook(self._on_input("narrow_input"), prepend=True),
+            attention.to_q.register_forward_hook(self._on_output("queries")),
+            attention.to_k.register_forward_hook(self._on_output("keys")),
+            attention.to_v.register_forward_hook(self._on_output("values")),
         ]
-        for name in ("queries", "keys", "values"):
-            projection = getattr(attention, f"to_{name[0]}")
-            self.handles.append(projection.register_forward_hook(Hook(getattr(self, f"_{name}"))))
         for module in (attention.to_out, *attention.to_out.children()):
             # Some call the Sequential, some the linear layer in it.
-            self.handles.append(module.register_forward_pre_hook(Hook(self._output), prepend=True))
+            self.handles.append(module.register_forward_pre_hook(self._on_input("output"), prepend=True))
             if isinstance(module, nn.Linear):
                 break
 
-    def _narrow_input(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        call = self._running()
-        return None if call is None else (args[0][..., : args[0].shape[-1] - call.heads.added], *args[1:])
+    def _on_input(self, change: str) -> Hook:
+        """A hook that does with what a module takes what the running call's method of that name says."""
 
-    def _queries(self, module: nn.Module, args: tuple[Any, ...], q: Tensor) -> Tensor | None:
-        call = self._running()
-        return None if call is None else call.queries(q)
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            call = self._running()
+            return None if call is None else (getattr(call, change)(args[0]), *args[1:])
 
-    def _keys(self, module: nn.Module, args: tuple[Any, ...], k: Tensor) -> Tensor | None:
-        call = self._running()
-        return None if call is None else call.keys(k)
+        return Hook(hook)
 
-    def _values(self, module: nn.Module, args: tuple[Any, ...], v: Tensor) -> Tensor | None:
-        call = self._running()
-        return None if call is None else call.values(v)
+    def _on_output(self, change: str) -> Hook:
+        """The same with what a module gives."""
 
-    def _output(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        call = self._running()
-        return None if call is None else (call.output(args[0]), *args[1:])
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            call = self._running()
+            return None if call is None else getattr(call, change)(output)
+
+        return Hook(hook)
 
 
-def widen_input(heads: Heads, x: Tensor) -> Tensor:
-    """[B, N, C] with as many channels more as the heads get.
-
-    Some attentions take the size of the heads off their input's channels. What is added never reaches `to_q`.
-    """
-    return F.pad(x, (0, heads.added))
-
-
-def can_be_weighed(attention: nn.Module) -> bool:
+def can_be_weighed(attention: Any) -> bool:
     """Whether `attention` is built of the projections that weighing needs."""
     return isinstance(getattr(attention, "heads", None), int) and all(
         isinstance(getattr(attention, name, None), nn.Module) for name in ("to_q", "to_k", "to_v", "to_out")
@@ -188,7 +186,7 @@ def can_be_weighed(attention: nn.Module) -> bool:
 
 @torch.no_grad()
 def ask_heads(
-    attention: nn.Module, y: Tensor, run: Callable[[Weighed], contextlib.AbstractContextManager[None]]
+    attention: Any, y: Tensor, run: Callable[[Weighed], contextlib.AbstractContextManager[None]]
 ) -> Heads | None:
     """How `attention` splits and scales; None where it does neither of the two things that attentions do.
 
@@ -200,7 +198,7 @@ def ask_heads(
     heads, tokens = question.heads, y[:1, :2]
     try:
         with run(question):
-            attention.forward(widen_input(heads, tokens), context=tokens)
+            attention.forward(heads.widen_input(tokens), context=tokens)
     except Exception:
         return None
     answer = question.answer

@@ -29,6 +29,13 @@ class LayerReport:
     method: str = "paper"
     """How tokens are merged: `MergeSettings.method`."""
 
+    def count_merged(self, tokens: int) -> None:
+        """Notes a call that was merged to so many tokens."""
+        self.merged_calls += 1
+        self.merged_tokens = tokens
+        self.fewest_tokens = min(self.fewest_tokens or tokens, tokens)
+        self.most_tokens = max(self.most_tokens, tokens)
+
     @property
     def change(self) -> str:
         """Tokens before and after, in words."""

@@ -44,7 +44,8 @@ class TokenMap:
         The same bits on every run on one device. Raises `ValueError` when x has other items or tokens than the map.
         """
         self._check(x, self.tokens)
-        return _Mean.apply(x.reshape(-1, x.shape[-1]), self).view(x.shape[0], self.merged_tokens, x.shape[-1])
+        mean: Tensor = _Mean.apply(x.reshape(-1, x.shape[-1]), self)  # type: ignore[no-untyped-call]
+        return mean.view(x.shape[0], self.merged_tokens, x.shape[-1])
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Each token's slot's value: [B, merged_tokens, C] to [B, N, C]. Raises `ValueError` as `merge` does."""

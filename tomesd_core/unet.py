@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -17,14 +18,15 @@ class Layer:
     """The block's name in the UNet."""
     transformer: nn.Module
     """The SpatialTransformer that the block is in; its input [B, C, H, W] tells the grid."""
-    block: nn.Module
+    block: Any
+    """Its BasicTransformerBlock."""
     level: int | None
     """The downsample factor that the UNet's structure gives this layer; None where that can't be read off."""
 
     @property
     def channels(self) -> int:
         """How many channels the block's tokens have."""
-        return self.block.norm1.weight.shape[0]
+        return int(self.block.norm1.weight.shape[0])
 
     @property
     def is_self_attention(self) -> bool:
@@ -75,7 +77,7 @@ def measured_level(latent: tuple[int, int], grid: tuple[int, int], expected: int
     if expected and all(math.ceil(whole / expected) == part for whole, part in zip(latent, grid, strict=True)):
         return expected
     quotient = math.sqrt(latent[0] * latent[1] / (grid[0] * grid[1]))
-    return 2 ** max(0, round(math.log2(quotient)))
+    return int(2 ** max(0, round(math.log2(quotient))))
 
 
 def _is_transformer(module: nn.Module) -> bool:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from tomesd_core import hooks
 from tomesd_core.matching import match
 from tomesd_core.partition import make_partition
-from tomesd_core.plan import coarsest_level
-from tomesd_core.profit import tokens_removed
+from tomesd_core.plan import coarsest_level, tokens_removed
 from tomesd_core.settings import FIELDS, METHODS, MergeSettings
 from tomesd_core.token_map import TokenMap
 from tomesd_core.unet import Layer, find_layers
@@ -223,15 +222,16 @@ def merging(unet: nn.Module, settings: MergeSettings, weighs: bool = True) -> It
         if not weighs:
             for layer in attached._layers:
                 # Of the benchmark alone: nobody has a use for it but to see what weighing brings, and what it takes.
-                layer._given = _keys_alone
+                layer._arguments = _keys_alone
         yield Running(attached.set_step, lambda: attached.report().summary)
 
 
 def _keys_alone(
-    call: hooks._Call, attention: nn.Module, token_map: TokenMap, x: Tensor, *given: object
-) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+    call: hooks._Call, attention: nn.Module, token_map: TokenMap, given: hooks._Arguments
+) -> hooks._Arguments:
+    x = given.get("x")
     call.tokens = x.shape[1]
-    return (x,), {"context": token_map.merge(x)}
+    return hooks._Arguments((x,), {"context": token_map.merge(x)})
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ Batch 2, 320 channels, 8 heads, on smooth tokens with noise, as pictures give. "
 behind it with all that a contender does there: ours run by their hooks, as on a UNet. "x faster" is the unmerged layer
 over it, "/limit" it over the same attention without any merging: to as many keys for the method keys and ToDo, of as
 many tokens for the others. "weighing" is keys over the same unweighed, and tokens over paper. "rule" says whether
-`profit.pays` lets such a layer merge.
+`plan.pays` lets such a layer merge.
 
 Match, merge and unmerge are timed alone besides, which all our methods do alike, but that keys unmerges nothing;
 "merging" is their sum, and "growth" the exponent p of N^p with which it grows with the tokens, from the first size on.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tomesd_core.profit import pays
+from tomesd_core.plan import pays
 from tomesd_core.settings import METHODS, MergeSettings
 
 from . import output

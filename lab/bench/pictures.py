@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tomesd_core import hooks, matching, partition, plan, profit, proportional, schedule, token_map
+from tomesd_core import hooks, matching, partition, plan, proportional, schedule, token_map
 
 from ..demo.model import FeatureNet, TinyModel
 from . import contenders
@@ -173,7 +173,7 @@ def _model_digest(model: TinyModel) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _code_digest() -> str:
-    modules = (hooks, matching, partition, plan, profit, proportional, schedule, token_map)
+    modules = (hooks, matching, partition, plan, proportional, schedule, token_map)
     sources = [inspect.getsource(module) for module in modules]
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 

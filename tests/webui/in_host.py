@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lab.host import Host
-from tomesd_core.profit import tokens_removed
+from tomesd_core.plan import tokens_removed
 from tomesd_core.settings import FIELDS
 
 ROOT = Path(__file__).parents[2]
