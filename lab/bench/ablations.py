@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tomesd_core.presets import BUILT_IN
+from tomesd_core.webui.presets import BUILT_IN
 from tomesd_core.profit import pairs_left
 from tomesd_core.settings import METHODS, MergeSettings
 
