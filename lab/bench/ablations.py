@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from tomesd_core.plan import pairs_left
-from tomesd_core.presets import BUILT_IN
+from tomesd_core.settings import METHODS, MergeSettings
+from tomesd_core.webui.presets import BUILT_IN
 from tomesd_core.settings import METHODS, MergeSettings
 
 from .contenders import (

@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import functools
 
-from tomesd_core.presets import BUILT_IN
+from tomesd_core.webui.presets import BUILT_IN
 from tomesd_core.settings import MergeSettings
 
 from . import output

@@ -81,7 +81,7 @@ def generate(p=None, **given):
 said = {"installed": str(installed), "folders": [str(first), str(second)]}
 said["labels"] = [script_of(folder).controls[1].label for folder in (first, second)]
 generation = module_of(second).generation
-generation.store.presets.save("Mine", generation.MergeSettings())
+generation.presets.save("Mine", generation.MergeSettings())
 for folder in (first, second):
     module = module_of(folder)
     files = [Path(m.__file__) for name, m in sys.modules.items() if name.split(".")[0] == module.PACKAGE]

@@ -1,1 +1,1 @@
-"""What WebUI sees: the only modules of the package that import `modules.*` and gradio."""
+"""What WebUI sees: the only part of the package that imports `modules.*` and gradio."""

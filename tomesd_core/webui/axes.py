@@ -9,7 +9,7 @@ from typing import Any
 from modules import scripts
 
 from ..settings import PANEL_FIELDS, Setting
-from . import store
+from . import presets
 from .arguments import ENABLED
 from .log import log
 
@@ -44,8 +44,8 @@ def _axes(axis_option: Callable[..., Any]) -> list[Any]:
             "[ToMe] Preset",
             str,
             lambda p, x, xs: _override(p, "preset", x),
-            confirm=_refuse(store.preset_settings),
-            choices=store.presets.names,
+            confirm=_refuse(presets.get),
+            choices=lambda: list(presets.read()[0]),
         ),
     ]
     return axes + [_axis(axis_option, name, setting) for name, setting in PANEL_FIELDS.items()]

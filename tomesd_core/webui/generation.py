@@ -15,7 +15,7 @@ from torch import nn
 from ..hooks import Merging, attach
 from ..merge_map import MapRecorder, MergeMap
 from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
-from . import maps, namesakes, options, store
+from . import maps, namesakes, options, presets
 from .arguments import panel_values, read_arguments, read_map, unused_fields
 from .axes import OVERRIDES
 from .log import log
@@ -206,7 +206,7 @@ def _unwrap(p: Any) -> None:
 
 
 def _settings(p: Any, args: Sequence[Any]) -> MergeSettings | None:
-    return read_arguments(args, getattr(p, OVERRIDES, None), store.preset_settings)
+    return read_arguments(args, getattr(p, OVERRIDES, None), presets.get)
 
 
 def on_denoise(params: Any) -> None:

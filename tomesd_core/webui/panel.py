@@ -13,9 +13,8 @@ from gradio.context import Context
 from modules import devices, processing
 from modules.ui_components import FormRow, InputAccordion, ToolButton
 
-from ..presets import PresetError
 from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
-from . import generation, preview, store
+from . import generation, presets, preview
 from .arguments import ENABLED, MAP_FIELDS, panel_values, read_arguments, shown_fields
 from .model import loaded_layers
 
@@ -106,7 +105,7 @@ def _preset_row(elem_id: Callable[[str], str]) -> Callable[[list[Any]], None]:
     """The row of presets; what it gives connects it to the panel's fields, once those are there."""
     with FormRow(elem_classes=["tome-presets"]):
         preset = gr.Dropdown(
-            choices=store.presets.names(),
+            choices=list(presets.read()[0]),
             label="Preset",
             value=None,
             allow_custom_value=True,
@@ -150,56 +149,53 @@ def _preset_row(elem_id: Callable[[str], str]) -> Callable[[list[Any]], None]:
 
 def _choose(name: str) -> list[Any]:
     try:
-        settings = store.presets.get(name)
-    except PresetError as error:
+        settings = presets.get(name)
+    except SettingsError as error:
         return [_text(str(error)), *(gr.update() for _ in PANEL_FIELDS)]
     shown = shown_fields(settings.schedule)
     updates = [gr.update(value=value, visible=field in shown) for field, value in panel_values(settings).items()]
-    return [_text(store.presets.describe(name)), *updates]
+    return [_text(presets.BUILT_IN.get(name, ("", ""))[1]), *updates]
 
 
 def _save(name: str, *values: Any) -> tuple[str, Any]:
     try:
-        stored = store.presets.save(name or "", MergeSettings(**dict(zip(PANEL_FIELDS, values, strict=True))))
-    except (PresetError, SettingsError) as error:
+        stored = presets.save(name, MergeSettings(**dict(zip(PANEL_FIELDS, values, strict=True))))
+    except SettingsError as error:
         return _text(str(error)), gr.update()
-    return _messages(f"Saved as {stored!r}."), gr.update(choices=store.presets.names(), value=stored)
+    return _reload(f"Saved as {stored!r}.", value=stored)
 
 
 def _delete(name: str) -> tuple[str, Any]:
     try:
-        store.presets.delete(name or "")
-    except PresetError as error:
+        presets.delete(name)
+    except SettingsError as error:
         return _text(str(error)), gr.update()
-    return _messages(f"Deleted {name!r}."), gr.update(choices=store.presets.names(), value=None)
+    return _reload(f"Deleted {name!r}.", value=None)
 
 
-def _reload() -> tuple[str, Any]:
-    return _messages(""), gr.update(choices=store.presets.names())
+def _reload(line: str = "", **update: Any) -> tuple[str, Any]:
+    """A message and what there is to say of the presets' file, as HTML, and the list of presets."""
+    usable, messages = presets.read()
+    return "<br>".join(_text(part) for part in (line, *messages) if part), gr.update(choices=list(usable), **update)
 
 
 def _export() -> tuple[str, Any]:
     try:
-        text = store.presets.export()
-    except PresetError as error:
+        text = presets.export()
+    except SettingsError as error:
         return _text(str(error)), gr.update()
     path = Path(tempfile.mkdtemp()) / "tome-presets.json"
     path.write_text(text, encoding="utf-8")
-    return _messages("Your presets are in the file below."), gr.update(value=str(path), visible=True)
+    return "Your presets are in the file below.", gr.update(value=str(path), visible=True)
 
 
 def _import(content: bytes) -> tuple[str, Any]:
     try:
-        done = store.presets.import_(content)
-    except PresetError as error:
+        added, refused = presets.import_(content)
+    except SettingsError as error:
         return _text(str(error)), gr.update()
-    lines = [f"Imported: {', '.join(done.added) or 'nothing'}.", *(f"Left out: {line}" for line in done.skipped)]
-    return _messages(" ".join(lines)), gr.update(choices=store.presets.names())
-
-
-def _messages(line: str) -> str:
-    """`line` and what there is to say of the presets' file, as HTML."""
-    return "<br>".join(_text(part) for part in (line, *store.presets.messages) if part)
+    lines = [f"Imported: {', '.join(added) or 'nothing new'}.", *(f"Left out: {line}" for line in refused)]
+    return _reload(" ".join(lines))
 
 
 def _text(text: str) -> str:

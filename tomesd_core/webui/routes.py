@@ -11,7 +11,7 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import shared
 
 from ..version import VERSION
-from . import generation, store
+from . import generation, presets
 from .arguments import panel_values
 from .model import loaded_layers
 
@@ -26,12 +26,8 @@ def add_routes(demo: Any, app: FastAPI) -> None:
 def get_presets() -> list[dict[str, Any]]:
     """Every preset that can be used: name, description and settings."""
     return [
-        {
-            "name": name,
-            "description": store.presets.describe(name),
-            "settings": panel_values(store.presets.get(name)),
-        }
-        for name in store.presets.names()
+        {"name": name, "description": presets.BUILT_IN.get(name, ("", ""))[1], "settings": panel_values(settings)}
+        for name, settings in presets.read()[0].items()
     ]
 
 

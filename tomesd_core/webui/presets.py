@@ -1,0 +1,196 @@
+"""Named settings: the built-in ones, and a user's own in a JSON file.
+
+The file is `{"version": 1, "presets": {name: {field: value}}}`. People edit it by hand, copy it between machines and go
+back to older versions of the extension, so what isn't understood in it is kept as it is. Each call reads it anew, so
+every tab and process sees what the others saved. Whatever is wrong with it, the built-in presets work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import unicodedata
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any
+
+from filelock import FileLock
+
+from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
+from .arguments import panel_values
+from .log import log
+
+PATH = Path(__file__).resolve().parents[2] / "presets.json"
+"""In the extension's folder, where git ignores it, so that an update keeps it."""
+VERSION, MAX_NAME, LOCK_SECONDS = 1, 100, 10.0
+
+BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
+    "Quality": ({"ratio": 0.75, "late_ratio": 0.6}, "Stays closest to the picture without merging; a little faster."),
+    "Balanced": ({}, "Clearly faster, with small changes in detail; a good start."),
+    "Fast": ({"ratio": 0.9375, "late_ratio": 0.85, "max_downsample": 2}, "For drafts: merges nearly all that can be."),
+    "Hires only": ({"apply_to": "hires pass"}, "Speeds up the second pass of hires fix, where most of the time goes."),
+    "Paper (60 %)": ({"ratio": 0.6, "schedule": "constant", "method": "paper"}, "The paper's own method and ratio."),
+}
+"""The read-only presets by name: what differs from the defaults, and what each is for."""
+
+
+class PresetError(SettingsError):
+    """A preset, its name or the file can't be used. The message is for the user."""
+
+
+class _DamagedError(PresetError):
+    """The bytes are no presets, not even a newer version's."""
+
+
+def read() -> tuple[dict[str, MergeSettings], list[str]]:
+    """Every preset that can be used, the built-in ones first, and what the user must be told of the file."""
+    presets = {name: _settings(fields) for name, (fields, _) in BUILT_IN.items()}
+    try:
+        own = _load()["presets"]
+    except PresetError as error:
+        return presets, [str(error)]
+    messages = []
+    for name, entry in own.items():
+        try:
+            clean_name(name)
+            presets[name] = _settings(entry)
+        except SettingsError as error:
+            messages.append(f"preset {brief(name)} can't be used: {error}")
+    return presets, messages
+
+
+def get(name: Any) -> MergeSettings:
+    """The preset's settings. A built-in one is found in any case. Raises `PresetError` where there is none."""
+    presets, messages = read()
+    key = _built_in(name) or str(name)
+    if key not in presets:
+        raise PresetError("; ".join([f"preset must be one of {', '.join(presets)}, got {name!r}", *messages]))
+    return presets[key]
+
+
+def save(name: Any, settings: MergeSettings) -> str:
+    """Saves the panel's fields of `settings`, also over a preset of the user's. Gives the name as it is stored."""
+    name, fields = clean_name(name), panel_values(settings)
+    _settings(fields)  # A ratio may be right only together with an expert field, such as a larger stride.
+    with _changing() as own:
+        own[name] = {**(own[name] if isinstance(own.get(name), dict) else {}), **fields}
+    return name
+
+
+def delete(name: str) -> None:
+    """Deletes one of the user's presets, also one that can't be used."""
+    with _changing() as own:
+        if name not in own:
+            raise PresetError(f"there is no preset {name!r} of yours")
+        del own[name]
+
+
+def export() -> str:
+    """JSON text with all of the user's presets, for `import_`."""
+    return json.dumps(_load(), indent=2)
+
+
+def import_(content: bytes) -> tuple[list[str], list[str]]:
+    """Adds an exported text's presets, and overwrites none: one that differs from its namesake gets a new name.
+
+    Gives the names of the new ones, and a line for each that can't be used.
+    """
+    added, refused = [], []
+    incoming = _parse(content, "the import")["presets"]
+    with _changing() as own:
+        for given, entry in incoming.items():
+            try:
+                name, _ = clean_name(given), _settings(entry)
+                names = (f"{name[: MAX_NAME - 9]} ({number})" if number > 1 else name for number in count(1))
+                name = next(name for name in names if own.get(name, entry) == entry)
+                added += [name] if name not in own else []
+                own[name] = entry
+            except SettingsError as error:
+                refused.append(f"{brief(given)}: {error}")
+    return added, refused
+
+
+def clean_name(name: Any) -> str:
+    """`name` as presets are stored: no spaces around it, Unicode NFC. It is text and nothing else: no path, no HTML."""
+    if built_in := _built_in(name):
+        raise PresetError(f"{built_in!r} is a built-in preset, which can't be changed: choose another name")
+    name = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
+    kinds = set(map(unicodedata.category, name))
+    # A name of the first two kinds alone can't be seen; the others are control characters and line breaks.
+    if kinds <= {"Cf", "Zs"} or kinds & {"Cc", "Cs", "Zl", "Zp"} or len(name) > MAX_NAME:
+        raise PresetError(
+            f"a preset's name must not be empty, and can have up to {MAX_NAME} characters, got {brief(name)}"
+        )
+    return name
+
+
+def _built_in(name: Any) -> str | None:
+    """The built-in preset that a person would take `name` for."""
+    return next((key for key in BUILT_IN if key.casefold().split() == str(name).casefold().split()), None)
+
+
+def _settings(entry: Any) -> MergeSettings:
+    """A preset's settings, with defaults for missing fields."""
+    if not isinstance(entry, dict):
+        raise PresetError(f"a preset must be an object of settings, got {brief(entry)}")
+    return MergeSettings(**{name: entry[name] for name in PANEL_FIELDS if name in entry})
+
+
+def _load() -> dict[str, Any]:
+    """The file's content; without presets where there is no file."""
+    try:
+        return _parse(PATH.read_bytes(), str(PATH)) if PATH.exists() else {"version": VERSION, "presets": {}}
+    except OSError as error:
+        raise PresetError(f"{PATH} can't be read: {error}") from error
+
+
+def _parse(content: bytes, source: str) -> dict[str, Any]:
+    try:
+        document = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"{source} is damaged: it is not JSON in UTF-8 ({error})") from error
+    version = document.get("version") if isinstance(document, dict) else None
+    if isinstance(version, (int, float)) and version > VERSION:
+        raise PresetError(f"{source} is from a newer version of this extension and left as it is: update the extension")
+    if version != VERSION or version is True or not isinstance(document.get("presets"), dict):
+        raise _DamagedError(f'{source} is damaged: it must be {{"version": {VERSION}, "presets": {{…}}}}')
+    return document
+
+
+@contextlib.contextmanager
+def _changing() -> Iterator[dict[str, Any]]:
+    """The user's presets, to be changed in place; written, still under the lock, unless the block fails."""
+    path = PATH.resolve()  # A symlink stays one: replacing it would cut it off from the file that it stands for.
+    try:
+        with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
+            try:
+                document = _load()
+            except _DamagedError as error:
+                names = (f"{path.stem}.damaged-{number}{path.suffix}" for number in count(1))
+                aside = next(aside for aside in map(path.with_name, names) if not aside.exists())
+                _replace(path, aside)
+                log.warning(f"{error}. It is kept as {aside}")
+                document = _load()
+            yield document["presets"]
+            if path.exists() and not os.access(path, os.W_OK):  # Linux would replace it all the same.
+                raise PermissionError("it is read-only")
+            with open(f"{path}.tmp", "w") as file:  # ASCII: JSON can hold half a surrogate pair, which UTF-8 can't.
+                json.dump(document, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            _replace(f"{path}.tmp", path)
+    except (OSError, NotImplementedError, RecursionError) as error:
+        raise PresetError(f"{PATH} can't be written: {error}") from error
+
+
+def _replace(source: str | Path, target: Path) -> None:
+    """As `os.replace`; waits for a file that another program has open for a moment, which Windows then refuses."""
+    for _ in range(50):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.02)
+    os.replace(source, target)
