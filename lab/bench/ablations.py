@@ -13,7 +13,6 @@ from torch import nn
 from tomesd_core.plan import pairs_left
 from tomesd_core.settings import METHODS, MergeSettings
 from tomesd_core.webui.presets import BUILT_IN
-from tomesd_core.settings import METHODS, MergeSettings
 
 from .contenders import (
     CORNER,
