@@ -49,9 +49,8 @@ def attach(
     of an `attn1` module, and keeps it unmerged by giving a reason. `on_map` is told of every call that is merged: the
     layer's name, the step (from 0), the grid (rows, columns) and the `TokenMap` of the call's batch.
 
-    Threads that run the UNet at once each have a sampling of their own: `set_step` speaks for the thread that calls it.
-    Under gradient checkpointing a pass is left unmerged, since backward runs it again; where that can't be seen before,
-    backward raises `RuntimeError`.
+    Each thread has a sampling of its own: `set_step` speaks for the thread that calls it. Under gradient checkpointing
+    a pass is left unmerged, since backward runs it again, or, where that can't be seen, backward raises `RuntimeError`.
 
     Raises `TypeError` for what is no UNet, and for a diffusers model.
     """
@@ -365,7 +364,11 @@ class _LayerHooks:
         call = _Call()
         self._state.calls.append(call)
         if _is_in_backward():
-            self._check_run_again()
+            if self.report.merged_calls and not self._was_checkpointed:
+                raise RuntimeError(
+                    f"{self.report.name} was merged, and gradient checkpointing runs it again in backward, where it "
+                    "would not be: detach merging, or switch checkpointing off (use_checkpoint=False)"
+                )
             return None
         self.report.calls += 1
         self.report.level = self._place.level
@@ -469,7 +472,8 @@ class _LayerHooks:
         if call.given is None:
             return None
         token_map = call.token_map
-        if token_map is not None and isinstance(output, Tensor) and output.shape[:2] == token_map.merged_shape:
+        merged_shape = token_map and (len(token_map.slots), token_map.merged_tokens)
+        if token_map is not None and isinstance(output, Tensor) and output.shape[:2] == merged_shape:
             return token_map.unmerge(output)
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == call.tokens:
@@ -477,14 +481,6 @@ class _LayerHooks:
         self._odd_output = "its attention gave something else than its tokens"
         whole = call.given.each(lambda value: value())
         return attention.forward(*whole.args, **whole.kwargs)
-
-    def _check_run_again(self) -> None:
-        """Raises `RuntimeError` where backward runs a layer again that was merged when it ran first."""
-        if self.report.merged_calls and not self._was_checkpointed:
-            raise RuntimeError(
-                f"{self.report.name} was merged, and gradient checkpointing runs it again in backward, where it would "
-                "not be: detach merging, or switch checkpointing off (use_checkpoint=False)"
-            )
 
 
 def _left_to(attention: nn.Module) -> str | None:

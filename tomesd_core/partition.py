@@ -87,37 +87,29 @@ def make_partition(
         stride = (1, 2)
     if partition == "uniform":
         return _uniform_partition(grid, stride, step, items, torch.device(device))
-    layout = _layout(grid, stride, window, torch.device(device))
-    cells, in_cell = layout.cells.shape
+    layout, rest, windows = _layout(grid, stride, window, torch.device(device))
+    cells, in_cell = layout.shape
     if partition == "random":
         draw = torch.stack([_hash(cells, step, item) for item in range(items)]) % in_cell
         # One byte a cell: all that travels to the device for a step, little enough not to wait for it.
         draw = draw.to(torch.uint8).to(device, non_blocking=True).long()
     else:
         draw = torch.zeros(1, cells, dtype=torch.long, device=device)
-    order = (draw[..., None] + layout.turn) % in_cell
-    tokens = layout.cells.expand(draw.shape[0], -1, -1).gather(-1, order)
-    rest = layout.rest.expand(draw.shape[0], -1)
-    src = torch.cat([tokens[..., 1:].flatten(1), rest], dim=1)
-    return Partition(src, tokens[..., 0], layout.windows)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """What of a partition does not change from step to step."""
-
-    cells: Tensor
-    """[n_cells, rows·columns]: the tokens of each whole cell."""
-    rest: Tensor
-    """[n_rest]: the tokens outside a whole cell."""
-    turn: Tensor
-    """[rows·columns]: 0, 1, 2, …"""
-    windows: Windows
-    """For src in the order of the cells, dst left out, then `rest`."""
+    order = (draw[..., None] + torch.arange(in_cell, device=device)) % in_cell
+    tokens = layout.expand(draw.shape[0], -1, -1).gather(-1, order)
+    src = torch.cat([tokens[..., 1:].flatten(1), rest.expand(draw.shape[0], -1)], dim=1)
+    return Partition(src, tokens[..., 0], windows)
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(grid: tuple[int, int], stride: tuple[int, int], window: int | None, device: torch.device) -> _Layout:
+def _layout(
+    grid: tuple[int, int], stride: tuple[int, int], window: int | None, device: torch.device
+) -> tuple[Tensor, Tensor, Windows]:
+    """What of a partition does not change from step to step.
+
+    [n_cells, rows·columns]: the tokens of each whole cell; [n_rest]: those outside one; and the windows, for src in the
+    order of the cells, dst left out, then of the rest.
+    """
     (rows, columns), (cell_rows, cell_columns) = grid, stride
     down, across = rows // cell_rows, columns // cell_columns
     token = torch.arange(rows * columns, device="cpu").view(rows, columns)
@@ -126,11 +118,8 @@ def _layout(grid: tuple[int, int], stride: tuple[int, int], window: int | None, 
     rest = torch.cat(
         [token[: down * cell_rows, across * cell_columns :].flatten(), token[down * cell_rows :].flatten()]
     )
-    window_of = _window_of(grid, stride, window)
-    sources = cells[:, 1:]
-    windows = _windows(window_of, torch.cat([sources.flatten(), rest]), cells[:, 0], device)
-    turn = torch.arange(cells.shape[1], device=device)
-    return _Layout(cells.to(device), rest.to(device), turn, windows)
+    windows = _windows(_window_of(grid, stride, window), torch.cat([cells[:, 1:].flatten(), rest]), cells[:, 0], device)
+    return cells.to(device), rest.to(device), windows
 
 
 def _uniform_partition(

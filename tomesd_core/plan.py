@@ -26,13 +26,11 @@ def pairs_left(ratio: float, method: str) -> float:
 def pays(tokens: int, channels: int, ratio: float, device_type: str, method: str = "paper") -> bool:
     """Whether merging `ratio` of a layer's `tokens` of `channels` saves more time than it takes.
 
-    Attention over N tokens takes N² C operations, of which the pairs that are left out are saved; matching inside
-    windows, merging, and weighing take a number of operations that grows with N C. So their quotient is N times the
-    share of pairs saved, the tokens that each token need not attend to, and only where it is over a device's threshold
-    there is a gain. `python -m lab.bench layer --tokens 16 32 64 --ratios 0.05 0.1 0.2` shows both sides, and
-    what the rule says: on two CPU cores a layer ran 0.63 to 1.03 times as fast merged as unmerged where the quotient is
-    25 to 100, and 1.02 to 1.53 times as fast from 195 on. The other devices' threshold is an estimate: their attention
-    is faster, and starting a kernel costs them more.
+    Attention over N tokens takes N² C operations; matching, merging and weighing take a number that grows with N C. So
+    what decides is N times the share of the pairs that are saved: the tokens that each token need not attend to. `bench
+    layer --tokens 16 32 64 --ratios 0.05 0.1 0.2` shows both sides: on two CPU cores a layer ran 0.63 to 1.03 times as
+    fast merged as unmerged where this number is 25 to 100, and 1.02 to 1.53 times as fast from 195 on. The threshold of
+    other devices is an estimate: their attention is faster, and starting a kernel costs them more.
     """
     gain = tokens * (1 - pairs_left(ratio, method))
     return gain >= LEAST_GAIN.get(device_type, OTHER_LEAST_GAIN) and tokens * channels >= LEAST_SIZE

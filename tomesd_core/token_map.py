@@ -28,11 +28,6 @@ class TokenMap:
         return self.slots.shape[1]
 
     @property
-    def merged_shape(self) -> tuple[int, int]:
-        """Items and tokens of what was merged: (B, merged_tokens)."""
-        return self.slots.shape[0], self.merged_tokens
-
-    @property
     def counts(self) -> Tensor:
         """How many tokens fell into each slot: int64 [B, merged_tokens]."""
         members, starts = self._tokens_by_slot()
