@@ -108,7 +108,7 @@ class MergeSettings:
     """
 
     ratio: float = _field(
-        0.9,
+        HIGHEST_RATIO,
         "number",
         "Ratio",
         "Share of the tokens removed before self-attention, in the early steps. More is faster and less exact.",
@@ -117,7 +117,7 @@ class MergeSettings:
         RATIO_STEP,
     )
     late_ratio: float = _field(
-        0.7,
+        0.75,
         "number",
         "Late ratio",
         "The ratio in the late steps, where details are made.",

@@ -85,7 +85,7 @@ def test_the_page_starts_with_what_the_model_is_made_for_and_the_panel_on(page):
     assert [value(page, f"#txt2img_{name}") for name in controls] == ["cat face", "Euler", "20", "32", "32", "3", "1"]
     assert page.locator(f"{PANEL}enabled-visible-checkbox").is_checked()
     sync_api.expect(page.locator(f"{PANEL}enabled .label-wrap > span").first).to_contain_text(
-        "ToMe: 90 % → 70 % of keys, level 1"
+        "ToMe: 94 % → 75 % of keys, level 1"
     )
     assert value(page, f"{PANEL}map_step") == "10"
     assert value(page, "#script_list") == "Compare with and without merging"

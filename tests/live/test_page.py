@@ -28,8 +28,8 @@ expect = sync_api.expect
 
 TABS = ["txt2img", "img2img"]
 DEFAULTS = {
-    "ratio": 0.9,
-    "late_ratio": 0.7,
+    "ratio": 0.9375,
+    "late_ratio": 0.75,
     "schedule": "linear",
     "switch_at": 0.5,
     "max_downsample": "1",
@@ -228,10 +228,10 @@ def generate(page: Any, side: int, steps: int = 2) -> Any:
 def test_the_title_says_what_is_set_and_the_preview_what_will_happen(page, tab):
     go_to(page, tab)
     panel = Panel(page, tab).unfold()
-    expect(panel.title).to_contain_text("ToMe: 90 % → 70 % of keys, level 1")
+    expect(panel.title).to_contain_text("ToMe: 94 % → 75 % of keys, level 1")
     expect(panel.preview).to_contain_text("self-attention layers")
     panel.set(ratio=0.25)
-    expect(panel.title).to_contain_text("ToMe: 25 % → 70 % of keys, level 1")
+    expect(panel.title).to_contain_text("ToMe: 25 % → 75 % of keys, level 1")
     panel.set(schedule="constant")
     expect(panel.title).to_contain_text("ToMe: 25 % of keys, level 1")
 
@@ -276,7 +276,7 @@ def test_help_is_shown_on_hover(panel):
 
 def test_no_server_call_while_a_slider_is_moving(panel):
     calls = []
-    expect(panel.title).to_contain_text("90 %")
+    expect(panel.title).to_contain_text("94 %")
     panel.page.on("request", lambda request: calls.append(request.url) if request.method == "POST" else None)
     box = panel.element("ratio").locator("input[type=range]").bounding_box()
     panel.page.mouse.move(box["x"] + box["width"] * 0.66, box["y"] + box["height"] / 2)
@@ -497,7 +497,7 @@ def test_every_word_can_be_read_in_both_themes(open_page, theme):
     page = open_page(f"?__theme={theme}")
     assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
     panel = Panel(page).unfold().set(schedule="step")
-    expect(panel.title).to_contain_text("70 %")
+    expect(panel.title).to_contain_text("75 %")
     contrasts = panel.root.evaluate(CONTRASTS)
     assert len(contrasts) > len(DEFAULTS)
     assert {text: contrast for text, contrast in contrasts if contrast < 4} == {}
@@ -514,7 +514,7 @@ OVERHANGING = """panel => {
 def test_nothing_hangs_over_in_a_narrow_window(open_page):
     page = open_page(width=400)
     panel = Panel(page).unfold().set(schedule="step")
-    expect(panel.title).to_contain_text("70 %")
+    expect(panel.title).to_contain_text("75 %")
     assert panel.root.bounding_box()["width"] <= 400
     assert panel.root.evaluate(OVERHANGING) == []
 

@@ -915,8 +915,8 @@ def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
 )
 def test_an_object_switches_on_and_missing_keys_are_defaults(make, given, effective):
     expected = {
-        "ratio": 0.9,
-        "late ratio": 0.7,
+        "ratio": 0.9375,
+        "late ratio": 0.75,
         "schedule": "linear",
         "max downsample": 1,
         "rematch every": 1,

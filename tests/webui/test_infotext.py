@@ -177,7 +177,7 @@ def test_the_apis_infotext_sets_the_arguments(make, attention):
 @pytest.mark.parametrize("values", [{"ratio": "abc"}, {"ratio": 0.6, "min_tokens": "0.5"}, {"ratio": "False"}])
 def test_the_apis_infotext_may_be_wrong(make, attention, log_lines, values):
     processed = make(infotext=text(**values), steps=1)
-    assert attention.tokens == [left(values["ratio"] if "min_tokens" in values else 0.9)]
+    assert attention.tokens == [left(values["ratio"] if "min_tokens" in values else PANEL["ratio"].default)]
     assert "ToMe error" not in processed.extra_generation_params
     assert "is ignored" in log_lines[0]
 

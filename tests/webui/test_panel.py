@@ -61,7 +61,7 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
 def test_defaults_of_the_page_are_a_generation(controls, make):
     processed = make([True, *[control.value for control in list(controls.values())[1:]]], steps=1)
     assert "ToMe error" not in processed.extra_generation_params
-    assert processed.extra_generation_params["ToMe ratio"] == 0.9
+    assert processed.extra_generation_params["ToMe ratio"] == 0.9375
 
 
 def test_labels_are_unique_in_the_script(controls):
@@ -87,7 +87,7 @@ def test_the_api_lists_the_script(host, controls, tab):
     assert script["is_alwayson"] is True
     assert [argument["label"] for argument in script["args"]] == [control.label for control in controls.values()]
     ratio = script["args"][1]
-    assert (ratio["value"], ratio["minimum"], ratio["maximum"]) == (0.9, 0.0, 0.9375)
+    assert (ratio["value"], ratio["minimum"], ratio["maximum"]) == (0.9375, 0.0, 0.9375)
 
 
 def test_over_http(host, tab):

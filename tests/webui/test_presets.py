@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tomesd_core.plan import pairs_left
 from tomesd_core.settings import FIELDS, PANEL_FIELDS, MergeSettings, SettingsError
 from tomesd_core.webui import presets
 
@@ -82,8 +83,8 @@ def test_a_ratio_that_only_an_expert_field_allows_is_refused(path):
 def test_the_built_in_presets(path):
     values, said = presets.read()
     assert list(values) == NAMES and not said
-    ratios = [(values[name].ratio, values[name].late_ratio) for name in ("Quality", "Balanced", "Fast")]
-    assert ratios == sorted(set(ratios))
+    pairs = [pairs_left(values[name].late_ratio, values[name].method) for name in ("Quality", "Balanced", "Fast")]
+    assert pairs == sorted(set(pairs), reverse=True)
     assert values["Balanced"] == MergeSettings()
     assert [name for name in NAMES if values[name].apply_to != "both passes"] == ["Hires only"]
     assert values["Paper (60 %)"] == MergeSettings(ratio=0.6, schedule="constant", method="paper")
