@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from tomesd_core.webui.presets import BUILT_IN
 from tomesd_core.profit import pairs_left
 from tomesd_core.settings import METHODS, MergeSettings
+from tomesd_core.webui.presets import BUILT_IN
 
 from .contenders import (
     CORNER,

@@ -13,8 +13,8 @@ import argparse
 import dataclasses
 import functools
 
-from tomesd_core.webui.presets import BUILT_IN
 from tomesd_core.settings import MergeSettings
+from tomesd_core.webui.presets import BUILT_IN
 
 from . import output
 from .contenders import DEFAULTS, FORMER, FORMER_DEFAULTS, KEYS, PAPER, UNMERGED, Contender, Running, merging, put_on
