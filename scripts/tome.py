@@ -49,9 +49,9 @@ def _module(name: str) -> ModuleType:
 
 _import_package()
 PANEL_FIELDS = _module("settings").PANEL_FIELDS
-axes, generation, infotext, log, maps, namesakes, options, panel, routes = (
+axes, generation, infotext, log, maps, namesakes, options, panel, routes, sampling = (
     _module(f"webui.{name}")
-    for name in ("axes", "generation", "infotext", "log", "maps", "namesakes", "options", "panel", "routes")
+    for name in ("axes", "generation", "infotext", "log", "maps", "namesakes", "options", "panel", "routes", "sampling")
 )
 
 log.set_up()
@@ -77,7 +77,7 @@ class ToMe(scripts.Script):
         generation.prepare(p, args)
 
     def process_batch(self, p: Any, *args: Any, batch_number: int = 0, **kwargs: Any) -> None:
-        generation.bind(p, first_batch=batch_number == 0)
+        sampling.bind(p, first_batch=batch_number == 0)
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
         maps.draw_on(p, pp.image)
@@ -92,5 +92,5 @@ script_callbacks.on_before_ui(axes.add_axes)
 script_callbacks.on_ui_settings(options.add_options)
 script_callbacks.on_app_started(routes.add_routes)
 script_callbacks.on_app_started(namesakes.log_namesakes)
-script_callbacks.on_cfg_denoiser(generation.on_denoise)
-script_callbacks.on_script_unloaded(generation.stop)
+script_callbacks.on_cfg_denoiser(sampling.on_denoise)
+script_callbacks.on_script_unloaded(sampling.stop)

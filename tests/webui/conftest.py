@@ -78,8 +78,8 @@ def host(checkpoints, loaded, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def generation(host) -> ModuleType:
-    return running("webui.generation")
+def sampling(host) -> ModuleType:
+    return running("webui.sampling")
 
 
 @pytest.fixture
@@ -149,12 +149,12 @@ def on_denoised(host) -> Iterator[Callable[[Callable], None]]:
 
 
 @pytest.fixture
-def ratios(generation, on_denoised) -> list[float | None]:
+def ratios(sampling, on_denoised) -> list[float | None]:
     """The ratio of every evaluation of the model; None where nothing was attached."""
     seen: list[float | None] = []
 
     def note(_: Any) -> None:
-        merging = generation._running and generation._running._merging
+        merging = sampling._running and sampling._running._merging
         seen.append(merging.report().ratio if merging else None)
 
     on_denoised(note)
@@ -214,7 +214,7 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     host, loaded, one_step = (request.getfixturevalue(name) for name in ("host", "loaded", "one_step"))
-    generation = request.getfixturevalue("generation")
+    sampling = request.getfixturevalue("sampling")
     from modules import errors
 
     default_options()
@@ -224,7 +224,7 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
     frames = [frame for record in errors.exception_records for frame, _ in record["traceback"]]
     assert [frame for frame in frames if "tome.py" in frame or f"tomesd_core{os.sep}webui" in frame] == []
-    assert generation._running is None
+    assert sampling._running is None
     assert {name for model in loaded for name in hooked(model)} == set()
     assert [p.sample for p in seen if "sample" in vars(p)] == []
     default_options()

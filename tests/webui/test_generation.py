@@ -84,11 +84,12 @@ def test_max_downsample_and_min_tokens(make):
     ],
     ids=["on", "wrong", "no such pass", "off"],
 )
-def test_the_panel_says_what_the_last_generation_did(make, generation, tome, said):
+def test_the_panel_says_what_the_last_generation_did(make, sampling, tome, said):
     make(ON)
     make(tome)
-    assert generation.last_summary() == said or generation.last_summary().startswith(said)
-    assert (generation.settings_in_use() is None) == (tome != ON)
+    summary = sampling.generation.last.summary
+    assert summary == said or summary.startswith(said)
+    assert (sampling.settings_in_use() is None) == (tome != ON)
 
 
 def test_img2img(make, attention):
@@ -766,7 +767,7 @@ def own_merging():
 
 
 @pytest.mark.parametrize("hires", [{}, HIRES], ids=["one pass", "hires"])
-def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, add_script, generation, hires):
+def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, add_script, sampling, hires):
     from modules import shared
 
     seen = []
@@ -777,7 +778,7 @@ def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, ad
     assert attention.tokens[:2] == [HALF] * 2
     assert "Token merging ratio" not in processed.infotexts[0]
     assert "WebUI's own token merging is left out" in processed.comments
-    assert generation.last_summary().endswith("WebUI's own token merging is left out")
+    assert sampling.generation.last.summary.endswith("WebUI's own token merging is left out")
     assert shared.opts.data == own_merging
 
 
@@ -947,7 +948,7 @@ class Untouchable:
         raise AssertionError(f"{name} was read")
 
 
-def test_off_registers_no_hook_and_reads_nothing(host, make, generation, monkeypatch, add_script):
+def test_off_registers_no_hook_and_reads_nothing(host, make, sampling, monkeypatch, add_script):
     registered = []
     for name in [name for name in dir(nn.Module) if name.startswith("register_") and "hook" in name]:
         before = getattr(nn.Module, name)
@@ -965,6 +966,6 @@ def test_off_registers_no_hook_and_reads_nothing(host, make, generation, monkeyp
     make(None)
     assert registered == []
     assert wrapped == [False, False]
-    generation.on_denoise(Untouchable())
+    sampling.on_denoise(Untouchable())
     make(ON)
     assert registered, "the test sees them"

@@ -8,7 +8,7 @@ from copy import copy
 import numpy as np
 import pytest
 import torch
-from in_host import HALVED, HIRES, SIDE, failing_unet, pixels
+from in_host import HALVED, HIRES, SIDE, failing_unet, pixels, running
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -39,16 +39,18 @@ def pictures_and_maps(processed):
 
 
 @pytest.fixture
-def recorded(generation, monkeypatch):
+def recorded(host, monkeypatch):
     """Every merged call of the model: step, layer, slots."""
     calls = []
 
-    class Recorder(merge_map.MapRecorder):
+    sampling = running("webui.sampling")
+
+    class Recorder(sampling.PictureRecorder):
         def __call__(self, layer_name, step, grid, token_map):
             calls.append((step, layer_name, grid, token_map.slots))
             super().__call__(layer_name, step, grid, token_map)
 
-    monkeypatch.setattr(generation, "MapRecorder", Recorder)
+    monkeypatch.setattr(sampling, "PictureRecorder", Recorder)
     return calls
 
 
@@ -283,13 +285,10 @@ def test_a_generation_that_fails_leaves_no_map_behind(make_p, host):
     assert not [name for name in vars(p) if "map" in name]
 
 
-def test_without_a_map_nothing_is_recorded(make, monkeypatch, generation):
+def test_without_a_map_nothing_is_recorded(make, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("called")
 
-    for module, name in (
-        (generation, "MapRecorder"),
-        *((generation.maps, name) for name in ("draw", "keep", "first_rows")),
-    ):
-        monkeypatch.setattr(module, name, never)
+    for module, name in (("sampling", "PictureRecorder"), ("maps", "draw"), ("host", "first_items")):
+        monkeypatch.setattr(running(f"webui.{module}"), name, never)
     assert len(make([True, 0.5]).images) == 1

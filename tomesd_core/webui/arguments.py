@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
 
@@ -31,59 +31,56 @@ MAP_FIELDS = {
 }
 """What is shown of a generation, not what is made: in no preset, no picture's parameters and no plot."""
 
-PresetReader = Callable[[str], MergeSettings]
+CONTROLS = ("enabled", *PANEL_FIELDS, *MAP_FIELDS)
+"""The script's arguments by name, in order."""
+
+
+class Asked(NamedTuple):
+    """What a generation is asked to do."""
+
+    settings: MergeSettings
+    map_place: tuple[int, int] | None
+    """Step and layer of the merge map, both from 1; None for none."""
 
 
 def read_arguments(
-    args: Sequence[Any], overrides: Mapping[str, Any] | None = None, preset: PresetReader | None = None
-) -> MergeSettings | None:
-    """The settings of a generation, or None where merging is off.
+    args: Sequence[Any], overrides: Mapping[str, Any] | None, preset: Callable[[str], MergeSettings]
+) -> Asked | None:
+    """What arguments ask a generation to do, or None where merging is off.
 
-    `args` are positional, `enabled`, `PANEL_FIELDS` and `MAP_FIELDS`, or one mapping of any of them and `preset`.
-    Missing ones get their defaults, with a preset the preset's. While `enabled` is false the others don't matter.
-    `overrides` is a mapping too, and wins over the arguments. A mapping switches merging on unless it says `enabled`
-    itself.
+    `args` are positional, in the order of `CONTROLS`, or one mapping of any of them and `preset`, a name that the
+    function of this name knows. Missing ones get their defaults, with a preset the preset's. While `enabled` is false
+    the others don't matter. `overrides` is a mapping too, and wins over the arguments. A mapping switches merging on
+    unless it says `enabled` itself.
 
     Raises `SettingsError` for a value that its field can't have, an unknown name and an unknown preset.
     """
-    first = args[0] if args else ENABLED.default
-    if isinstance(first, Mapping):
-        enabled, values = _merged({}, first, preset)
-    else:
-        enabled, values = ENABLED.check("enabled", first), dict(zip(PANEL_FIELDS, args[1:], strict=False))
-    if overrides:
-        enabled, values = _merged(values, overrides, preset)
-    return MergeSettings(**values) if enabled else None
-
-
-def read_map(args: Sequence[Any]) -> tuple[int, int] | None:
-    """The step and the layer of the merge map that arguments of `read_arguments` ask for, both from 1; None for none.
-
-    Raises `SettingsError` for a value that its field can't have.
-    """
-    given = args[0] if args else {}
-    if not isinstance(given, Mapping):
-        given = dict(zip(MAP_FIELDS, args[1 + len(PANEL_FIELDS) :], strict=False))
-    step, layer = (field.check(name, given.get(name, field.default)) for name, field in MAP_FIELDS.items())
-    return (step, layer) if step else None
+    named = args[0] if args and isinstance(args[0], Mapping) else None
+    values: dict[str, Any] = dict(zip(CONTROLS, args, strict=False)) if named is None else {}
+    for mapping in (named, overrides):
+        if mapping is not None:
+            values = _merged(values, mapping, preset)
+    if not ENABLED.check("enabled", values.get("enabled", ENABLED.default)):
+        return None
+    settings = MergeSettings(**{name: values[name] for name in PANEL_FIELDS if name in values})
+    step, layer = (field.check(name, values.get(name, field.default)) for name, field in MAP_FIELDS.items())
+    return Asked(settings, (step, layer) if step else None)
 
 
 def _merged(
-    values: dict[str, Any], named: Mapping[str, Any], preset: PresetReader | None
-) -> tuple[bool, dict[str, Any]]:
-    """Whether merging is on, and `values` with those of `named` in their place."""
-    known = ("enabled", "preset", *PANEL_FIELDS, *MAP_FIELDS)
+    values: Mapping[str, Any], named: Mapping[str, Any], preset: Callable[[str], MergeSettings]
+) -> dict[str, Any]:
+    """`values` with those of `named` in their place."""
+    known = ("preset", *CONTROLS)
     unknown = [repr(name) for name in named if name not in known]
     if unknown:
         raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(known)}")
-    enabled = ENABLED.check("enabled", named.get("enabled", True))
-    if "preset" in named and preset is not None:
-        values = panel_values(preset(named["preset"]))
-    values = values | {name: value for name, value in named.items() if name in PANEL_FIELDS}
+    chosen = panel_values(preset(named["preset"])) if "preset" in named else {}
+    merged = {**values, **chosen, "enabled": True, **named}
     # Who gives a late ratio wants it reached.
-    if "late_ratio" in named and "schedule" not in named and values.get("schedule", "constant") == "constant":
-        values["schedule"] = "linear"
-    return enabled, values
+    if "late_ratio" in named and "schedule" not in named and merged.get("schedule", "constant") == "constant":
+        merged["schedule"] = "linear"
+    return merged
 
 
 def panel_values(settings: MergeSettings) -> dict[str, Any]:
@@ -102,7 +99,7 @@ def unused_fields(settings: MergeSettings, has_hires_pass: bool) -> set[str]:
     return {name for name, has_none in unused.items() if has_none}
 
 
-def shown_fields(schedule: str) -> set[str]:
+def useful_fields(schedule: str) -> set[str]:
     """The panel's fields that a person needs to see with this schedule."""
     settings = MergeSettings(schedule=schedule, min_tokens=1)
     return set(PANEL_FIELDS) - unused_fields(settings, has_hires_pass=True)

@@ -21,45 +21,40 @@ so that a second copy of the extension, whose modules have other names, doesn't 
 def add_axes() -> None:
     """Appends the axes to the plot's list, unless they are there: Reload UI makes the list anew, but not every time."""
     # By its file: what the module is called differs between WebUI's versions.
-    grids = [found.module for found in scripts.scripts_data if Path(found.path).name == "xyz_grid.py"]
+    grids = [script.module for script in scripts.scripts_data if Path(script.path).name == "xyz_grid.py"]
     grids = [grid for grid in grids if hasattr(grid, "AxisOption") and hasattr(grid, "axis_options")]
     if not grids:
-        log.warning("WebUI's X/Y/Z plot was not found among its scripts (xyz_grid.py): it has no ToMe axes")
+        log.warning("WebUI's X/Y/Z plot is not among its scripts (xyz_grid.py): it has no ToMe axes")
     for grid in grids:
         present = {option.label for option in grid.axis_options}
         grid.axis_options.extend(axis for axis in _axes(grid.AxisOption) if axis.label not in present)
 
 
 def _axes(axis_option: Callable[..., Any]) -> list[Any]:
-    flags = ["True", "False"]
-    axes = [
-        axis_option(
-            "[ToMe] Enabled",
-            str,
-            lambda p, x, xs: _override(p, "enabled", x.lower() == "true"),
-            confirm=_refuse(lambda x: ENABLED.check("enabled", {"true": True, "false": False}.get(x.lower(), x))),
-            choices=lambda: flags,
-        ),
-        axis_option(
-            "[ToMe] Preset",
-            str,
-            lambda p, x, xs: _override(p, "preset", x),
-            confirm=_refuse(presets.get),
-            choices=lambda: list(presets.read()[0]),
-        ),
-    ]
-    return axes + [_axis(axis_option, name, setting) for name, setting in PANEL_FIELDS.items()]
+    preset = axis_option(
+        "[ToMe] Preset",
+        str,
+        lambda p, x, xs: _override(p, "preset", x),
+        confirm=_refuse(presets.get),
+        choices=lambda: list(presets.read()[0]),
+    )
+    axes = [_axis(axis_option, name, setting) for name, setting in PANEL_FIELDS.items()]
+    return [_axis(axis_option, "enabled", ENABLED, "Enabled"), preset, *axes]
 
 
-def _axis(axis_option: Callable[..., Any], name: str, setting: Setting) -> Any:
-    number = float if setting.kind == "number" else int
-    kind = str if setting.choices and isinstance(setting.choices[0], str) else number
+def _axis(axis_option: Callable[..., Any], name: str, setting: Setting, label: str | None = None) -> Any:
+    choices = ("True", "False") if setting.kind == "flag" else setting.choices
+    is_text = bool(choices) and isinstance(choices[0], str)
+
+    def value_of(x: Any) -> Any:
+        return {"true": True, "false": False}.get(x.lower(), x) if setting.kind == "flag" else x
+
     return axis_option(
-        f"[ToMe] {setting.label}",
-        kind,
-        lambda p, x, xs: _override(p, name, x),
-        confirm=_refuse(lambda x: setting.check(name, x)),
-        choices=(lambda: [str(choice) for choice in setting.choices]) if setting.choices else None,
+        f"[ToMe] {label or setting.label}",
+        str if is_text else float if setting.kind == "number" else int,
+        lambda p, x, xs: _override(p, name, value_of(x)),
+        confirm=_refuse(lambda x: setting.check(name, value_of(x))),
+        choices=(lambda: [str(choice) for choice in choices]) if choices else None,
     )
 
 

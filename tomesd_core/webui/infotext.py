@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,30 +16,27 @@ def paste_fields(controls: Mapping[str, Any]) -> list[tuple[Any, Callable[[Mappi
     Functions, since an absent key must set a field to its default, and since WebUI casts what it pastes by itself by
     the component's type, and doesn't catch what that raises.
     """
-    readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {"enabled": lambda found: "ToMe ratio" in found}
+    readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {"enabled": lambda parameters: "ToMe ratio" in parameters}
     readers |= {name: _reader(name, setting) for name, setting in PANEL_FIELDS.items()}
     return [(controls[name], reader) for name, reader in readers.items()]
 
 
 def read_field(name: str, setting: Setting, text: Any) -> Any:
-    """A field's value from its text in the parameters. Raises `SettingsError` when it is none."""
-    value = text
+    """A field's value from its text in the parameters. Raises `SettingsError` where it has none."""
+    value = {"True": True, "False": False}.get(text, text) if setting.kind == "flag" else text
     if isinstance(text, str) and setting.kind in ("number", "integer", "choice"):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(text) if setting.kind == "number" else int(text)
-        except ValueError:
-            value = text
     return setting.check(name, value)
 
 
 def _reader(name: str, setting: Setting) -> Callable[[Mapping[str, Any]], Any]:
-    def read(found: Mapping[str, Any]) -> Any:
-        if setting.infotext not in found:
-            return setting.default
+    def read(parameters: Mapping[str, Any]) -> Any:
+        key = str(setting.infotext)
         try:
-            return read_field(name, setting, found[setting.infotext])
+            return read_field(name, setting, parameters[key]) if key in parameters else setting.default
         except SettingsError as error:
-            log.warning(f"{setting.infotext} in the picture's parameters is ignored: {error}")
+            log.warning(f"{key} in the picture's parameters is ignored: {error}")
             return setting.default
 
     return read

@@ -1,35 +1,28 @@
-"""The extension's log: lines on the console that any console can show."""
+"""The extension's log on the console, and how a failure of ours is said there once and harms nobody."""
 
 from __future__ import annotations
 
 import logging
-import sys
-from typing import TextIO
 
 log = logging.getLogger("ToMe")
 
-
-class _Console(logging.StreamHandler):
-    """Whatever stderr is at the time; characters that it can't encode are escaped, where others would raise."""
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, stream: TextIO) -> None:
-        """`StreamHandler` sets it; it is always the current one."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
+_said: set[str] = set()
 
 
 def set_up() -> None:
     """Sends the log to stderr, once, whatever WebUI's own logging does."""
     if not log.handlers:
-        handler = _Console()
+        handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
         log.addHandler(handler)
         log.propagate = False
         log.setLevel(logging.INFO)
+
+
+def failed(what: str, error: Exception) -> str:
+    """What to tell people of an unexpected error. It is in the log too, once, with the traceback."""
+    line = f"{what} failed ({type(error).__name__}: {error}); everything else goes on"
+    if line not in _said:
+        _said.add(line)
+        log.error(f"{line}. Update WebUI and this extension; report this if it stays:", exc_info=error)
+    return line

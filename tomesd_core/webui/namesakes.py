@@ -14,8 +14,8 @@ TITLE = "ToMe"
 
 def log_namesakes(demo: Any, app: Any) -> None:
     """Names them in the log at a start, where there is more than one script of the title."""
-    found = [_of_title(runner) for runner in (scripts.scripts_txt2img, scripts.scripts_img2img)]
-    for line in dict.fromkeys(_line(namesakes) for namesakes in found if len(namesakes) > 1):
+    tabs = [_of_title(runner) for runner in (scripts.scripts_txt2img, scripts.scripts_img2img)]
+    for line in dict.fromkeys(_line(namesakes) for namesakes in tabs if len(namesakes) > 1):
         log.warning(line)
 
 
@@ -24,9 +24,9 @@ def warning(p: Any, is_asked: bool) -> str | None:
 
     Where it wasn't, an API call that switches merging on as for ours may have meant ours, and reached another.
     """
-    found = _of_title(p.scripts)
-    if len(found) > 1 and (is_asked or (p.is_api and _is_on(p, found[0]))):
-        return _line(found)
+    namesakes = _of_title(p.scripts)
+    if len(namesakes) > 1 and (is_asked or (p.is_api and _is_on(p, namesakes[0]))):
+        return _line(namesakes)
     return None
 
 
@@ -41,6 +41,6 @@ def _is_on(p: Any, script: Any) -> bool:
     return any(value is True or isinstance(value, Mapping) for value in first)
 
 
-def _line(found: list[Any]) -> str:
-    files = ", ".join(script.filename for script in found)
+def _line(namesakes: list[Any]) -> str:
+    files = ", ".join(script.filename for script in namesakes)
     return f"more than one script is titled {TITLE!r}, and the API reaches the first only: {files}"

@@ -75,7 +75,7 @@ def get(name: Any) -> MergeSettings:
     return presets[key]
 
 
-def save(name: Any, settings: MergeSettings) -> str:
+def save(name: Any, settings: MergeSettings) -> Any:
     """Saves the panel's fields of `settings`, also over a preset of the user's. Gives the name as it is stored."""
     name, fields = clean_name(name), panel_values(settings)
     _settings(fields)  # A ratio may be right only together with an expert field, such as a larger stride.
@@ -117,7 +117,7 @@ def import_(content: bytes) -> tuple[list[str], list[str]]:
     return added, refused
 
 
-def clean_name(name: Any) -> str:
+def clean_name(name: Any) -> Any:
     """`name` as presets are stored: no spaces around it, Unicode NFC. It is text and nothing else: no path, no HTML."""
     if built_in := _built_in(name):
         raise PresetError(f"{built_in!r} is a built-in preset, which can't be changed: choose another name")
@@ -161,7 +161,7 @@ def _parse(content: bytes, source: str) -> dict[str, Any]:
         raise PresetError(f"{source} is from a newer version of this extension and left as it is: update the extension")
     if version != VERSION or version is True or not isinstance(document.get("presets"), dict):
         raise _DamagedError(f'{source} is damaged: it must be {{"version": {VERSION}, "presets": {{…}}}}')
-    return document
+    return dict(document)
 
 
 @contextlib.contextmanager

@@ -11,16 +11,15 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import shared
 
 from ..version import VERSION
-from . import generation, presets
+from . import host, presets, sampling
 from .arguments import panel_values
-from .model import loaded_layers
 
 
 def add_routes(demo: Any, app: FastAPI) -> None:
     """Adds the routes to WebUI's app, behind the login that WebUI was started with."""
     login = [Depends(check) for check in _logins(app)]
-    app.add_api_route("/tome/presets", get_presets, methods=["GET"], dependencies=login)
-    app.add_api_route("/tome/status", get_status, methods=["GET"], dependencies=login)
+    app.get("/tome/presets", dependencies=login)(get_presets)
+    app.get("/tome/status", dependencies=login)(get_status)
 
 
 def get_presets() -> list[dict[str, Any]]:
@@ -33,8 +32,8 @@ def get_presets() -> list[dict[str, Any]]:
 
 def get_status() -> dict[str, Any]:
     """The version, the loaded model's self-attention layers (None: no model is loaded) and the settings in use."""
-    layers = loaded_layers()
-    settings = generation.settings_in_use()
+    layers = host.loaded_layers()
+    settings = sampling.settings_in_use()
     return {
         "version": VERSION,
         "layers": None if layers is None else [{"name": layer.name, "level": layer.level} for layer in layers],
@@ -42,7 +41,7 @@ def get_status() -> dict[str, Any]:
     }
 
 
-def _logins(app: FastAPI) -> list[Callable[..., None]]:
+def _logins(app: Any) -> list[Callable[..., None]]:
     """What lets in whom WebUI's API lets in (`--api-auth`), or else whom its page does (`--gradio-auth`, or anyone)."""
     if shared.cmd_opts.api_auth:
         return [_check_credentials]

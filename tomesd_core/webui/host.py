@@ -1,0 +1,97 @@
+"""The one seam: what differs from host to host (AUTOMATIC1111's WebUI, Forge, reForge, Forge Classic).
+
+A host is asked for what it has; no version is compared. The rest of `webui/` doesn't know on which host it runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import attrgetter
+from typing import Any
+
+import gradio as gr
+from modules import sd_models, sd_unet
+from torch import nn
+
+from ..unet import Layer, find_layers
+from .log import failed
+
+UNET_PLACES = ("model.diffusion_model", "forge_objects.unet.model.diffusion_model")
+"""Where the loaded model has its UNet; in Forge it is in a patcher, whose clones share it."""
+
+
+def loaded_unet() -> nn.Module | None:
+    """The UNet of the model that is loaded, or None: Forge loads none before the first generation.
+
+    `shared.sd_model` would load one.
+    """
+    for place in UNET_PLACES:
+        try:
+            unet = attrgetter(place)(sd_models.model_data.sd_model)
+        except AttributeError:
+            continue
+        if isinstance(unet, nn.Module):
+            return unet
+    return None
+
+
+def loaded_layers() -> list[Layer] | None:
+    """The self-attention layers of the loaded UNet, or None where no model is loaded."""
+    unet = loaded_unet()
+    return None if unet is None else find_layers(unet)
+
+
+def hypertile_of(attention: nn.Module) -> str | None:
+    """Why a layer is left to Hypertile, or None. It takes a layer's width and height off the token count."""
+    tiling = getattr(attention, "__webui_hypertile_params", None)
+    return "tiled by Hypertile" if tiling is not None and tiling.enabled else None
+
+
+def why_layers_did_not_run(options: Mapping[str, Any]) -> str | None:
+    """Why the UNet's own attention layers may have been passed over, or None; by `transformer_options` of its call."""
+    if options.get("patches_replace", {}).get("attn1"):
+        return "another extension computes their attention in their place"
+    # An `sd_unet` option (TensorRT, say) runs in place of the model's own UNet.
+    return "the UNet was replaced" if getattr(sd_unet, "current_unet", None) is not None else None
+
+
+def prompted_items(options: Mapping[str, Any], items: int) -> Sequence[int] | None:
+    """Which of the items that the UNet is given are prompted, a picture each; None where they are not told apart.
+
+    Forge says in `transformer_options` which parts of the batch are prompted (0) and which not (1), and an `AND` prompt
+    has several that are: its first comes last.
+    """
+    parts = options.get("cond_or_uncond")
+    if not parts:
+        return None
+    pictures = items // len(parts)
+    prompted = [number for number, part in enumerate(parts) if part == 0][-1:]
+    return [part * pictures + picture for part in prompted for picture in range(pictures)]
+
+
+def first_items(conds: Any) -> list[int]:
+    """Each picture's first item in the denoiser's batch where `prompted_items` gives None, by the encoded prompts.
+
+    The prompted items come first; a picture has one of them, or with `AND` several, side by side.
+    """
+    return [0, *accumulate(len(parts) for parts in conds.batch)][:-1]
+
+
+def listen(event: Any, function: Any = None, inputs: Any = None, outputs: Any = (), js: str | None = None) -> Any:
+    """Connects an event of a component or of the page to a function, to JavaScript, or to both.
+
+    A function that fails changes nothing on the page. Gradio 3 calls the JavaScript `_js`, and gradio 4 `js`.
+    """
+
+    def answer(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except Exception as error:
+            failed("a part of the panel", error)
+            return [gr.update() for _ in outputs] if len(outputs) > 1 else gr.update()
+
+    name = "js" if "js" in inspect.signature(event).parameters else "_js"
+    options = {"inputs": inputs, "outputs": list(outputs), "show_progress": "hidden", "queue": False, name: js}
+    return event(function and answer, **options)

@@ -1,0 +1,118 @@
+"""The panel's row of presets: choose, save, delete, read again, export and import."""
+
+from __future__ import annotations
+
+import html
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.context import Context
+from modules import ui_components
+
+from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
+from . import host, presets
+from .arguments import panel_values, useful_fields
+from .log import failed
+
+BUTTONS = {
+    "save": ("💾", "Save the settings under the name in the preset field"),
+    "delete": ("🗑️", "Delete the preset"),
+    "reload": ("🔄", "Read the presets again"),
+    "export": ("📤", "Export your presets to a file"),
+}
+
+
+class PresetRow:
+    """The row's components; `connect` ties them to the panel's fields, once those are there."""
+
+    def __init__(self, elem_id: Callable[[str], str]) -> None:
+        with ui_components.FormRow(elem_classes=["tome-presets"]):
+            self._preset = gr.Dropdown(
+                choices=list(presets.read()[0]),
+                label="Preset",
+                value=None,
+                allow_custom_value=True,
+                elem_id=elem_id("preset"),
+            )
+            self._buttons = {
+                name: ui_components.ToolButton(sign, elem_id=elem_id(f"preset_{name}"), tooltip=tip)
+                for name, (sign, tip) in BUTTONS.items()
+            }
+            self._upload = gr.UploadButton(
+                "📥",
+                elem_id=elem_id("preset_import"),
+                elem_classes=["gradio-button", "tool"],
+                tooltip="Import presets from a file",
+                file_types=[".json"],
+            )
+        self._message = gr.HTML(elem_id=elem_id("preset_message"), elem_classes=["tome-message"])
+        self._file = gr.File(label="Your presets", visible=False, interactive=False, elem_id=elem_id("preset_file"))
+        for component in (self._preset, *self._buttons.values(), self._upload, self._message, self._file):
+            component.do_not_save_to_config = True
+
+    def connect(self, fields: Sequence[Any]) -> None:
+        """Lets the row set `fields`, the panel's, and save what they are set to."""
+        preset, changed = self._preset, [self._message, self._preset]
+        click = {name: button.click for name, button in self._buttons.items()}
+        _connect(preset.select, _choose, [preset], [self._message, *fields])
+        _connect(click["save"], _save, [preset, *fields], changed)
+        _connect(click["delete"], _delete, [preset], changed)
+        # The page as it was made holds the presets that there were then.
+        for event in (click["reload"], Context.root_block.load):
+            _connect(event, _reload, [], changed)
+        _connect(click["export"], _export, [], [self._message, self._file])
+        _connect(self._upload.upload, _import, [self._upload], changed)
+
+
+def _connect(event: Any, function: Callable[..., Sequence[Any]], inputs: list[Any], outputs: list[Any]) -> None:
+    """Connects an event whose first output shows what `function` has to say, or why it can't."""
+
+    def answer(*values: Any) -> Sequence[Any]:
+        try:
+            return function(*values)
+        except Exception as error:
+            line = str(error) if isinstance(error, SettingsError) else failed("this button", error)
+        return [html.escape(line), *(gr.update() for _ in outputs[1:])]
+
+    host.listen(event, answer, inputs, outputs)
+
+
+def _choose(name: str) -> list[Any]:
+    settings = presets.get(name)
+    useful = useful_fields(settings.schedule)
+    updates = [gr.update(value=value, visible=field in useful) for field, value in panel_values(settings).items()]
+    return [html.escape(presets.BUILT_IN.get(name, ("", ""))[1]), *updates]
+
+
+def _save(name: str, *values: Any) -> list[Any]:
+    stored = presets.save(name, MergeSettings(**dict(zip(PANEL_FIELDS, values, strict=True))))
+    return _reload(f"Saved as {stored!r}.", value=stored)
+
+
+def _delete(name: str) -> list[Any]:
+    presets.delete(name)
+    return _reload(f"Deleted {name!r}.", value=None)
+
+
+def _reload(line: str = "", **update: Any) -> list[Any]:
+    """A message, with what there is to say of the presets' file, and the list of presets."""
+    usable, messages = presets.read()
+    text = "<br>".join(html.escape(part) for part in (line, *messages) if part)
+    return [text, gr.update(choices=list(usable), **update)]
+
+
+def _export() -> list[Any]:
+    path = Path(tempfile.mkdtemp()) / "tome-presets.json"
+    path.write_text(presets.export(), encoding="utf-8")
+    return ["Your presets are in the file below.", gr.update(value=str(path), visible=True)]
+
+
+def _import(upload: Any) -> list[Any]:
+    # Gradio 3 gives an open file, gradio 4 a path with the same attribute.
+    added, refused = presets.import_(Path(upload.name).read_bytes())
+    return _reload(
+        " ".join([f"Imported: {', '.join(added) or 'nothing new'}.", *(f"Left out: {it}" for it in refused)])
+    )

@@ -1,0 +1,262 @@
+"""The merging of one sampling: hooks that are on the UNet exactly as long as one `p.sample` runs."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..hooks import Merging, attach
+from ..merge_map import MapRecorder, MergeMap
+from ..report import Report
+from ..settings import MergeSettings
+from ..token_map import TokenMap
+from . import generation, host, options
+from .generation import Generation
+from .log import failed, log
+
+Options = Callable[[], Mapping[str, Any]]
+
+_running: Sampling | None = None
+
+
+def settings_in_use() -> MergeSettings | None:
+    """The settings of the sampling that is running, or of the last generation. None where that didn't merge."""
+    return generation.last.settings if _running is None else _running.settings
+
+
+def bind(p: Any, first_batch: bool = True) -> None:
+    """Binds merging to the coming `p.sample`, whichever way it ends: done, failed, interrupted or skipped."""
+    _unwrap(p)
+    prepared = generation.of(p)
+    if prepared is None or prepared.settings is None:
+        return
+    # Not every host has loaded the model earlier than this.
+    if host.loaded_layers():
+        p.sample = _MergedSample(p, prepared, first_batch)
+    else:
+        generation.leave_unmerged(p, "this model has no self-attention layers that can be merged")
+
+
+def on_denoise(params: Any) -> None:
+    """WebUI's denoiser is about to run the UNet: sees that the right one is hooked, and knows its step."""
+    if _running is not None:
+        try:
+            _running.follow(params)
+        except Exception as error:
+            _running.settings = None
+            _running.unhook()
+            failed("merging", error)
+
+
+def stop() -> None:
+    """Takes merging off whatever it is on, for good: the script is being unloaded."""
+    if _running is not None:
+        _running.settings = None
+        _running.unhook()
+
+
+class _MergedSample:
+    """The stand-in for `p.sample` until it was called once: the same, merged."""
+
+    def __init__(self, p: Any, prepared: Generation, in_log: bool) -> None:
+        self._p, self._generation, self._in_log = p, prepared, in_log
+        self._before = p.sample
+        self.own = vars(p).get("sample")
+        """What stood on the instance before; None where there was nothing."""
+        self._was_called = False
+        # Without its attributes: another copy of the extension has some of the same names.
+        functools.update_wrapper(self, self._before, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        sampled = _sampled(self._p)
+        if sampled is not self._p:
+            return self._of_copy(sampled)(*args, **kwargs)
+        # Another extension may have wrapped this one, and may put it back after it was taken off.
+        if self._was_called or generation.of(self._p) is not self._generation:
+            return self._before(*args, **kwargs)
+        self._was_called = True
+        sampling = Sampling(self._p, self._generation)
+        try:
+            with sampling:
+                samples = self._before(*args, **kwargs)
+        finally:
+            _unwrap(self._p)
+            try:
+                self._tell(sampling)
+            except Exception as error:  # The picture is worth more than what is said of it.
+                failed("telling what was merged", error)
+        return samples
+
+    def _tell(self, sampling: Sampling) -> None:
+        """Says what was merged: under the picture, and once a generation in the log."""
+        summary = sampling.summary()
+        if generation.built_in_is_on(self._p):
+            summary += "; WebUI's own token merging is left out"
+        generation.last.settings, generation.last.summary = self._generation.settings, summary
+        generation.say(self._p, summary)
+        if self._in_log:
+            log.info(summary)
+        if options.option(options.LOG_LAYERS, False):
+            for report in sampling.reports:
+                log.info(str(report))
+        self._generation.maps, line = sampling.maps()
+        if line:
+            generation.say(self._p, line)
+
+    def _of_copy(self, p: Any) -> Any:
+        """The `sample` of a copy of our p that took this one along, as it is without us."""
+        if generation.of(p) is self._generation:
+            generation.erase(p)
+        return self.own or types.MethodType(type(p).sample, p)
+
+
+def _sampled(p: Any) -> Any:
+    """The `p` that WebUI is sampling, or this one where WebUI doesn't do it.
+
+    A `sample` on an instance isn't told on which object it is called, and `copy(p)` takes it along: other extensions
+    make pictures of their own from such copies. Only the function that calls it knows.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "process_images_inner":
+        frame = frame.f_back
+    return p if frame is None else frame.f_locals.get("p", p)
+
+
+def _unwrap(p: Any) -> None:
+    """Takes our wrapper off `p.sample`, if it is the outermost one, and puts back what was there."""
+    sample = vars(p).get("sample")
+    if isinstance(sample, _MergedSample):
+        if sample.own is None:
+            del p.sample
+        else:
+            p.sample = sample.own
+
+
+class Sampling:
+    """The merging of one `p.sample`: first pass, hires pass, refiner and all. A context manager."""
+
+    def __init__(self, p: Any, prepared: Generation) -> None:
+        self.settings = prepared.settings
+        self.reports: list[Report] = []
+        """Of each part of the sampling between two changes of the UNet or the pass."""
+        self._p = p
+        self._map_place = prepared.map_place
+        self._summaries: Counter[str] = Counter()
+        """Of the same parts: a refiner may merge as the model before it."""
+        self._recorders: dict[bool, PictureRecorder] = {}
+        """For the first (False) and the hires pass."""
+        self._merging: Merging | None = None
+        self._unet: nn.Module | None = None
+        self._handle: RemovableHandle | None = None
+        self._is_hires = False
+        self._options: Mapping[str, Any] = {}
+        """What Forge tells the UNet in each of its calls, `transformer_options`."""
+        self._outer: Sampling | None = None
+
+    def __enter__(self) -> Sampling:
+        global _running
+        self._outer, _running = _running, self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _running
+        _running = self._outer
+        self.unhook()
+
+    def follow(self, params: Any) -> None:
+        """Hooks the UNet that is about to run, if it is this sampling's and its pass merges; unhooks any other."""
+        denoiser = self._p.sampler.model_wrap_cfg
+        is_hires = bool(getattr(self._p, "is_hr_pass", False))
+        # Another extension's generation may run inside this one. WebUI before 1.8 doesn't say whose the call is.
+        is_ours = params.denoiser is denoiser if hasattr(params, "denoiser") else _sampled(self._p) is self._p
+        unet = host.loaded_unet()
+        if self.settings is None or not is_ours or unet is None or not _merges_in(self.settings, is_hires):
+            self.unhook()
+            return
+        if self._merging is None or not self._merging.attached or self._unet is not unet or self._is_hires != is_hires:
+            self.unhook()
+            self._hook(unet, is_hires, params.x.shape)
+        # Samplers that run the model twice a step run it once in the last; WebUI's total counts that one twice too.
+        options_of_sampler = getattr(getattr(self._p.sampler, "config", None), "options", None) or {}
+        twice_a_step = bool(options_of_sampler.get("second_order"))
+        if self._merging is not None:
+            self._merging.set_step(denoiser.step, denoiser.total_steps - twice_a_step)
+
+    def _hook(self, unet: nn.Module, is_hires: bool, shape: Any) -> None:
+        if self._map_place and is_hires not in self._recorders:
+            first_items = host.first_items(self._p.sampler.sampler_extra_args["cond"])
+            self._recorders[is_hires] = PictureRecorder(
+                self._map_place, first_items, tuple(shape[-2:]), lambda: self._options
+            )
+        self._merging = attach(unet, self.settings, host.hypertile_of, self._recorders.get(is_hires))
+        self._handle = unet.register_forward_pre_hook(self._note_options, with_kwargs=True)
+        self._unet, self._is_hires = unet, is_hires
+
+    def _note_options(self, unet: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("transformer_options")
+        self._options = given if isinstance(given, dict) else {}
+
+    def unhook(self) -> None:
+        """Leaves nothing on the model, and keeps no reference to it."""
+        merging, options = self._merging, self._options
+        if merging is None or self._handle is None:
+            return
+        merging.detach()
+        self._handle.remove()
+        self._merging = self._unet = self._handle = None
+        self._options = {}
+        report = merging.report()
+        has_two = bool(getattr(self._p, "enable_hr", False))
+        where = f"{'hires' if self._is_hires else 'first'} pass: " if has_two else ""
+        why = None if report.merged_layers else host.why_layers_did_not_run(options)
+        self._summaries[f"{where}{report.summary}{f': {why}' if why else ''}"] += 1
+        self.reports.append(report)
+
+    def summary(self) -> str:
+        """What was merged, in one line."""
+        parts = [part if times == 1 else f"{part} ({times} times)" for part, times in self._summaries.items()]
+        return "; ".join(parts) or "nothing merged: no step reached the UNet"
+
+    def maps(self) -> tuple[list[MergeMap], str]:
+        """The merge map of each picture, from the last pass that merged, and in a line what they are; or none."""
+        levels = {layer.name: layer.level for report in self.reports for layer in report.layers}
+        for _, recorder in sorted(self._recorders.items(), reverse=True):
+            if maps := recorder.maps(recorder.pictures):
+                return maps, f"{maps[0]}{recorder.what_of(maps[0], levels.get(maps[0].layer_name))}"
+        return [], ""
+
+
+class PictureRecorder(MapRecorder):
+    """Keeps what one pass merged in each picture's prompted half; a refiner goes on with it."""
+
+    def __init__(
+        self, place: tuple[int, int], first_items: list[int], latent: tuple[int, ...], options: Options
+    ) -> None:
+        super().__init__(*place)
+        self._first_items, self._latent, self._options_of_call = first_items, latent, options
+        self.pictures = first_items
+        """Where the pictures are among the items that are kept."""
+
+    def __call__(self, layer_name: str, step: int, grid: tuple[int, int], token_map: TokenMap) -> None:
+        items = host.prompted_items(self._options_of_call(), len(token_map.slots))
+        if items is not None:
+            self.pictures = list(range(len(self._first_items)))
+            token_map = TokenMap(token_map.slots[list(items)], token_map.merged_tokens)
+        super().__call__(layer_name, step, grid, token_map)
+
+    def what_of(self, merge_map: MergeMap, level: int | None) -> str:
+        """What a map shows where it isn't the whole picture: another extension may give the UNet tiles, one a call."""
+        sides = zip(merge_map.grid, self._latent, strict=True)
+        is_tile = level is not None and any(tokens * level < whole for tokens, whole in sides)
+        return ", of one tile" if is_tile else ""
+
+
+def _merges_in(settings: MergeSettings, is_hires: bool) -> bool:
+    return settings.apply_to in ("both passes", "hires pass" if is_hires else "first pass")
