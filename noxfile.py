@@ -81,10 +81,11 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff check and ruff format."""
-    session.install("ruff==0.17.6")
+    """ruff check, ruff format, and mypy --strict over the product."""
+    session.install("ruff==0.17.6", "mypy==2.4.1", *CURRENT, "pillow==10.4.0")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("mypy", "--strict", "tomesd_core")
 
 
 @nox.session
