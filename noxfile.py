@@ -82,7 +82,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff check, ruff format, and mypy --strict over the product."""
-    session.install("ruff==0.17.6", "mypy==2.4.1", *CURRENT, "pillow==10.4.0")
+    session.install("ruff==0.17.6", "mypy==2.4.1", *CURRENT, "pillow==10.4.0", "fastapi==0.94.0", "pydantic==1.10.26")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", "--strict", "tomesd_core")
