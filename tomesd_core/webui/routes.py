@@ -11,7 +11,7 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import shared
 
 from ..version import VERSION
-from . import host, presets, sampling
+from . import generation, host, presets, sampling
 from .arguments import panel_values
 
 
@@ -31,13 +31,14 @@ def get_presets() -> list[dict[str, Any]]:
 
 
 def get_status() -> dict[str, Any]:
-    """The version, the loaded model's self-attention layers (None: no model is loaded) and the settings in use."""
+    """The version, the loaded model's layers (None: no model is loaded), the settings in use, what was merged last."""
     layers = host.loaded_layers()
     settings = sampling.settings_in_use()
     return {
         "version": VERSION,
         "layers": None if layers is None else [{"name": layer.name, "level": layer.level} for layer in layers],
         "settings": None if settings is None else panel_values(settings),
+        "summary": generation.last.summary,
     }
 
 
