@@ -98,7 +98,7 @@ def test_generate_shows_both_pictures_their_difference_the_map_and_the_times(pag
     asked: list[str] = []
     said = generate(page)
     assert re.search(r"without merging: \d+\.\d\d s\s+with merging: \d+\.\d\d s", said)
-    assert "1024 -> 103 to 304 keys, 2 of 2 steps" in said and "merge map of step 2, layer 1" in said
+    assert "1024 -> 64 to 256 keys, 2 of 2 steps" in said and "merge map of step 2, layer 1" in said
     assert asked, "the bar follows the progress"
     page.wait_for_selector("#txt2img_gallery .preview img")
     assert page.locator("#txt2img_gallery .thumbnail-small").count() == 5

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 HIRES = {"enable_hr": True, "hr_scale": 1.25, "hr_upscaler": "Latent", "denoising_strength": 0.6}
 
 
@@ -110,16 +110,16 @@ def test_the_client_webuiapi(webui):
         made = api.txt2img(**webui.request(arguments))
         assert made.image.convert("RGB").tobytes() == webui.make(arguments).pixels
         assert "ToMe ratio" in made.info["extra_generation_params"]
-    assert "alwayson_scripts={" in README and '{"ratio": 0.6, "late_ratio": 0.3}' in README
+    assert "alwayson_scripts={" in PAGE and '{"ratio": 0.6, "late_ratio": 0.3}' in PAGE
 
 
-def test_the_readmes_requests(webui):
-    bodies = re.findall(r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", README, re.DOTALL)
+def test_the_requests_of_the_documentation(webui):
+    bodies = re.findall(r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", PAGE, re.DOTALL)
     assert len(bodies) == 2
     for body in bodies:
         arguments = json.loads(body)["alwayson_scripts"]["ToMe"]["args"]
         assert webui.make(arguments).parameters["ToMe late ratio"] == 0.3
-    routes = re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", README)
+    routes = re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", PAGE)
     assert sorted(routes) == ["/tome/presets", "/tome/status"]
     assert all(webui.get(route).ok for route in routes)
 
