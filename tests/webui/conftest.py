@@ -163,28 +163,24 @@ def ratios(generation, on_denoised) -> list[float | None]:
 
 @pytest.fixture
 def attention(host) -> Iterator[SimpleNamespace]:
-    """What reaches self-attention, whoever calls it: the UNet of each call, and the first layer's tokens or keys."""
-    seen = SimpleNamespace(tokens=[], unets=[])
+    """What reaches self-attention, whoever calls it: the UNet of each call, and how many keys its first layer sees."""
+    seen = SimpleNamespace(tokens=[], unets=[], layer=None)
+    keys: set[nn.Module] = set()
 
     def before(module: nn.Module, args: tuple) -> None:
+        # Called before the module's own hooks.
         if hasattr(module, "input_blocks"):
             seen.unets.append(module)
-            seen.tokens.append(None)
+            seen.tokens.append(0)
+            seen.layer = None
+            keys.update(block.attn1.to_k for block in module.modules() if hasattr(block, "attn1"))
+        elif module in keys and seen.layer in (None, module):
+            # The largest: a layer may first be asked, with a few tokens, how it splits its heads.
+            seen.layer, seen.tokens[-1] = module, max(seen.tokens[-1], args[0].shape[1])
 
-    def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        # Called before the module's own hooks, so that the output is the merged one.
-        is_self = hasattr(module, "to_q") and module.to_q.in_features == module.to_k.in_features
-        if is_self and seen.tokens and seen.tokens[-1] is None:
-            keys = kwargs.get("context")
-            seen.tokens[-1] = output.shape[1] if keys is None else min(output.shape[1], keys.shape[1])
-
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(before),
-        nn.modules.module.register_module_forward_hook(after, with_kwargs=True),
-    ]
+    handle = nn.modules.module.register_module_forward_pre_hook(before)
     yield seen
-    for handle in handles:
-        handle.remove()
+    handle.remove()
 
 
 @pytest.fixture
