@@ -34,7 +34,7 @@ PAGE = (
     "pandas==2.2.3",
     "matplotlib==3.9.4",
 )
-TESTS = ("pytest", "pytest-xdist", "hypothesis", "tomesd==0.1.3", "playwright", "requests", "webuiapi", "scikit-image")
+TESTS = ("pytest", "pytest-xdist", "hypothesis", "tomesd==0.1.3", "playwright", "scikit-image")
 
 # What users of WebUI 1.10.1 have.
 WEBUI_PINS = ("torch==2.1.2", "numpy==1.26.2")
@@ -72,7 +72,7 @@ def webui_pins(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """A page with the panel and a tiny model in a miniature WebUI; with a prompt, the pictures alone."""
+    """A page with the panel and a tiny model; with a prompt, the pictures alone."""
     _install(session)
     env = {"GRADIO_ANALYTICS_ENABLED": "False"}
     # Ctrl-C reaches the page too, which needs a moment to end by itself.

@@ -16,6 +16,15 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Small tensors are slower on many threads, and on a busy machine much slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
 def small_settings() -> Callable[..., tome.MergeSettings]:
     """Settings for small models, in which merging can't pay: never left out for that.
 

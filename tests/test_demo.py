@@ -11,7 +11,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image, ImageChops
 
 from lab.demo.__main__ import main
@@ -20,12 +19,7 @@ from lab.demo.compare import AMPLIFIED, LINE, MARGIN, difference, enlarged, shee
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pictures_of(path, width=256, height=256):
@@ -43,7 +37,7 @@ def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
     assert main(["cat qwxyz", "--ratio", "0.5", "--steps", "3", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "does not know the word 'qwxyz'" in said and "'cat'" not in said
-    assert "self-attention layers, 1024 -> 512 keys, 3 of 3 steps" in said
+    assert "1024 -> 512 keys, 3 of 3 steps" in said
     assert "merge map of step 1, layer 1" in said
     assert len(re.findall(r"^with(out)? merging: \d+\.\d\d s$", said, re.MULTILINE)) == 2
     assert said.endswith(f"saved: {out.resolve()}\n")

@@ -122,9 +122,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"channels must be a multiple of the {HEADS} heads, got {args.channels}")
     if not all(args.ratios):
         raise ValueError("ratios must be above 0: there would be nothing to match")
-    machine = output.this_machine(args.device, args.dtype, args.command)
-    csv_path, plot_path = (args.out / f"layer-{args.attention}{ending}" for ending in (".csv", ".png"))
-    rows: list[dict[str, object]] = []
+    results = output.Results(args, f"layer-{args.attention}")
+    rows = results.rows
     cases, notes = _cases(args)
     panels = [output.Panel(f"matching, merging, unmerging, ratio {args.ratios[0]:g}", "tokens", "ms", logarithmic=True)]
     faster: dict[int, output.Panel] = {}
@@ -136,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
         for case in cases:
             rows += _rows_of(*case, args, tick)
             _add_growth(rows)
-            output.write_csv(csv_path, rows, machine)
+            results.save()
     for row in rows:
         if row["ratio"] == args.ratios[0] and row["merging"] is not None:
             panels[0].add(row["contender"], row["tokens"], 1e3 * row["merging"])
@@ -144,8 +143,7 @@ def run(args: argparse.Namespace) -> None:
             title = f"{row['grid']} tokens, {args.attention} attention"
             panel = faster.setdefault(row["tokens"], output.Panel(title, "ratio", "times faster than unmerged"))
             panel.add(row["contender"], row["ratio"], row["gain"])
-    output.plot(plot_path, [*panels, *faster.values()], machine)
-    output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
+    results.show(COLUMNS, [*panels, *faster.values()], notes)
 
 
 def image_tokens(side: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -64,13 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures, prints the table, writes `memory-ATTENTION.csv` and `.png`."""
     fill_in(args, USUAL, QUICK, TINY)
-    machine = output.this_machine(args.device, args.dtype, args.command)
-    csv_path, plot_path = (args.out / f"memory-{args.attention}{ending}" for ending in (".csv", ".png"))
-    rows: list[output.Row] = []
+    results = output.Results(args, f"memory-{args.attention}")
 
     def save(new: list[output.Row], what: str = "unet step") -> None:
-        rows.extend({"what": what, **row} for row in new)
-        output.write_csv(csv_path, rows, machine)
+        results.save({"what": what, **row} for row in new)
 
     def step_peak(case: Case, running: Running) -> int:
         running.begin_step(0, 1)
@@ -83,12 +80,11 @@ def run(args: argparse.Namespace) -> None:
         progress(count_runs(found, args.rounds) + matchings) as tick,
     ):
         notes = measure(found, args, "bytes", step_peak, tick, save)
-        plots = panels(rows, args, "times less than unmerged", output.PAPER_GIGABYTES)
+        plots = panels(results.rows, args, "times less than unmerged", output.PAPER_GIGABYTES)
         for side, (some, left_out) in chosen.items():
             notes += left_out
             save(_matching_rows(side, some, args, tick), "matching")
-    output.plot(plot_path, plots, machine)
-    output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
+    results.show(COLUMNS, plots, notes)
 
 
 def _matching_rows(

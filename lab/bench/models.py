@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..demo.model import fill_zeros
 from .options import Size
 from .packages import require
 
@@ -59,7 +60,8 @@ def build_unet(
         torch.manual_seed(0)
         unet = kind(**config, **rest)
         if weights is None:
-            _fill_zeros(unet)
+            # Subnormal or zero activations could run at another speed.
+            fill_zeros(unet)
         else:
             unet.load_state_dict(weights, strict=True)
     unet = unet.to(device, dtype).eval().requires_grad_(False)
@@ -68,13 +70,6 @@ def build_unet(
             # It casts its input to fp32, whatever the UNet's dtype: its weights must be of the same.
             module.float()
     return unet
-
-
-def _fill_zeros(unet: nn.Module) -> None:
-    # ldm sets the last layer of each block to zero; subnormal or zero activations could run at another speed.
-    for parameter in unet.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import datetime
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -77,6 +78,25 @@ def number(digits: int) -> Callable[[object], str]:
 def scaled(factor: float, digits: int) -> Callable[[object], str]:
     """Writes a value times `factor`, to show ms of s or MB of bytes."""
     return lambda value: f"{value * factor:.{digits}f}"
+
+
+class Results:
+    """The rows that a subcommand has measured so far, for a table, a CSV and a plot."""
+
+    def __init__(self, args: argparse.Namespace, stem: str) -> None:
+        self.rows: list[dict[str, object]] = []
+        self.machine = this_machine(args.device, args.dtype, args.command)
+        self.files = [args.out / f"{stem}{ending}" for ending in (".csv", ".png")]
+
+    def save(self, new: Iterable[Row] = ()) -> None:
+        """Adds rows, and writes the CSV of all: what was measured in an hour is kept when the next is broken off."""
+        self.rows += [dict(row) for row in new]
+        write_csv(self.files[0], self.rows, self.machine)
+
+    def show(self, columns: Columns, panels: Sequence[Panel], notes: Sequence[str]) -> None:
+        """Draws the plot, and prints the table."""
+        plot(self.files[1], panels, self.machine)
+        show(table(columns, self.rows), self.machine, notes, self.files)
 
 
 def table(columns: Columns, rows: Sequence[Row]) -> str:

@@ -75,14 +75,8 @@ def run(args: argparse.Namespace) -> None:
     fill_in(args, USUAL, QUICK, TINY)
     schedules = _schedules(args)
     steps = args.steps or (SCHEDULE_STEPS if schedules else args.reuse_steps)
-    machine = output.this_machine(args.device, args.dtype, args.command)
-    stem = f"{'defaults' if args.defaults else 'presets' if args.presets else 'speed'}-{args.attention}"
-    csv_path, plot_path = (args.out / f"{stem}{ending}" for ending in (".csv", ".png"))
-    rows: list[output.Row] = []
-
-    def save(new: list[output.Row]) -> None:
-        rows.extend(new)
-        output.write_csv(csv_path, rows, machine)
+    stem = "defaults" if args.defaults else "presets" if args.presets else "speed"
+    results = output.Results(args, f"{stem}-{args.attention}")
 
     def choose(tokens: int) -> tuple[Runs, list[str]]:
         return ({None: schedules}, []) if schedules else everyone(args, tokens, args.reuse_steps)
@@ -96,9 +90,9 @@ def run(args: argparse.Namespace) -> None:
         return timed(work, args.device)[0] / steps
 
     with cases(args, choose) as found, progress(count_runs(found, args.rounds)) as tick:
-        notes = measure(found, args, "seconds", seconds, tick, save)
-    output.plot(plot_path, panels(rows, args, "times faster than unmerged", output.PAPER_SECONDS), machine)
-    output.show(output.table(COLUMNS, rows), machine, notes, [csv_path, plot_path])
+        notes = measure(found, args, "seconds", seconds, tick, results.save)
+    plots = panels(results.rows, args, "times faster than unmerged", output.PAPER_SECONDS)
+    results.show(COLUMNS, plots, notes)
 
 
 def _schedules(args: argparse.Namespace) -> list[Contender]:

@@ -98,8 +98,7 @@ def measure(
 ) -> list[str]:
     """Runs everything on every case: `one` gives the measure, called `what`, of a contender that is on the UNet.
 
-    `save` gets the rows of a size and ratio as soon as they are known: what was measured in an hour is kept when the
-    next is broken off. Gives notes on what was merged, and what was left out.
+    `save` gets the rows of a size and ratio as soon as they are known. Gives notes on what was merged and left out.
     """
     notes: list[str] = []
     for case in found:

@@ -1,4 +1,4 @@
-"""What merging does to a picture and to the time, in a miniature WebUI with a tiny model.
+"""What merging does to a picture and to the time, with a tiny model in a stand-in for WebUI.
 
 Without a prompt a page is served until Ctrl-C; with one, the pictures are made and saved without a page.
 """
@@ -6,38 +6,40 @@ Without a prompt a page is served until Ctrl-C; with one, the pictures are made 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
 import sys
-import tempfile
+import threading
 from pathlib import Path
-from typing import Any
 
-from ..host import Host, start
-from ..host.__main__ import load_model, serve
-from .compare import SCRIPT, sheet
-
-EXTENSIONS = [Path(__file__).resolve().parents[2], Path(__file__).resolve().parent / "extension"]
-STEPS, SAMPLER, CFG, SEED = 20, "Euler", 3.0, 1
-SIDES = {"minimum": 16, "maximum": 96, "step": 8}
-"""What the model can make, in pixels; it was trained at 32."""
+from ..host import Host
+from . import page
+from .compare import sheet
+from .model import TinyModel
+from .page import SEED, SIDES, STEPS
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; gives its exit status."""
     options = _parser().parse_args(argv)
-    model = load_model()
-    with tempfile.TemporaryDirectory(prefix="tome-demo-") as data:
-        Path(data, "ui-config.json").write_text(json.dumps(_page_defaults()), encoding="utf-8")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with Host({"tiny": _load_model}) as host:
+        from modules import shared
+
         # What was merged is said beside the pictures.
-        Path(data, "config.json").write_text(json.dumps({"tome_log_level": "WARNING"}), encoding="utf-8")
-        with start({"tiny": model}, EXTENSIONS, data, theme=options.theme) as host:
-            # The first run of anything in torch is slow: it is neither picture's time.
-            _make(host, "", [True, 0.5], steps=2)
-            if options.prompt is None:
-                serve(host, options.port)
-                return 0
-            return _save(host, options)
+        shared.opts.set("tome_log_level", "WARNING")
+        # The first run of anything in torch is slow: it is neither picture's time.
+        page.compare(host, host.script_args([True, 0.5]), steps=2)
+        return _serve(host, options) if options.prompt is None else _save(host, options)
+
+
+def _load_model() -> TinyModel:
+    """The trained model; without its weights, it says so and gives a random one."""
+    try:
+        return TinyModel.load()
+    except FileNotFoundError as error:
+        print(f"No trained model ({error}); going on with random weights.")
+        return TinyModel.random()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,39 +66,41 @@ def _size(text: str) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _page_defaults() -> dict[str, Any]:
-    """The page's first values, as WebUI keeps them: by the controls' labels."""
-    sides = {f"txt2img/{side}/{name}": value for side in ("Width", "Height") for name, value in SIDES.items()}
-    return {
-        **sides,
-        "txt2img/Prompt/value": "cat face",
-        "txt2img/CFG Scale/value": CFG,
-        "txt2img/Script/value": SCRIPT,
-        "customscript/builtin.py/txt2img/Sampling method/value": SAMPLER,
-        "customscript/builtin.py/txt2img/Sampling steps/value": STEPS,
-        "customscript/builtin.py/txt2img/Seed/value": SEED,
-        "customscript/tome.py/txt2img/ToMe/value": True,
-        "customscript/tome.py/txt2img/Merge map: step/value": STEPS // 2,
-    }
-
-
-def _make(host: Host, prompt: str, tome: list[Any] | dict[str, Any], **request: Any) -> Any:
-    """The comparison; `tome` are the script's arguments."""
-    arguments = {"args": tome if isinstance(tome, list) else [tome]}
-    fields = {"steps": STEPS, "seed": SEED, "width": 32, "height": 32, "cfg_scale": CFG, "sampler_name": SAMPLER}
-    return host.txt2img(prompt=prompt, script_name=SCRIPT, alwayson_scripts={"ToMe": arguments}, **fields | request)
+def _serve(host: Host, options: argparse.Namespace) -> int:
+    """Serves the page until Ctrl-C. Exits where the port is taken."""
+    os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")  # gradio asks itself whether it is up
+    host.load_page(page.build(host, options.theme))
+    try:
+        app, address, _ = host.demo.queue().launch(
+            server_name="127.0.0.1", server_port=options.port, prevent_thread_lock=True, quiet=True, show_api=False
+        )
+    except OSError as error:
+        raise SystemExit(f"The page can't be served: {error}") from error
+    # As WebUI does: gradio lets any other page call this one.
+    app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ != "CORSMiddleware"]
+    app.middleware_stack = app.build_middleware_stack()
+    host.start_app(app)
+    try:
+        print(f"The page: {address} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("Stopping.")
+    finally:
+        host.demo.close(verbose=False)
+    return 0
 
 
 def _save(host: Host, options: argparse.Namespace) -> int:
-    width, height = options.size
     tome = {"ratio": options.ratio, "schedule": "constant", "map_step": max(options.steps // 2, 1)}
-    made = _make(host, options.prompt, tome, steps=options.steps, seed=options.seed, width=width, height=height)
-    print(made.comments.strip())
-    if "ToMe error" in made.extra_generation_params:
+    fields = {"steps": options.steps, "seed": options.seed, "width": options.size[0], "height": options.size[1]}
+    pictures, merged = page.compare(host, host.script_args([tome]), prompt=options.prompt, **fields)
+    unknown = [f"The model does not know the word {word!r}." for word in host.sd_model.unknown_words(options.prompt)]
+    print(*unknown, merged.comments.strip(), sep="\n")
+    if "ToMe error" in merged.extra_generation_params:
         return 2
-    pictures = made.images[made.index_of_first_image :]
+    print(*(label for _, label in pictures[:2]), sep="\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(pictures, [picture.info["label"] for picture in pictures], columns=len(pictures)).save(options.out)
+    sheet(*zip(*pictures, strict=True), columns=len(pictures)).save(options.out)
     print(f"saved: {options.out.resolve()}")
     return 0
 

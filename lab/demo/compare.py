@@ -7,9 +7,6 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-SCRIPT = "Compare with and without merging"
-"""The title of the demo's script in the miniature host, in `extension/scripts/compare.py`."""
-
 SCALE = 8
 """Pixels of an enlarged picture for each of the model's: its own are too small to look at."""
 

@@ -274,10 +274,15 @@ class TinyModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(words, shape=shape)
-            for parameter in model.parameters():
-                if parameter.ndim > 1 and not parameter.any():
-                    nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            fill_zeros(model)
         return model.eval().requires_grad_(False)
+
+
+def fill_zeros(model: nn.Module) -> None:
+    """Gives random values to what is all zeros, as ldm's UNet has the last layer of each block at first."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -12,7 +12,6 @@ the seed and the step's number, so a run that was interrupted goes on as if it h
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -30,10 +29,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
+from .compare import enlarged, sheet
 from .model import WEIGHTS, FeatureNet, TinyModel, on_white, split_words
+from .samplers import sample_ddim
 
 PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
 NAMES = "emoji-datasource@16.0.0"
@@ -119,18 +120,6 @@ def load_pictures(folder: Path, size: int = 32, margin: int = 1, picked: str = P
     if len(set(captions)) < len(captions):
         raise ValueError(f"two pictures share a caption: {sorted({c for c in captions if captions.count(c) > 1})}")
     return Pictures(captions, torch.stack(tensors).permute(0, 3, 1, 2).contiguous())
-
-
-def sheet(images: Sequence[Image.Image], labels: Sequence[str], columns: int, zoom: int = 2) -> Image.Image:
-    """One picture of all ``images``, each with its label under it."""
-    width, height = (side * zoom for side in images[0].size)
-    page = Image.new("RGB", (columns * (width + 6), -(-len(images) // columns) * (height + 16)), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        x, y = i % columns * (width + 6), i // columns * (height + 16)
-        page.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
-        draw.text((x, y + height), label[: max(1, width // 6)], fill="black")
-    return page
 
 
 # --- One step ---------------------------------------------------------------------------------------------------------
@@ -305,21 +294,21 @@ class Training:
 
 @torch.no_grad()
 def ddim(model: TinyModel, prompts: Sequence[str], steps: int = 25, scale: float = 3.0, seed: int = 0) -> Tensor:
-    """Pictures for ``prompts`` by deterministic DDIM (arXiv 2010.02502) with classifier-free guidance.
+    """Pictures for ``prompts`` by deterministic DDIM with classifier-free guidance, [B, 3, H, W].
 
-    Picture i starts from the noise of seed ``seed + i``. Returns [B, 3, H, W].
+    Picture i starts from the noise of seed ``seed + i``.
     """
-    context = torch.cat([model.encode_prompts([""] * len(prompts)), model.encode_prompts(prompts)])
+    context = model.encode_prompts([*[""] * len(prompts), *prompts])
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        plain, prompted = model.apply_model(torch.cat([x, x]), torch.cat([t, t]).long(), context).chunk(2)
+        return plain + scale * (prompted - plain)
+
     x = torch.stack(
         [torch.randn(model.image_shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
     )
-    times = torch.linspace(model.num_timesteps - 1, 0, steps + 1).long()
-    for t, following in itertools.pairwise(times):
-        plain, prompted = model.apply_model(torch.cat([x, x]), t.expand(2 * len(x)), context).chunk(2)
-        noise = plain + scale * (prompted - plain)
-        alpha, target = model.alphas_cumprod[t], model.alphas_cumprod[following]
-        x = target.sqrt() * (x - (1 - alpha).sqrt() * noise) / alpha.sqrt() + (1 - target).sqrt() * noise
-    return x
+    times = torch.linspace(model.num_timesteps - 1, 0, steps + 1).long().flip(0)
+    return sample_ddim(guided, x, times, model.alphas_cumprod)
 
 
 def write_samples(training: Training, path: Path) -> None:
@@ -328,7 +317,7 @@ def write_samples(training: Training, path: Path) -> None:
     prompts = [p for p in SAMPLE_PROMPTS if not model.unknown_words(p)] or training.pictures.captions[:4]
     prompts = prompts + training.pictures.captions[:: max(1, len(training.pictures.captions) // 8)][:8]
     images = model.to_images(ddim(model, prompts, steps=20))
-    sheet(images, prompts, columns=8).save(path)
+    sheet([enlarged(image) for image in images], prompts, columns=8).save(path)
 
 
 def run(training: Training, out: Path, steps: int, minutes: float | None = None, every: float = 300.0) -> bool:

@@ -1,7 +1,7 @@
-"""The WebUI that WEBUI_URL names, started with --api; without one, the miniature host with its tiny model.
+"""The WebUI that WEBUI_URL names, started with --api; without one, the panel alone is tried, on the demo's page.
 
-So anyone can point these tests at their own WebUI, and CI takes the same steps without one. WEBUI_SIDE sets the width
-and height of the pictures there, 512 by default; a smaller one is quicker where merging still pays.
+WEBUI_SIDE sets the width and height of the pictures in WebUI, 512 by default; a smaller one is quicker where merging
+still pays.
 """
 
 from __future__ import annotations
@@ -11,17 +11,24 @@ import importlib.util
 import io
 import json
 import os
-import socket
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 URL = os.environ.get("WEBUI_URL", "").rstrip("/")
+SIDE = int(os.environ.get("WEBUI_SIDE", "512")) if URL else 32
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 
 
 class Picture:
@@ -81,47 +88,144 @@ class WebUI:
 
 
 @pytest.fixture(scope="session")
-def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+def webui() -> WebUI:
+    if not URL:
+        pytest.skip("WEBUI_URL names no running WebUI")
+    return WebUI(URL, SIDE)
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """A page with the panel: WebUI's, or the demo's, which is started and ended as a person does it."""
     if URL:
-        yield WebUI(URL, side=int(os.environ.get("WEBUI_SIDE", "512")))
+        yield URL
         return
     missing = [name for name in ("torch", "gradio", "ldm") if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"WEBUI_URL names no running WebUI, and the miniature host needs {', '.join(missing)}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("host")
-    log = folder / "log.txt"
-    command = [
-        sys.executable,
-        "-m",
-        "lab.host",
-        "--port",
-        str(port),
-        "--random",
-        "--data-dir",
-        str(folder),
-    ]
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+        pytest.skip(f"WEBUI_URL names no running WebUI, and the demo needs {', '.join(missing)}")
+    command = [sys.executable, "-m", "lab.demo"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
-            _wait(process, log)
-            yield WebUI(f"http://127.0.0.1:{port}", side=32)
+            lines = (re.match(r"The page: (\S+)/ ", line) for line in process.stdout)
+            yield next(line[1] for line in lines if line)
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
 
 
-def _wait(process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        # Said when all is there; the first routes answer before.
-        if "The page: " in log.read_text():
-            return
-        time.sleep(0.2)
-    pytest.fail(f"the miniature host did not start:\n{log.read_text()}")
+@pytest.fixture(scope="session")
+def side() -> int:
+    """Width and height of a small picture that is worth merging on the page."""
+    return SIDE
+
+
+@pytest.fixture(scope="session")
+def tabs() -> list[str]:
+    """The page's tabs that have a panel."""
+    return ["txt2img", "img2img"] if URL else ["txt2img"]
+
+
+@pytest.fixture
+def tab(request: pytest.FixtureRequest, tabs: list[str], page: Any) -> str:
+    """The name of a tab, to which the page was turned."""
+    from on_page import go_to
+
+    if request.param not in tabs:
+        pytest.skip("the demo has no such tab")
+    if len(tabs) > 1:
+        go_to(page, request.param)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def names_of_presets(address: str) -> Callable[[], list[str]]:
+    """Asks for the names of all presets."""
+
+    def ask() -> list[str]:
+        with urllib.request.urlopen(f"{address}/tome/presets", timeout=60) as answer:
+            return [preset["name"] for preset in json.load(answer)]
+
+    return ask
 
 
 @pytest.fixture(scope="session")
 def baseline(webui: WebUI) -> Picture:
     """A picture made without a word of the extension, before the other tests."""
     return webui.make()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, where that and Playwright are installed."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str, tabs: list[str]) -> Iterator[Callable[..., Any]]:
+    """Opens the page; the extension's scripts must report no error. WebUI's own may: 1.6.1's do, without it too."""
+    errors: list[str] = []
+    pages = []
+    questions: list[Any] = []
+
+    def open_it(query: str = "", width: int = 1200) -> Any:
+        page = browser.new_page(viewport={"width": width, "height": 1400})
+        pages.append(page)
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: errors.append(f"{error}\n{error.stack}"))
+        page.on("websocket", lambda question: questions.append(question))
+        page.goto(f"{address}/{query}")
+        # The panels' titles can be reached by keyboard once their scripts have run.
+        for tab in tabs:
+            page.locator(f"#script_{tab}_tome_enabled .label-wrap[aria-expanded]").wait_for(state="attached")
+        return page
+
+    yield open_it
+    # A page that leaves before its question was taken up stays open on gradio's side for ever, and WebUI's Reload UI
+    # waits for it, with or without this extension.
+    quiet, deadline = 0, time.monotonic() + 30
+    while pages and quiet < 6 and time.monotonic() < deadline:
+        pages[0].wait_for_timeout(50)
+        quiet = quiet + 1 if all(question.is_closed() for question in questions) else 0
+    for page in pages:
+        page.close()
+    assert not [error for error in errors if "tome" in error.lower()]
+
+
+@pytest.fixture
+def page(open_page: Callable[..., Any]) -> Any:
+    return open_page()
+
+
+@pytest.fixture
+def panel(page: Any) -> Any:
+    """txt2img's panel, unfolded."""
+    from on_page import Panel
+
+    return Panel(page).unfold()
+
+
+@pytest.fixture
+def own_name(names_of_presets: Callable[[], list[str]], open_page: Callable[..., Any]) -> Iterator[str]:
+    """A name for a preset that nobody else has; nothing of it is left afterwards, whatever is made of it."""
+    from on_page import Panel
+
+    name = f"test {uuid.uuid4().hex[:8]}"
+    yield name
+    left = [preset for preset in names_of_presets() if name in preset]
+    if left:
+        panel = Panel(open_page()).unfold()
+        for preset in left:
+            panel.name_preset(preset)
+            panel.press("delete", preset)
+    assert not [preset for preset in names_of_presets() if name in preset]

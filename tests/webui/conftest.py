@@ -1,11 +1,13 @@
-"""The extension in the miniature host, with small random models; after every test nothing of it may be left."""
+"""The extension in the stand-in for WebUI, with small random models; after every test nothing of it may be left."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
@@ -13,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from in_host import HALVED, REQUEST, hooked, other_script, pixels, running, script_args
+from in_host import HALVED, REQUEST, hooked, other_script, pixels, running
 from torch import nn
 
 from lab.demo.model import TinyModel
-from lab.host import Host, start
+from lab.host import Host
 
 
 def small_model(seed: int, **shape: Any) -> TinyModel:
@@ -37,17 +39,8 @@ class Joint(nn.Module):
         return self.joint_blocks[0](x)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors are slower on many threads, and on a busy machine much slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
-def checkpoints() -> dict[str, nn.Module]:
+def checkpoints(one_thread) -> dict[str, nn.Module]:
     """Two checkpoints of one shape, which share a module in memory; one of another shape; one without transformers."""
     joint = small_model(3)
     with torch.random.fork_rng():
@@ -63,7 +56,7 @@ def loaded() -> weakref.WeakSet:
 
 
 @pytest.fixture(scope="module")
-def host(checkpoints, loaded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+def host(checkpoints, loaded) -> Iterator[Host]:
     """The host with this extension. One a module: there is one host a process, and other tests start theirs."""
 
     def load(name: str) -> nn.Module:
@@ -71,9 +64,7 @@ def host(checkpoints, loaded, tmp_path_factory: pytest.TempPathFactory) -> Itera
         loaded.add(model)
         return model
 
-    models = {name: lambda name=name: load(name) for name in checkpoints}
-    with start(models, data_path=tmp_path_factory.mktemp("host")) as host:
-        assert host.app  # calls every script's `ui` as WebUI does with --api
+    with Host({name: functools.partial(load, name) for name in checkpoints}) as host:
         yield host
 
 
@@ -82,45 +73,41 @@ def sampling(host) -> ModuleType:
     return running("webui.sampling")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(host) -> Callable[..., Any]:
-    """Makes a small picture; `tome` are the script's arguments, the others the API's fields."""
+    """Makes a small picture; `tome` are the script's arguments, the others the fields of `p`."""
+    from modules import processing
 
-    def run(tome: list[Any] | None = None, tab: str = "txt2img", **request: Any):
-        if tome is not None:
-            request["alwayson_scripts"] = {"ToMe": {"args": tome}}
-        return getattr(host, tab)(**{**REQUEST, **request})
+    def run(tome: list[Any] | None = None, tab: str = "txt2img", **fields: Any):
+        with contextlib.closing(host.make_p(tome, tab, **{**REQUEST, **fields})) as p:
+            return processing.process_images(p)
 
     return run
 
 
 @pytest.fixture
 def make_p(host) -> Callable[..., Any]:
-    """What `process_images` takes, for generations that no request makes; `tome=None` is one without scripts."""
+    """What `process_images` takes; `tome=None` is one without scripts."""
 
     def build(tome: list[Any] | None, **fields: Any):
-        from modules import processing, scripts, shared
-
-        p = processing.StableDiffusionProcessingTxt2Img(**{**REQUEST, **fields})
-        if tome is not None:
-            p.is_api = True
-            p.scripts, p.script_args = scripts.scripts_txt2img, script_args(host, tome)
-        shared.state.begin()
+        p = host.make_p(tome, **{**REQUEST, **fields})
+        if tome is None:
+            p.scripts = None
         return p
 
     return build
 
 
 @pytest.fixture(scope="module")
-def plain(host) -> list[bytes]:
+def plain(make) -> list[bytes]:
     """The picture of `REQUEST` from the first checkpoint, made before anything was merged."""
-    return pixels(host.txt2img(**REQUEST))
+    return pixels(make())
 
 
 @pytest.fixture(scope="module")
-def merged(host, plain) -> list[bytes]:
+def merged(make, plain) -> list[bytes]:
     """The same picture, half its tokens merged."""
-    picture = pixels(host.txt2img(**REQUEST, alwayson_scripts={"ToMe": {"args": HALVED}}))
+    picture = pixels(make(HALVED))
     assert picture != plain
     return picture
 
@@ -146,19 +133,6 @@ def on_denoised(host) -> Iterator[Callable[[Callable], None]]:
     yield register
     for function in registered:
         script_callbacks.remove_callbacks_for_function(function)
-
-
-@pytest.fixture
-def ratios(sampling, on_denoised) -> list[float | None]:
-    """The ratio of every evaluation of the model; None where nothing was attached."""
-    seen: list[float | None] = []
-
-    def note(_: Any) -> None:
-        merging = sampling._running and sampling._running._merging
-        seen.append(merging.report().ratio if merging else None)
-
-    on_denoised(note)
-    return seen
 
 
 @pytest.fixture
@@ -196,15 +170,9 @@ def log_lines() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def one_step(host, plain) -> list[bytes]:
+def one_step(make, plain) -> list[bytes]:
     """The picture of `REQUEST` in one step, which is what every test ends with."""
-    return pixels(host.txt2img(**{**REQUEST, "steps": 1}))
-
-
-def default_options() -> None:
-    from modules import shared
-
-    shared.opts.data.update({key: info.default for key, info in shared.opts.data_labels.items()})
+    return pixels(make(steps=1))
 
 
 @pytest.fixture(autouse=True)
@@ -213,24 +181,24 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     if "host" not in request.fixturenames:
         yield
         return
-    host, loaded, one_step = (request.getfixturevalue(name) for name in ("host", "loaded", "one_step"))
-    sampling = request.getfixturevalue("sampling")
-    from modules import errors
+    names = ("host", "make", "loaded", "one_step", "sampling")
+    host, make, loaded, one_step, sampling = (request.getfixturevalue(name) for name in names)
+    from modules import errors, shared
 
-    default_options()
-    errors.exception_records.clear()
+    shared.opts.reset()
+    errors.exceptions.clear()
     seen: list[Any] = []
     with other_script(first=True, before_process=seen.append):
         yield
-    frames = [frame for record in errors.exception_records for frame, _ in record["traceback"]]
-    assert [frame for frame in frames if "tome.py" in frame or f"tomesd_core{os.sep}webui" in frame] == []
-    assert sampling._running is None
+    files = [frame.filename for error in errors.exceptions for frame in traceback.extract_tb(error.__traceback__)]
+    assert [file for file in files if "tome.py" in file or f"tomesd_core{os.sep}webui" in file] == []
     assert {name for model in loaded for name in hooked(model)} == set()
     assert [p.sample for p in seen if "sample" in vars(p)] == []
-    default_options()
+    shared.opts.reset()
     if not seen:
         return
-    processed = host.txt2img(**{**REQUEST, "steps": 1})
+    processed = make(steps=1)
     assert pixels(processed) == one_step
     assert "ToMe" not in processed.infotexts[0]
+    assert sampling.settings_in_use() is None
     assert host.sd_model.sd_checkpoint_info.model_name == "base"

@@ -1,4 +1,4 @@
-"""What the tests in the miniature host share."""
+"""What the tests in the stand-in for WebUI share."""
 
 from __future__ import annotations
 
@@ -42,16 +42,6 @@ def script_module() -> ModuleType:
 def running(name: str) -> ModuleType:
     """A module of the package as the extension in the host runs it, by its name in `tomesd_core`."""
     return importlib.import_module(f"{script_module().PACKAGE}.{name}")
-
-
-def script_args(host: Host, tome: list[Any]) -> tuple:
-    """All scripts' arguments, this one's as given."""
-    from modules import scripts
-
-    args = list(host.api.default_script_arg_txt2img)
-    script = scripts.scripts_txt2img.script("ToMe")
-    args[script.args_from : script.args_from + len(tome)] = tome
-    return tuple(args)
 
 
 def pixels(processed: Any) -> list[bytes]:
@@ -119,5 +109,4 @@ def other_script(first: bool = False, **methods: Callable) -> Iterator[None]:
         yield
     finally:
         for runner, script in zip(runners, added, strict=True):
-            if script in runner.alwayson_scripts:  # not any more after Reload UI
-                runner.alwayson_scripts.remove(script)
+            runner.alwayson_scripts.remove(script)

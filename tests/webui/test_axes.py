@@ -1,73 +1,124 @@
-"""The axes in WebUI's X/Y/Z plot: there in every version of WebUI, and a plot without them is said to be one."""
+"""The axes in WebUI's X/Y/Z plot: there in every version of WebUI, and what they do to a cell's picture."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from copy import copy
+from types import ModuleType
 
 import pytest
-from in_host import running
+from in_host import HALVED, SIDE, left, pixels, running
 
 from tomesd_core.settings import PANEL_FIELDS
 
 LABELS = ["Enabled", "Preset", *(setting.label for setting in PANEL_FIELDS.values())]
 
 
-def labels():
+@pytest.fixture
+def axes(host):
+    """The plot's axes by label, without the mark that they are ours."""
     from modules import scripts
 
-    plot = next(found.module for found in scripts.scripts_data if Path(found.path).name == "xyz_grid.py")
-    return [option.label.removeprefix("[ToMe] ") for option in plot.axis_options if option.label.startswith("[ToMe] ")]
+    (plot,) = [found.module for found in scripts.scripts_data if found.path.endswith("xyz_grid.py")]
+    return {option.label.removeprefix("[ToMe] "): option for option in plot.axis_options}
 
 
 @pytest.fixture
-def reloaded(host):
-    yield
-    host.reload_ui()
-    assert host.app
-
-
-@pytest.mark.parametrize("name", ["{file}", "scripts.{stem}"], ids=["as usual", "1.9.0 and 1.9.1"])
-def test_axes_are_there_once_whatever_webui_calls_the_plots_module(host, reloaded, log_lines, monkeypatch, name):
+def plot(monkeypatch):
+    """Puts other modules in the place of the plot's, which is the first."""
     from modules import scripts
 
-    def load_module(path):
-        called = name.format(file=Path(path).name, stem=Path(path).stem)
-        spec = importlib.util.spec_from_file_location(called, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+    def put(*modules):
+        found = [scripts.ScriptClassData(None, f"scripts/{file}", "", module) for file, module in modules]
+        monkeypatch.setattr(scripts, "scripts_data", [*found, *scripts.scripts_data[1:]])
 
-    monkeypatch.setattr(scripts, "load_module", load_module)
-    host.reload_ui()
-    monkeypatch.undo()
-    assert labels() == LABELS
+    return put
+
+
+@pytest.mark.parametrize("name", ["xyz_grid.py", "scripts.xyz_grid"], ids=["as usual", "1.9.0 and 1.9.1"])
+def test_axes_are_there_once_whatever_webui_calls_the_plots_module(host, log_lines, plot, name):
+    from modules import scripts
+
+    module = ModuleType(name)
+    module.AxisOption, module.axis_options = scripts.AxisOption, [scripts.AxisOption("Steps", int, None)]
+    plot(("other.py", ModuleType("other.py")), ("xyz_grid.py", module))
+    for _ in range(2):
+        running("webui.axes").add_axes()
+    assert [option.label for option in module.axis_options] == ["Steps", *(f"[ToMe] {label}" for label in LABELS)]
     assert log_lines == []
 
 
-def test_where_there_is_no_plot_this_is_logged_once_a_start(host, reloaded, log_lines, monkeypatch):
+def test_a_reload_of_the_page_has_them_once(host, axes):
+    assert list(axes) == LABELS
+    host.reload_ui()
     from modules import scripts
 
-    load_module = scripts.load_module
+    assert [option.label for option in scripts.scripts_data[0].module.axis_options] == [f"[ToMe] {x}" for x in LABELS]
 
-    def without_plot(path):
-        if Path(path).name == "xyz_grid.py":
-            raise ImportError("on purpose")
-        return load_module(path)
 
-    monkeypatch.setattr(scripts, "load_module", without_plot)
-    host.reload_ui()
-    assert host.app
-    monkeypatch.undo()
+@pytest.mark.parametrize("modules", [[], [("xyz_grid.py", ModuleType("xyz_grid.py"))]], ids=["none", "another shape"])
+def test_where_there_is_no_plot_this_is_logged(host, log_lines, plot, modules):
+    """Another program's WebUI, or a fork, may have a file of this name without a list of axes."""
+    plot(*modules)
+    running("webui.axes").add_axes()
     assert len(log_lines) == 1
     assert "xyz_grid.py" in log_lines[0] and "no ToMe axes" in log_lines[0]
 
 
-def test_a_plot_of_another_shape_is_no_plot(host, log_lines, monkeypatch):
-    """Another program's WebUI, or a fork, may have a file of this name without a list of axes."""
-    from modules import scripts
+@pytest.fixture
+def cells(make_p):
+    """Makes a plot's cells: each a copy of one p, on which axes have set their values."""
+    from modules import processing, shared
 
-    plot = next(found.module for found in scripts.scripts_data if Path(found.path).name == "xyz_grid.py")
-    monkeypatch.delattr(plot, "axis_options")
-    running("webui.axes").add_axes()
-    assert len(log_lines) == 1 and "no ToMe axes" in log_lines[0]
+    def make(tome, *cells):
+        p = make_p(tome)
+        for cell in cells:
+            shared.state.begin()
+            pc = copy(p)
+            for option, text in cell:
+                option.apply(pc, option.type(text), [])
+            yield processing.process_images(pc)
+
+    return make
+
+
+def test_a_setting_is_swept_with_the_panel_off_and_on(cells, axes, attention):
+    for tome in ([False], HALVED):
+        made = list(cells(tome, *([(axes["Ratio"], text)] for text in ("0.3", "0.6"))))
+        assert [one.extra_generation_params["ToMe ratio"] for one in made] == [0.3, 0.6]
+    constant = [left(ratio) for ratio in (0.3, 0.3, 0.6, 0.6)]
+    assert attention.tokens[4:] == constant
+
+
+def test_the_switch_and_the_presets_have_axes_and_the_switch_wins(cells, axes, plain, merged, attention):
+    off, on, preset, neither = cells(
+        HALVED,
+        [(axes["Enabled"], "False"), (axes["Ratio"], "0.6")],
+        [(axes["Enabled"], "true")],
+        [(axes["Preset"], "Fast"), (axes["Ratio"], "0.3")],
+        [],
+    )
+    assert pixels(off) == plain and "ToMe" not in off.infotexts[0]
+    assert pixels(on) == pixels(neither) == merged
+    given = preset.extra_generation_params
+    assert (given["ToMe ratio"], given["ToMe max downsample"], given["ToMe schedule"]) == (0.3, 2, "linear")
+    assert attention.tokens[:2] == [SIDE * SIDE] * 2
+
+
+@pytest.mark.parametrize(
+    ("label", "good", "wrong"),
+    [
+        ("Ratio", "0.3", "2"),
+        ("Schedule", "step", "zigzag"),
+        ("Max downsample", "2", "3"),
+        ("Rematch every", "2", "0"),
+        ("Enabled", "False", "yes"),
+        ("Preset", "Fast", "No such"),
+    ],
+)
+def test_wrong_values_are_refused_before_the_first_picture(axes, label, good, wrong):
+    option = axes[label]
+    option.confirm(None, [option.type(good)])
+    with pytest.raises(running("settings").SettingsError, match=wrong):
+        option.confirm(None, [option.type(good), option.type(wrong)])
+    if option.choices is not None:
+        assert good in option.choices() and wrong not in option.choices()

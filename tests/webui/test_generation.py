@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from in_host import HALVED, HIRES, HIRES_TOKENS, KEYS, failing_unet, hooked, left, pixels, script_args
+from in_host import HALVED, HIRES, HIRES_TOKENS, KEYS, failing_unet, hooked, left, pixels
 from PIL import Image, ImageChops
 from torch import nn
 
@@ -105,7 +105,7 @@ def test_img2img(make, attention):
 def test_inpainting(make, attention):
     mask = Image.new("L", (32, 32))
     mask.paste(255, (16, 0, 32, 32))
-    make(ON, "img2img", init_images=[make().images[0]], mask=mask, denoising_strength=1.0)
+    make(ON, "img2img", init_images=[make().images[0]], image_mask=mask, denoising_strength=1.0)
     assert attention.tokens == [FULL] * 2 + [HALF] * 2
 
 
@@ -168,12 +168,12 @@ def test_apply_to_chooses_the_passes_of_hires_fix(make, attention, apply_to):
 
 
 @pytest.mark.parametrize("apply_to", ["both passes", "first pass", "hires pass"])
-def test_each_pass_has_its_own_schedule(make, ratios, apply_to):
+def test_each_pass_has_its_own_schedule(make, attention, apply_to):
     linear = arguments(0.7, 0.1, "linear", apply_to=apply_to)
     make(linear, hr_second_pass_steps=3, sampler_name="Euler a", **HIRES)
-    first = [0.7, 0.1] if apply_to != "hires pass" else [None] * 2
-    second = [0.7, 0.4, 0.1] if apply_to != "first pass" else [None] * 3
-    assert ratios == [value and pytest.approx(value) for value in first + second]
+    first = [0.7, 0.1] if apply_to != "hires pass" else [0.0] * 2
+    second = [0.7, 0.4, 0.1] if apply_to != "first pass" else [0.0] * 3
+    assert attention.tokens == [*map(left, first), *(left(ratio, HIRES_TOKENS) for ratio in second)]
 
 
 def test_a_hires_pass_without_a_first_one(make_p, host, attention):
@@ -210,50 +210,50 @@ def test_hires_pass_without_hires_fix_merges_nothing_and_says_so(make, attention
 @pytest.mark.parametrize(
     ("sampler_name", "evaluations"), [("Euler", 4), ("Euler a", 4), ("Heun", 7), ("DPM++ 2M", 4), ("PLMS", 4)]
 )
-def test_linear_goes_from_the_first_evaluation_to_the_last(make, ratios, sampler_name, evaluations):
+def test_linear_goes_from_the_first_evaluation_to_the_last(make, attention, sampler_name, evaluations):
     make(arguments(0.7, 0.1, "linear"), steps=4, sampler_name=sampler_name)
-    assert len(ratios) == evaluations
-    assert (ratios[0], ratios[-1]) == (0.7, 0.1)
-    assert ratios == sorted(ratios, reverse=True)
+    tokens = attention.tokens
+    assert len(tokens) == evaluations
+    assert (tokens[0], tokens[-1]) == (left(0.7), left(0.1))
+    assert tokens == sorted(tokens)
 
 
 @pytest.mark.parametrize(("sampler_name", "steps"), [("DDIM", 4), ("DDIM", 7), ("PLMS", 7)])
-def test_samplers_that_do_not_keep_to_their_total(make, ratios, sampler_name, steps):
+def test_samplers_that_do_not_keep_to_their_total(make, attention, sampler_name, steps):
     make(arguments(0.7, 0.1, "linear"), steps=steps, sampler_name=sampler_name)
-    assert ratios[0] == 0.7
-    assert ratios == sorted(ratios, reverse=True)
-    assert 0.1 - 1e-9 <= ratios[-1] <= 0.3
+    tokens = attention.tokens
+    assert tokens[0] == left(0.7)
+    assert tokens == sorted(tokens)
+    assert left(0.3) <= tokens[-1] <= left(0.1)
 
 
 @pytest.mark.parametrize(("switch_at", "early"), [(0.0, 0), (0.5, 2), (0.9, 3), (1.0, 3)])
-def test_step_changes_over_at_the_fraction(make, ratios, switch_at, early):
+def test_step_changes_over_at_the_fraction(make, attention, switch_at, early):
     make(arguments(0.7, 0.1, "step", switch_at), steps=4)
-    assert ratios == [0.7] * early + [0.1] * (4 - early)
+    assert attention.tokens == [left(0.7)] * early + [left(0.1)] * (4 - early)
 
 
-def test_the_ratio_is_what_the_layers_see(make, attention):
+def test_the_summary_says_from_where_to_where_it_went(make, attention):
     processed = make(arguments(0.7, 0.1, "linear"), steps=4)
     assert attention.tokens == [left(ratio) for ratio in (0.7, 0.5, 0.3, 0.1)]
     assert f"1024 -> {left(0.7)} to {left(0.1)} tokens, 4 of 4 steps" in processed.comments
 
 
 @pytest.mark.parametrize("schedule", ["linear", "step"])
-def test_a_single_step_is_early(make, ratios, schedule):
+def test_a_single_step_is_early(make, attention, schedule):
     make(arguments(0.7, 0.1, schedule), steps=1)
-    assert ratios == [0.7]
+    assert attention.tokens == [left(0.7)]
 
 
-def test_a_shortened_run_has_the_whole_schedule(make, ratios):
-    picture = make().images[0]
-    ratios.clear()
-    request = {"init_images": [picture], "denoising_strength": 0.5, "steps": 6}
+def test_a_shortened_run_has_the_whole_schedule(make, attention):
+    request = {"init_images": [Image.new("RGB", (32, 32), "red")], "denoising_strength": 0.5, "steps": 6}
     make(arguments(0.7, 0.1, "linear"), "img2img", **request)
-    assert ratios == pytest.approx([0.7, 0.5, 0.3, 0.1])
+    assert attention.tokens == [left(ratio) for ratio in (0.7, 0.5, 0.3, 0.1)]
 
 
-def test_every_batch_begins_anew(make, ratios):
+def test_every_batch_begins_anew(make, attention):
     make(arguments(0.7, 0.1, "linear"), n_iter=2)
-    assert ratios == pytest.approx([0.7, 0.1] * 2)
+    assert attention.tokens == [left(0.7), left(0.1)] * 2
 
 
 # However it ends
@@ -366,7 +366,7 @@ def test_another_script_may_wrap_sample_after(host, make_p, add_script, attentio
     assert log == ["begins", "ends"] * 3
     assert processed.comments.count("ToMe") == 1
     assert not hasattr(getattr(p.sample, "__wrapped__", None), "__wrapped__")
-    p.script_args = script_args(host, [False])
+    p.script_args = host.script_args([False])
     processing.process_images(p)
     assert attention.tokens[3:] == [FULL] * 3
     vars(p).pop("sample", None)
@@ -413,7 +413,7 @@ def test_a_batch_that_fails_before_sampling_leaves_no_wrapped_sample(host, make_
     with pytest.raises(ValueError, match="on purpose"):
         processing.process_images(p)
     del p.setup_conds
-    p.script_args = script_args(host, [False])
+    p.script_args = host.script_args([False])
     processing.process_images(p)
     assert attention.tokens == [FULL] * 2
 
@@ -479,7 +479,7 @@ def test_a_generation_inside_another_where_webui_does_not_say_whose_a_step_is(ma
 
     on_denoised(nest)
     script_callbacks.on_cfg_denoiser(forget)
-    callbacks = script_callbacks.callback_map["callbacks_cfg_denoiser"]
+    callbacks = script_callbacks.callback_map["cfg_denoiser"]
     callbacks.insert(0, callbacks.pop())
     try:
         make(ON)
@@ -568,7 +568,7 @@ def test_off_after_on_has_nothing_of_it(host, make_p, plain, attention, again):
     assert "ToMe ratio" in keys_of(processing.process_images(on))
     attention.tokens.clear()
     off = again(on)
-    off.script_args = script_args(host, [False])
+    off.script_args = host.script_args([False])
     processed = processing.process_images(off)
     assert keys_of(processed) == {}
     assert "get_token_merging_ratio" not in vars(off)
@@ -583,7 +583,7 @@ def test_cells_with_other_values_and_a_wrong_one(host, make_p, plain):
 
     p, seen = make_p(ON), []
     for tome in (arguments(0.6, 0.3, "linear"), [True, 9], ON, [True, "abc"], [False]):
-        p.script_args = script_args(host, tome)
+        p.script_args = host.script_args(tome)
         seen.append(keys_of(processing.process_images(copy(p))))
     assert list(seen[0]) == [
         "ToMe ratio",
@@ -602,17 +602,6 @@ def test_cells_with_other_values_and_a_wrong_one(host, make_p, plain):
         ("ToMe method", "paper"),
     ]
     assert seen[4] == {}
-
-
-def test_the_plot_script(make, attention):
-    """Its cells are copies of `p`, made by WebUI's own script."""
-    from modules import scripts
-
-    labels = [option.label for option in scripts.scripts_txt2img.script("X/Y/Z plot").current_axis_options]
-    axes = [labels.index("Steps"), "1, 2", [], 0, "", [], 0, "", []]
-    processed = make(ON, script_name="X/Y/Z plot", script_args=[*axes, *[False] * 7, 0, True])
-    assert attention.tokens == [HALF] * 3
-    assert "ToMe ratio: 0.5" in processed.infotexts[1]
 
 
 # Which model
@@ -676,9 +665,12 @@ def test_nothing_holds_a_replaced_model(host, make, loaded):
     import gc
     import weakref
 
+    from modules import shared
+
     make(ON)
     unet = weakref.ref(host.sd_model.model.diffusion_model)
-    make(ON, override_settings={"sd_model_checkpoint": "other"}, override_settings_restore_afterwards=False)
+    shared.opts.sd_model_checkpoint = "other"
+    make(ON)
     gc.collect()
     assert unet() is None
 
@@ -693,33 +685,12 @@ def test_a_model_without_such_layers(make, log_lines):
     assert log_lines == [why]
 
 
-def test_another_unet_in_its_place(make):
-    from modules import script_callbacks, sd_unet, shared
+def test_another_unet_in_its_place(make, monkeypatch):
+    from modules import sd_unet
 
-    class Option(sd_unet.SdUnetOption):
-        label, model_name = "Flat", "another"
-
-        def create_unet(self):
-            class Flat(sd_unet.SdUnet):
-                def forward(self, x, timesteps, context, *args, **kwargs):
-                    return torch.zeros_like(x)
-
-            return Flat()
-
-    def add(found):
-        found.append(Option())
-
-    script_callbacks.on_list_unets(add)
-    sd_unet.list_unets()
-    shared.opts.sd_unet = "Flat"
-    try:
-        expected = make()
-        processed = make(ON)
-    finally:
-        shared.opts.sd_unet = "None"
-        script_callbacks.remove_callbacks_for_function(add)
-        sd_unet.list_unets()
-        sd_unet.apply_unet()
+    monkeypatch.setattr(sd_unet, "current_unet", SimpleNamespace(forward=lambda x, *_, **__: torch.zeros_like(x)))
+    expected = make()
+    processed = make(ON)
     assert pixels(processed) == pixels(expected)
     assert "nothing merged: the model's own attention layers did not run: the UNet was replaced" in processed.comments
 
@@ -824,7 +795,7 @@ def test_off_after_on_has_webuis_own_merging_again(host, make_p, own_merging, bl
     p = make_p(ON)
     processing.process_images(p)
     blocks.clear()
-    p.script_args = script_args(host, [False])
+    p.script_args = host.script_args([False])
     assert "Token merging ratio: 0.4" in processing.process_images(p).infotexts[0]
     assert blocks == [{"ToMeBlock"}] * 2
 

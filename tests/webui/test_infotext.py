@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from in_host import KEYS, SIDE, left
+from in_host import KEYS, left
 
 from tomesd_core.settings import FIELDS
 
@@ -25,15 +25,21 @@ VALUES = {
 
 @pytest.fixture
 def read(host):
-    """What each field becomes on a tab, from a dict of texts as WebUI's parser makes it."""
-    from modules import infotext_utils, scripts
+    """What each field becomes on a tab, from a dict of texts as WebUI's parser makes it.
+
+    WebUI casts it by the type of the control's value, and doesn't catch what that raises: no cast may change it.
+    """
+    from modules import scripts
 
     def all_fields(parsed, tab="txt2img"):
-        controls = getattr(scripts, f"scripts_{tab}").script("ToMe").controls
+        runner = getattr(scripts, f"scripts_{tab}")
         # The last two are the merge map's, which is in no picture's parameters.
-        names = dict(zip(controls[:-2], ["enabled", *PANEL], strict=True))
-        pairs = infotext_utils.paste_fields[tab]["fields"]
-        return {names[control]: function(parsed) for control, function in pairs if control in names}
+        names = dict(zip(runner.script("ToMe").controls[:-2], ["enabled", *PANEL], strict=True))
+        found = {names[control]: function(parsed) for control, function in runner.infotext_fields}
+        for control, name in names.items():
+            kind = type(control.value)
+            assert isinstance(found[name], kind) or kind(found[name]) == found[name]
+        return found
 
     return all_fields
 
@@ -127,63 +133,21 @@ def test_sending_a_picture_between_the_tabs_takes_all_fields(host):
     from modules import scripts
 
     for runner in (scripts.scripts_txt2img, scripts.scripts_img2img):
-        assert [key for key in runner.paste_field_names if key.startswith("ToMe")] == KEYS
+        assert runner.script("ToMe").paste_field_names == KEYS
 
 
-# On the page
+def test_a_picture_made_anew_from_its_infotext_is_the_same(make, read):
+    """By "Send to", or by the API's `infotext`."""
+    from modules import infotext_utils
 
-
-@pytest.fixture
-def paste(host):
-    """What "Send to" does with an infotext, without the browser: the values of our controls afterwards."""
-    from modules import scripts
-
-    def run(infotext, tab):
-        button = next(b for b in host.demo.blocks.values() if getattr(b, "elem_id", None) == f"{tab}_tab")
-        bound = [d for d in host.demo.dependencies if button._id in d["targets"] and len(d["outputs"]) > 5]
-        updates = host.demo.fns[host.demo.dependencies.index(bound[0])].fn(infotext)
-        found = dict(zip(bound[0]["outputs"], updates, strict=True))
-        controls = getattr(scripts, f"scripts_{tab}").script("ToMe").controls
-        pairs = [c for c in host.demo.blocks.values() if c.elem_id and c.elem_id.startswith(f"script_{tab}_tome_")]
-        assert {c.elem_id for c in controls} <= {c.elem_id for c in pairs}
-        shown = {c.elem_id: found[c._id]["value"] for c in pairs if c._id in found}
-        start = f"script_{tab}_tome_"
-        return {elem_id.removeprefix(start).removesuffix("-checkbox"): value for elem_id, value in shown.items()}
-
-    return run
-
-
-@pytest.mark.parametrize("tab", ["txt2img", "img2img"])
-def test_send_to_sets_every_control(paste, tab):
-    assert paste(text(**VALUES), tab) == {"enabled": True, **VALUES}
-    defaults = {name: setting.default for name, setting in PANEL.items()}
-    assert paste(text(), tab) == {"enabled": False, **defaults}
-    assert paste(text(ratio="abc", schedule="zigzag"), tab) == {"enabled": True, **defaults}
-
-
-# Over the API
-
-
-def test_the_apis_infotext_sets_the_arguments(make, attention):
-    processed = make(infotext=text(ratio=0.6, late_ratio=0.2, schedule="linear"), steps=2)
-    assert attention.tokens == [left(0.6), left(0.2)]
-    assert processed.extra_generation_params["ToMe ratio"] == 0.6
-    attention.tokens.clear()
-    make(infotext=text(), steps=1)
-    make(infotext=text(ratio=0.6), tome=[False], steps=1)
-    assert attention.tokens == [SIDE * SIDE] * 2
+    first = make([True, 0.6, 0.1, "linear"], steps=3)
+    again = make([*read(infotext_utils.parse_generation_parameters(first.infotexts[0])).values()], steps=3)
+    assert again.images[0].tobytes() == first.images[0].tobytes()
+    assert again.infotexts == first.infotexts
 
 
 @pytest.mark.parametrize("values", [{"ratio": "abc"}, {"ratio": 0.6, "min_tokens": "0.5"}, {"ratio": "False"}])
-def test_the_apis_infotext_may_be_wrong(make, attention, log_lines, values):
-    processed = make(infotext=text(**values), steps=1)
+def test_a_wrong_infotext_still_makes_a_merged_picture(make, read, attention, values):
+    processed = make([*read(parsed(**values)).values()], steps=1)
     assert attention.tokens == [left(values["ratio"] if "min_tokens" in values else PANEL["ratio"].default)]
     assert "ToMe error" not in processed.extra_generation_params
-    assert "is ignored" in log_lines[0]
-
-
-def test_a_picture_made_anew_from_its_infotext_is_the_same(make):
-    first = make([True, 0.6, 0.1, "linear"], steps=3)
-    again = make(infotext=first.infotexts[0], steps=3)
-    assert again.images[0].tobytes() == first.images[0].tobytes()
-    assert again.infotexts == first.infotexts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fastapi import FastAPI
 from in_host import HALVED, pixels
 
 OTHER = """
@@ -40,23 +41,22 @@ def is_first(request):
 @pytest.fixture
 def other(host, plain, one_step, tmp_path, is_first, log_lines):
     """Starts the host anew beside such an extension, whose switch is off by default or on; gives its file."""
-    from modules import extensions
+    from modules import scripts
 
-    before = list(extensions.extensions)
+    before = list(scripts.folders)
 
     def start(default):
         file = tmp_path / "scripts" / "other.py"
         file.parent.mkdir()
         file.write_text(OTHER.replace("DEFAULT", str(default)))
-        extensions.extensions.insert(0 if is_first else len(before), extensions.Extension("other", str(tmp_path)))
+        scripts.folders.insert(0 if is_first else len(before), str(tmp_path))
         host.reload_ui()
-        assert host.app
+        host.start_app(FastAPI())
         return str(file)
 
     yield start
-    extensions.extensions[:] = before
+    scripts.folders[:] = before
     host.reload_ui()
-    assert host.app
 
 
 def named(lines):
@@ -73,7 +73,7 @@ def test_it_is_named_once_at_the_start(other, log_lines, is_first):
 
 def test_alone_nothing_is_named(host, log_lines, make):
     host.reload_ui()
-    assert host.app
+    host.start_app(FastAPI())
     assert log_lines == []
     assert named(make(HALVED).comments.splitlines()) == []
 
@@ -84,12 +84,10 @@ def from_the_page(host, make_p):
     from modules import processing, scripts
 
     def make(tome):
-        p, args = make_p(None), list(host.api.default_script_arg_txt2img)
+        p, args = make_p([]), host.script_args()
         script = next(s for s in scripts.scripts_txt2img.scripts if s.filename.endswith("tome.py"))
         args[script.args_from : script.args_from + len(tome)] = tome
-        p.is_api = True  # The page's own scripts would set the seed.
-        p.scripts, p.script_args = scripts.scripts_txt2img, args
-        p.is_api = False
+        p.is_api, p.script_args = False, args
         return processing.process_images(p)
 
     return make

@@ -1,12 +1,9 @@
-"""The panel's controls: names, order, ranges; on the page, in ui-config.json and in the API's list."""
+"""The panel's controls: names, order, ranges, and what WebUI keeps of them."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from in_host import KEYS
-from starlette.testclient import TestClient
 
 from tomesd_core.settings import FIELDS
 
@@ -23,8 +20,17 @@ def controls(host, tab):
     from modules import scripts
 
     found = getattr(scripts, f"scripts_{tab}").script("ToMe").controls
-    assert set(found) <= set(host.demo.blocks.values())
     return dict(zip([c.elem_id.split("_tome_")[1].removesuffix("-checkbox") for c in found], found, strict=True))
+
+
+@pytest.fixture
+def components(host, tab):
+    """All that the panel puts on the page, by id."""
+    start = f"script_{tab}_tome_"
+    ours = [block for block in host.demo.blocks.values() if str(getattr(block, "elem_id", None)).startswith(start)]
+    found = {block.elem_id.removeprefix(start): block for block in ours}
+    assert len(found) == len(ours), "each id once"
+    return found
 
 
 def test_fields_in_the_order_that_programs_rely_on(controls):
@@ -32,16 +38,8 @@ def test_fields_in_the_order_that_programs_rely_on(controls):
     assert list(controls) == ["enabled", *PANEL, *LAST]
 
 
-def test_every_field_has_its_element(host, tab):
-    ids = [component["props"].get("elem_id") for component in host.demo.config["components"]]
-    for name in ("enabled", *PANEL, *LAST):
-        assert ids.count(f"script_{tab}_tome_{name}") == 1
-
-
-def test_element_ids_are_unique(host, tab):
-    ids = [c["props"].get("elem_id") for c in host.demo.config["components"]]
-    ours = [elem_id for elem_id in ids if elem_id and elem_id.startswith(f"script_{tab}_tome")]
-    assert len(ours) == len(set(ours)) > len(PANEL)
+def test_every_field_has_its_element(components):
+    assert {"enabled", *PANEL, *LAST, "preview", "refresh", "preset"} <= set(components)
 
 
 def test_ranges_and_defaults_are_the_field_lists(controls):
@@ -71,34 +69,18 @@ def test_labels_are_unique_in_the_script(controls):
     assert len(labels) == len(set(labels))
 
 
-def test_ui_config_holds_every_control(host, controls, tab):
-    from modules import shared
-
-    with open(shared.ui_config_filename, encoding="utf8") as file:
-        saved = json.load(file)
-    for control in list(controls.values())[1:]:
-        assert saved[f"customscript/tome.py/{tab}/{control.label}/value"] == control.value
-    assert saved[f"customscript/tome.py/{tab}/{controls['enabled'].label}/value"] is False
-
-
-def test_the_api_lists_the_script(host, controls, tab):
-    listed = TestClient(host.app).get("/sdapi/v1/script-info").json()
-    script = next(s for s in listed if s["name"] == "tome" and s["is_img2img"] == (tab == "img2img"))
-    assert script["is_alwayson"] is True
-    assert [argument["label"] for argument in script["args"]] == [control.label for control in controls.values()]
-    ratio = script["args"][1]
-    assert (ratio["value"], ratio["minimum"], ratio["maximum"]) == (0.9375, 0.0, 0.9375)
+def test_ui_config_holds_the_scripts_controls_and_no_other(components, controls):
+    """WebUI keeps what has a label and can, and what it has kept wins over the code for ever."""
+    kept = {name for name, block in components.items() if not getattr(block, "do_not_save_to_config", False)}
+    assert {name for name in kept if hasattr(components[name], "value")} == {
+        "enabled-checkbox",
+        *list(controls)[1:],
+    }
 
 
-def test_over_http(host, tab):
-    picture = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
-    body = {"prompt": "cat", "steps": 1, "width": 32, "height": 32, "sampler_name": "Euler", "init_images": [picture]}
-    body["alwayson_scripts"] = {"tome": {"args": [True, 0.5]}}
-    reply = TestClient(host.app).post(f"/sdapi/v1/{tab}", json=body)
-    assert reply.status_code == 200, reply.text
-    info = json.loads(reply.json()["info"])
-    assert info["extra_generation_params"]["ToMe ratio"] == 0.5
-    assert "ToMe ratio: 0.5" in info["infotexts"][0]
+def test_every_control_explains_itself(components):
+    buttons = [f"preset_{name}" for name in ("save", "delete", "reload", "export", "import")]
+    assert all(" " in components[name].webui_tooltip for name in (*PANEL, *LAST, *buttons))
 
 
 def test_every_key_belongs_to_one_field(tab):

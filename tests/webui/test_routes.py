@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 from fastapi import FastAPI
+from gradio.routes import App
+from in_host import ROOT
 from starlette.testclient import TestClient
+
+from tomesd_core.version import VERSION
 
 ROUTES = ("/tome/presets", "/tome/status")
 
 
 @pytest.fixture
-def restart(host):
-    """Starts page and API anew with logins as on WebUI's command line; gives a client."""
-    from gradio.routes import App
+def start(host, monkeypatch):
+    """A client of an app with logins as on WebUI's command line; without a page (`--nowebui`) it isn't gradio's."""
     from modules import shared
 
-    def start(api_auth=None, gradio_auth=None):
-        shared.cmd_opts.api_auth = api_auth
-        host.reload_ui()
+    def client(api_auth=None, gradio_auth=None, has_page=True):
+        monkeypatch.setattr(shared.cmd_opts, "api_auth", api_auth)
         host.demo.auth = gradio_auth
-        host._start_app(App.create_app(host.demo))
-        return TestClient(host.app)
+        app = App.create_app(host.demo) if has_page else FastAPI()
+        host.start_app(app)
+        return TestClient(app)
 
-    yield start
-    shared.cmd_opts.api_auth = None
-    host.reload_ui()
-    assert host.app
+    yield client
+    host.demo.auth = None
 
 
 def answers(client, **request):
     return {client.get(route, **request).status_code for route in ROUTES}
 
 
-def test_without_a_login_they_are_open(restart):
-    assert answers(restart()) == {200}
+def test_without_a_login_they_are_open(start):
+    assert answers(start()) == {200}
 
 
-def test_the_apis_credentials(restart):
-    client = restart(api_auth="user:secret,second:2")
+def test_the_apis_credentials(start):
+    client = start(api_auth="user:secret,second:2")
     assert answers(client) == {401}
     assert answers(client, auth=("user", "wrong")) == answers(client, auth=("third", "2")) == {401}
     assert answers(client, auth=("user", "secret")) == answers(client, auth=("second", "2")) == {200}
 
 
-def test_the_pages_login(restart):
-    client = restart(gradio_auth=[("user", "secret"), ("second", "2")])
+def test_the_pages_login(start):
+    client = start(gradio_auth=[("user", "secret"), ("second", "2")])
     assert answers(client) == {client.get("/config").status_code} == {401}
     assert answers(client, auth=("user", "secret")) == {401}, "it is no basic authentication"
     assert answers(client, headers={"Cookie": "access-token=guessed"}) == {401}
@@ -54,22 +58,38 @@ def test_the_pages_login(restart):
     assert answers(client) == {client.get("/config").status_code} == {200}
 
 
-def test_with_both_the_apis_credentials_as_for_webuis_own_api(restart):
-    client = restart(api_auth="user:secret", gradio_auth=[("second", "2")])
-    assert client.get("/sdapi/v1/samplers").status_code == 401
-    assert answers(client) == {401}
-    assert client.get("/sdapi/v1/samplers", auth=("user", "secret")).status_code == 200
+def test_with_both_the_apis_credentials_as_for_webuis_own_api(start):
+    client = start(api_auth="user:secret", gradio_auth=[("second", "2")])
+    assert answers(client) == answers(client, auth=("second", "2")) == {401}
     assert answers(client, auth=("user", "secret")) == {200}
 
 
 @pytest.mark.parametrize(("api_auth", "open_to_all"), [(None, 200), ("user:secret", 401)])
-def test_an_app_without_a_page(host, monkeypatch, api_auth, open_to_all):
-    """`--nowebui`: no gradio, so no login of its."""
-    from modules import script_callbacks, shared
-
-    monkeypatch.setattr(shared.cmd_opts, "api_auth", api_auth)
-    app = FastAPI()
-    script_callbacks.app_started_callback(None, app)
-    client = TestClient(app)
+def test_an_app_without_a_page(start, api_auth, open_to_all):
+    client = start(api_auth, has_page=False)
     assert answers(client) == {open_to_all}
     assert answers(client, auth=("user", "secret")) == {200}
+
+
+def test_what_they_answer(start, make):
+    client = start(has_page=False)
+    presets = {preset["name"]: preset for preset in client.get("/tome/presets").json()}
+    assert presets["Fast"]["description"] and presets["Fast"]["settings"]["schedule"] == "linear"
+    make([True, 0.6, 0.3, "linear"], steps=1)
+    status = client.get("/tome/status").json()
+    assert status["version"] == VERSION
+    assert [layer["level"] for layer in status["layers"]] == [1, 2, 1, 1]
+    assert (status["settings"]["ratio"], status["settings"]["late_ratio"]) == (0.6, 0.3)
+    make([False], steps=1)
+    assert client.get("/tome/status").json()["settings"] is None
+
+
+def test_the_requests_of_the_documentation(start, make):
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    bodies = re.findall(r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", page, re.DOTALL)
+    bodies += re.findall(r"api\.txt2img\(.*?alwayson_scripts=(\{.*\})\)", page)
+    arguments = [json.loads(re.search(r'"args": (\[.*\])\}\}', body)[1]) for body in bodies]
+    assert len(arguments) == 3
+    for tome in arguments:
+        assert make(tome, steps=1).extra_generation_params["ToMe late ratio"] == 0.3
+    assert sorted(re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", readme)) == sorted(ROUTES)

@@ -1,1 +1,1 @@
-"""Stands in for WebUI's `modules` package: only what an extension of this kind uses, under the same names."""
+"""What the extension imports of WebUI 1.10.1, and what runs a generation around it. WebUI's names, and no more."""

@@ -1,14 +1,10 @@
-"""Stands in for `modules.devices`: one device, no autocasting, and WebUI's check for NaNs."""
+"""Stands in for `modules.devices`: one device, and WebUI's check for NaNs."""
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
-cpu = torch.device("cpu")
-device = cpu
-dtype = dtype_unet = dtype_vae = torch.float32
+device = torch.device("cpu")
 
 
 class NansException(Exception):
@@ -22,14 +18,3 @@ def test_for_nans(x: torch.Tensor, where: str) -> None:
 
 
 test_for_nans.__test__ = False  # the name is WebUI's, and no test
-
-
-def torch_gc() -> None:
-    """Frees cached device memory."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def autocast(disable: bool = False) -> contextlib.AbstractContextManager:
-    """A context in which WebUI would autocast."""
-    return contextlib.nullcontext()

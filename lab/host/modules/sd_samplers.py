@@ -1,56 +1,172 @@
-"""Stands in for `modules.sd_samplers`: the list of samplers."""
+"""Stands in for WebUI's samplers (`modules.sd_samplers*`): guidance, the switch to the refiner, and the list.
+
+The samplers themselves are `lab.demo.samplers`. InstructPix2Pix, inpainting models, prompts of two lengths and steps
+without the unprompted half are left out.
+"""
 
 from __future__ import annotations
 
-import logging
+import inspect
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
-from modules import sd_samplers_common, sd_samplers_kdiffusion, sd_samplers_timesteps
+import torch
+from modules import script_callbacks, sd_models, shared
+from modules.shared import opts, state
+from torch import Tensor
 
-all_samplers: list[sd_samplers_common.SamplerData] = [
-    *sd_samplers_kdiffusion.samplers_data_k_diffusion,
-    *sd_samplers_timesteps.samplers_data_timesteps,
-]
-all_samplers_map = {sampler.name: sampler for sampler in all_samplers}
-samplers = samplers_for_img2img = all_samplers
-samplers_map = {alias.lower(): s.name for s in all_samplers for alias in [s.name, *s.aliases]}
-
-
-def find_sampler_config(name):
-    """The sampler of this name; the first one for None."""
-    return all_samplers[0] if name is None else all_samplers_map.get(name)
+from lab.demo import samplers
 
 
-def create_sampler(name, model):
-    """A sampler for one pass."""
-    config = find_sampler_config(name)
-    assert config is not None, f"bad sampler name: {name}"
-    sampler = config.constructor(model)
-    sampler.config = config
-    return sampler
+class InterruptedException(BaseException):
+    """Somebody pressed Interrupt or Skip."""
 
 
-def visible_sampler_names():
-    """All names."""
-    return [sampler.name for sampler in all_samplers]
+class CFGDenoiser(torch.nn.Module):
+    """What a sampler calls: both halves of guidance, the refiner switch, the mask, and the callbacks."""
+
+    def __init__(self, p: Any, sampler: Sampler) -> None:
+        super().__init__()
+        self.p, self.sampler = p, sampler
+        self.step = self.total_steps = 0
+        self.mask, self.nmask, self.init_latent = p.mask, p.nmask, None
+        self.update_inner_model()
+
+    def update_inner_model(self) -> None:
+        """The loaded model in the sampler's terms: sigmas or timesteps."""
+        model = sd_models.model_data.sd_model
+        self.inner_model = model.apply_model if self.sampler.config.is_over_timesteps else samplers.EpsDenoiser(model)
+
+    def apply_refiner(self, sigma: Tensor) -> None:
+        """Swaps the model for the refiner when it is time."""
+        sigmas = getattr(self.inner_model, "sigmas", None)
+        timestep = sigma.max().int() if sigmas is None else (sigmas - sigma.max()).abs().argmin()
+        p, name = self.p, sd_models.model_data.sd_model.sd_checkpoint_info.model_name
+        if p.refiner_checkpoint in (None, name) or (999 - timestep) / 1000 < p.refiner_switch_at:
+            return
+        if getattr(p, "enable_hr", False) and not p.is_hr_pass:
+            return
+        p.extra_generation_params |= {"Refiner": p.refiner_checkpoint, "Refiner switch at": p.refiner_switch_at}
+        sd_models.reload_model_weights(p.refiner_checkpoint)
+        p.setup_conds()
+        self.sampler.sampler_extra_args.update(cond=p.c, uncond=p.uc)
+        self.update_inner_model()
+
+    def forward(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, cond_scale: float) -> Tensor:
+        """Runs the model once, or for each half of guidance."""
+        if state.interrupted or state.skipped:
+            raise InterruptedException
+        self.apply_refiner(sigma)
+        cond, uncond = self.sampler.sampler_extra_args["cond"], self.sampler.sampler_extra_args["uncond"]
+        is_over_timesteps = self.sampler.config.is_over_timesteps
+        if is_over_timesteps and self.mask is not None:
+            x = x * self.nmask + self.init_latent * self.mask
+
+        # A picture's prompt has one row, or with `AND` several.
+        repeats = torch.tensor([len(parts) for parts in cond.batch], device=x.device)
+        x_in, sigma_in = (torch.cat([t.repeat_interleave(repeats, 0), t]) for t in (x, sigma))
+        text = torch.stack([tokens for parts in cond.batch for tokens, _ in parts])
+        weights = [weight for parts in cond.batch for _, weight in parts]
+        params = script_callbacks.CFGDenoiserParams(
+            x=x_in, sigma=sigma_in, sampling_step=state.sampling_step, text_cond=text, text_uncond=uncond, denoiser=self
+        )
+        script_callbacks.cfg_denoiser_callback(params)
+        size = len(x_in) if opts.batch_cond_uncond else len(x)
+        parts = (part.split(size) for part in (params.x, params.sigma, torch.cat([text, uncond])))
+        x_out = torch.cat([self.inner_model(*part) for part in zip(*parts, strict=True)])
+        script_callbacks.cfg_denoised_callback(params)
+
+        rows = zip(x_out, weights, strict=False)
+        denoised = torch.stack(
+            [
+                plain + sum(weight * cond_scale * (row - plain) for row, weight in islice(rows, len(own)))
+                for plain, own in zip(x_out[-len(x) :], cond.batch, strict=True)
+            ]
+        )
+        if not is_over_timesteps and self.mask is not None:
+            denoised = denoised * self.nmask + self.init_latent * self.mask
+        self.sampler.last_latent = denoised
+        if is_over_timesteps:
+            alpha = sd_models.model_data.sd_model.alphas_cumprod[sigma.long()][:, None, None, None]
+            self.sampler.last_latent = (x - (1 - alpha).sqrt() * denoised) / alpha.sqrt()
+        self.step += 1
+        return denoised
 
 
-def visible_samplers():
-    """All samplers."""
-    return all_samplers
+@dataclass(frozen=True)
+class SamplerData:
+    """A sampler's function and what is to be known of it."""
+
+    function: Any
+    is_over_timesteps: bool = False
+    options: dict[str, bool] = field(default_factory=dict)
 
 
-def get_sampler_from_infotext(d: dict):
-    """The sampler that an infotext names, else the first."""
-    return d["Sampler"] if d.get("Sampler") in all_samplers_map else all_samplers[0].name
+all_samplers_map = {
+    "Euler": SamplerData(samplers.sample_euler),
+    "Euler a": SamplerData(samplers.sample_euler_ancestral),
+    "Heun": SamplerData(samplers.sample_heun, options={"second_order": True}),
+    "DPM++ 2M": SamplerData(samplers.sample_dpmpp_2m),
+    "DDIM": SamplerData(samplers.sample_ddim, is_over_timesteps=True),
+    "PLMS": SamplerData(samplers.sample_plms, is_over_timesteps=True),
+}
 
 
-def get_sampler_and_scheduler(sampler_name, scheduler_name, *, convert_automatic=True):
-    """(sampler, schedule type); like WebUI, it takes the first sampler for an unknown one."""
-    return sampler_name if sampler_name in all_samplers_map else all_samplers[0].name, scheduler_name
+class Sampler:
+    """One pass: what it is given, how far it is, and how it ends early."""
 
+    def __init__(self, p: Any) -> None:
+        self.config = all_samplers_map[p.sampler_name]
+        self.sampler_extra_args: dict[str, Any] = {}
+        self.last_latent: Tensor | None = None
+        self.model_wrap_cfg = CFGDenoiser(p, self)
 
-def fix_p_invalid_sampler_and_scheduler(p):
-    """Replaces an unknown sampler, and says so in the log."""
-    given, (p.sampler_name, p.scheduler) = p.sampler_name, get_sampler_and_scheduler(p.sampler_name, p.scheduler)
-    if given != p.sampler_name:
-        logging.warning('Sampler Scheduler autocorrection: "%s" -> "%s"', given, p.sampler_name)
+    def _schedule(self, steps: int) -> Tensor:
+        """Falling sigmas with a final 0, or rising timesteps: of these more than `steps`, where 1000 don't divide."""
+        if self.config.is_over_timesteps:
+            return (torch.arange(0, 1000, max(1000 // steps, 1), device=shared.device) + 1).clamp(0, 999)
+        return self.model_wrap_cfg.inner_model.get_sigmas(steps)
+
+    def sample(self, p: Any, x: Tensor, cond: Any, uncond: Tensor) -> Tensor:
+        """From noise of variance 1."""
+        schedule = self._schedule(p.steps)
+        return self._run(p, p.steps, x if self.config.is_over_timesteps else x * schedule[0], cond, uncond, schedule)
+
+    def sample_img2img(
+        self, p: Any, x: Tensor, noise: Tensor, cond: Any, uncond: Tensor, steps: int | None = None
+    ) -> Tensor:
+        """From a picture: only the schedule's end is walked; with `steps` so many of a longer one."""
+        strength = min(p.denoising_strength, 0.999)
+        steps, last = (int(steps / strength), steps - 1) if steps else (p.steps, int(strength * p.steps))
+        self.model_wrap_cfg.init_latent, schedule = x, self._schedule(steps)
+        if self.config.is_over_timesteps:
+            alpha = sd_models.model_data.sd_model.alphas_cumprod[schedule[last]]
+            noisy, schedule = x * alpha.sqrt() + noise * (1 - alpha).sqrt(), schedule[:last]
+        else:
+            schedule = schedule[steps - last - 1 :]
+            noisy = x + noise * schedule[0]
+        return self._run(p, last + 1, noisy, cond, uncond, schedule)
+
+    def _run(self, p: Any, steps: int, x: Tensor, cond: Any, uncond: Tensor, schedule: Tensor) -> Tensor:
+        """Runs the sampler; when interrupted, returns the picture so far."""
+        function, denoiser = self.config.function, self.model_wrap_cfg
+        denoiser.total_steps = steps * 2 if self.config.options.get("second_order") else steps
+        state.sampling_steps, state.sampling_step = steps, 0
+        known = {
+            "sigmas": schedule,
+            "timesteps": schedule,
+            "alphas_cumprod": sd_models.model_data.sd_model.alphas_cumprod,
+            "noise_sampler": p.rng.next,
+        }
+        given = {name: value for name, value in known.items() if name in inspect.signature(function).parameters}
+        self.sampler_extra_args = {"cond": cond, "uncond": uncond, "cond_scale": p.cfg_scale}
+        self.last_latent = x
+
+        def follow(done: dict[str, Any]) -> None:
+            state.sampling_step = done["i"]  # after the model ran: it lags
+
+        try:
+            return function(denoiser, x, extra_args=self.sampler_extra_args, callback=follow, **given)
+        except InterruptedException:
+            return self.last_latent

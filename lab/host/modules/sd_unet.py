@@ -1,74 +1,49 @@
-"""Stands in for `modules.sd_unet`: something else in the UNet's place, as TensorRT extensions put it there."""
+"""Stands in for `modules.sd_unet`: something else in the UNet's place, as TensorRT extensions put it there.
+
+Also what `modules.sd_hijack_unet` does: latents of odd sizes, which the bare UNet refuses.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from modules import script_callbacks, shared
+from ldm.modules.diffusionmodules import openaimodel
 
-unet_options: list[SdUnetOption] = []
-current_unet_option: SdUnetOption | None = None
-current_unet: SdUnet | None = None
-
-
-class SdUnetOption:
-    """What may stand in for the UNet: the checkpoint's name that it is for, and its own."""
-
-    model_name = label = None
-
-    def create_unet(self):
-        """Makes the `SdUnet`."""
-        raise NotImplementedError
+current_unet: torch.nn.Module | None = None
+"""Runs in place of every UNet, while there is one. WebUI makes it from an option that an extension lists."""
 
 
-class SdUnet(torch.nn.Module):
-    """Stands in for the UNet while it is active."""
+class _Torch:
+    """What the UNet's module sees as `th`: torch, but `cat` stretches the first of two tensors to the second's size.
 
-    def forward(self, x, timesteps, context, *args, **kwargs):
-        """Predicts the noise."""
-        raise NotImplementedError
+    The bare UNet halves 33 rows to 17 and doubles them to 34, which its skip connections don't fit.
+    """
 
-    def activate(self):
-        """Called when it takes over."""
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
-    def deactivate(self):
-        """Called when it hands back."""
-
-
-def list_unets() -> None:
-    """Asks the extensions for their UNets."""
-    unet_options[:] = script_callbacks.list_unets_callback()
+    def cat(self, tensors: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(tensors) == 2 and tensors[0].shape[-2:] != tensors[1].shape[-2:]:
+            first, second = tensors
+            tensors = torch.nn.functional.interpolate(first, second.shape[-2:], mode="nearest"), second
+        return torch.cat(tensors, *args, **kwargs)
 
 
-def get_unet_option(option=None):
-    """The option that the settings choose, None for the model's own UNet."""
-    option = option or shared.opts.sd_unet
-    if option == "Automatic":
-        name = shared.sd_model.sd_checkpoint_info.model_name
-        return next((o for o in unet_options if o.model_name == name), None)
-    return next((o for o in unet_options if o.label == option), None)
+_original_forward = openaimodel.UNetModel.forward
 
 
-def apply_unet(option=None) -> None:
-    """Puts the chosen option in the UNet's place, or takes it out."""
-    global current_unet, current_unet_option
-    chosen = get_unet_option(option)
-    if chosen is current_unet_option:
-        return
+def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     if current_unet is not None:
-        current_unet.deactivate()
-    current_unet_option, current_unet = chosen, None
-    if chosen is not None:
-        current_unet = chosen.create_unet()
-        current_unet.option = chosen
-        current_unet.activate()
+        return current_unet.forward(*args, **kwargs)
+    return _original_forward(self, *args, **kwargs)
 
 
-def create_unet_forward(original_forward):
-    """A `UNetModel.forward` that hands over to the active `SdUnet`, if there is one."""
+def hijack() -> None:
+    """Applies both to the UNet's code; `undo_hijack` takes them off."""
+    openaimodel.th, openaimodel.UNetModel.forward = _Torch(), _forward
 
-    def UNetModel_forward(self, x, timesteps=None, context=None, *args, **kwargs):
-        if current_unet is not None:
-            return current_unet.forward(x, timesteps, context, *args, **kwargs)
-        return original_forward(self, x, timesteps, context, *args, **kwargs)
 
-    return UNetModel_forward
+def undo_hijack() -> None:
+    """Gives the UNet's code back what it had."""
+    openaimodel.th, openaimodel.UNetModel.forward = torch, _original_forward

@@ -1,98 +1,71 @@
-"""Stands in for `modules.ui_components`: WebUI's own components."""
+"""Stands in for `modules.ui_components`, and for what WebUI changes in gradio 3.41.2.
+
+Its components take a `tooltip` and get a class `gradio-<kind>`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import gradio as gr
 
 
-class FormComponent:
-    """Goes into gradio's rounded forms."""
+def _with_tooltip(original_init: Callable) -> Callable:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.webui_tooltip = kwargs.pop("tooltip", None)
+        original_init(self, *args, **kwargs)
+        self.elem_classes = [f"gradio-{self.get_block_name()}", *(self.elem_classes or [])]
 
-    def get_expected_parent(self):
-        """The form."""
-        return gr.components.Form
-
-
-gr.Dropdown.get_expected_parent = FormComponent.get_expected_parent
+    return init
 
 
-class ToolButton(FormComponent, gr.Button):
+def _showing_tooltip(original_get_config: Callable) -> Callable:
+    return lambda self: {**original_get_config(self), "webui_tooltip": getattr(self, "webui_tooltip", None)}
+
+
+gr.components.IOComponent.__init__ = _with_tooltip(gr.components.IOComponent.__init__)
+gr.blocks.Block.get_config = _showing_tooltip(gr.blocks.Block.get_config)
+
+
+def _form(self: Any) -> type:
+    """What a component goes into that isn't in one: gradio's rounded form."""
+    return gr.components.Form
+
+
+gr.Dropdown.get_expected_parent = _form
+
+
+class ToolButton(gr.Button):
     """A small button, one symbol wide."""
 
-    def __init__(self, *args, **kwargs):
+    is_template = True  # to gradio what its base is
+    get_expected_parent = _form
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, elem_classes=["tool", *kwargs.pop("elem_classes", [])], **kwargs)
 
-    def get_block_name(self):
-        """Gradio's name for it."""
-        return "button"
 
-
-class ResizeHandleRow(gr.Row):
-    """A row whose columns the reader may drag; here a plain row."""
-
-    def get_block_name(self):
-        """Gradio's name for it."""
-        return "row"
-
-
-class FormRow(FormComponent, gr.Row):
+class FormRow(gr.Row):
     """A row inside a form."""
 
-    def get_block_name(self):
-        """Gradio's name for it."""
-        return "row"
-
-
-class FormColumn(FormComponent, gr.Column):
-    """A column inside a form."""
-
-    def get_block_name(self):
-        """Gradio's name for it."""
-        return "column"
-
-
-class FormGroup(FormComponent, gr.Group):
-    """A group inside a form."""
-
-    def get_block_name(self):
-        """Gradio's name for it."""
-        return "group"
-
-
-class FormHTML(FormComponent, gr.HTML):
-    """HTML inside a form."""
-
-    def get_block_name(self):
-        """Gradio's name for it."""
-        return "html"
+    is_template = True
+    get_expected_parent = _form
 
 
 class InputAccordion(gr.Checkbox):
     """A fold that is a toggle: a hidden checkbox, whose value it is, and an accordion that follows it."""
 
-    global_index = 0
+    is_template = True
 
-    def __init__(self, value, **kwargs):
-        self.accordion_id = kwargs.pop("elem_id", None)
-        if self.accordion_id is None:
-            self.accordion_id = f"input-accordion-{InputAccordion.global_index}"
-            InputAccordion.global_index += 1
-        super().__init__(value, **{**kwargs, "elem_id": f"{self.accordion_id}-checkbox", "visible": False})
-        self.change(None, _js=f"(checked) => inputAccordionChecked('{self.accordion_id}', checked)", inputs=[self])
-        settings = {"label": "Accordion", **kwargs, "elem_classes": ["input-accordion"], "open": value}
-        self.accordion = gr.Accordion(elem_id=self.accordion_id, **settings)
+    def __init__(self, value: bool, elem_id: str, **kwargs: Any) -> None:
+        super().__init__(value, **{**kwargs, "elem_id": f"{elem_id}-checkbox", "visible": False})
+        self.change(None, _js=f"(checked) => inputAccordionChecked('{elem_id}', checked)", inputs=[self])
+        self.accordion = gr.Accordion(elem_id=elem_id, elem_classes=["input-accordion"], open=value, **kwargs)
 
-    def extra(self):
-        """A place in the accordion's title line."""
-        return gr.Column(elem_id=f"{self.accordion_id}-extra", elem_classes="input-accordion-extra", min_width=0)
-
-    def __enter__(self):
+    def __enter__(self) -> InputAccordion:
         self.accordion.__enter__()
         return self
 
-    def __exit__(self, exc_type, exc_val, exc_tb):
-        self.accordion.__exit__(exc_type, exc_val, exc_tb)
-
-    def get_block_name(self):
-        """Gradio's name for it."""
-        return "checkbox"
+    def __exit__(self, *exc: object) -> None:
+        self.accordion.__exit__(*exc)

@@ -1,1 +1,0 @@
-onUiLoaded(() => gradioApp().setAttribute("data-recorder", "loaded"));

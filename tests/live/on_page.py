@@ -1,0 +1,128 @@
+"""What the tests that click on a page share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+PATIENCE_MS = 60_000
+sync_api.expect.set_options(timeout=PATIENCE_MS)
+expect = sync_api.expect
+
+TABS = ["txt2img", "img2img"]
+DEFAULTS = {
+    "ratio": 0.9375,
+    "late_ratio": 0.75,
+    "schedule": "linear",
+    "switch_at": 0.5,
+    "max_downsample": "1",
+    "min_tokens": 0,
+    "apply_to": "both passes",
+    "reuse_steps": 1,
+    "method": "keys",
+}
+OTHERS = {
+    "ratio": 0.4,
+    "late_ratio": 0.1,
+    "schedule": "step",
+    "switch_at": 0.3,
+    "max_downsample": "2",
+    "min_tokens": 256,
+    "apply_to": "first pass",
+    "reuse_steps": 3,
+    "method": "tokens",
+}
+"""For every field, a value that isn't its default."""
+
+
+class Panel:
+    """One tab's panel, as a person sees and uses it."""
+
+    def __init__(self, page: Any, tab: str = "txt2img") -> None:
+        self.page = page
+        self.tab = tab
+        self.root = self.element("enabled")
+        self.title = self.root.locator(".label-wrap")
+        self.switch = page.locator(f"#script_{tab}_tome_enabled-checkbox input")
+        """The hidden checkbox whose value is sent."""
+        self.preview = self.element("preview")
+        self.message = self.element("preset_message")
+        self.preset = self.element("preset").locator("input")
+
+    def element(self, name: str) -> Any:
+        """An element by its field's name; gradio gives the name of a piece of HTML to two, one in the other."""
+        return self.page.locator(f"#script_{self.tab}_tome_{name}").first
+
+    def unfold(self) -> Panel:
+        """Opens the fold, which switches merging on, unless it is open: the demo's is."""
+        if self.title.get_attribute("aria-expanded") != "true":
+            self.title.click(position={"x": 150, "y": 10})
+        expect(self.preview).to_be_visible()
+        return self
+
+    def number(self, name: str) -> Any:
+        """A slider's number."""
+        return self.element(name).locator("input[type=number]")
+
+    def set(self, **values: Any) -> Panel:
+        """Sets fields; the schedule and other choices first, since they show and hide the numbers."""
+        for name, value in sorted(values.items(), key=lambda item: not isinstance(item[1], str)):
+            if isinstance(value, str):
+                self.element(name).get_by_text(value, exact=True).click()
+            else:
+                self.number(name).fill(str(value))
+                self.number(name).blur()
+        return self
+
+    def expect(self, values: dict[str, Any]) -> None:
+        """Waits until the fields have these values, whether they are shown or not."""
+        for name, value in values.items():
+            if isinstance(value, str):
+                expect(self.element(name).locator("label.selected")).to_have_text(value)
+            else:
+                expect(self.number(name)).to_have_value(f"{value:g}")
+
+    def press(self, button: str, says: str) -> Panel:
+        """Presses one of the buttons beside the preset's name, and waits until the panel says so."""
+        self.element(f"preset_{button}").click()
+        expect(self.message).to_contain_text(says)
+        return self
+
+    def save(self, name: str, says: str = "Saved") -> Panel:
+        """Saves the settings under a name."""
+        self.name_preset(name)
+        return self.press("save", says)
+
+    def name_preset(self, name: str) -> None:
+        """Writes a name into the preset field."""
+        self.preset.fill(name)
+        self.preset.press("End")  # gradio takes a text over when a key is let go
+        self.preset.blur()
+
+
+def go_to(page: Any, tab: str) -> None:
+    page.locator("#tabs > .tab-nav > button").get_by_text(tab, exact=True).click()
+
+
+def choose(dropdown: Any, option: str) -> None:
+    dropdown.locator("input").click()
+    dropdown.locator("ul.options").get_by_label(option, exact=True).click()
+
+
+def options_of(dropdown: Any) -> list[str]:
+    dropdown.locator("input").click()
+    options = dropdown.locator("ul.options li")
+    options.first.wait_for()
+    names = [option.get_attribute("aria-label") for option in options.all()]
+    dropdown.locator("input").blur()
+    return names
+
+
+def set_tab(page: Any, tab: str = "txt2img", **values: Any) -> None:
+    """Sets numbers of the tab's own, such as its width."""
+    for name, value in values.items():
+        number = page.locator(f"#{tab}_{name} input[type=number]").first
+        number.fill(str(value))
+        number.blur()

@@ -1,0 +1,104 @@
+"""The demo's page in headless Chromium."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import URL
+from on_page import expect, set_tab
+
+pytestmark = pytest.mark.skipif(bool(URL), reason="WEBUI_URL names a WebUI, and this is the demo's page")
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """The page, loaded. It must ask no other server for anything, and report no error."""
+    page = browser.new_page(viewport={"width": 1200, "height": 1000})
+    page.set_default_timeout(60_000)
+    complaints = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else complaints.append(r.url))
+    page.goto(address)
+    page.wait_for_selector("#script_txt2img_tome_enabled-visible-checkbox")
+    yield page
+    page.close()
+    assert complaints == []
+
+
+def value(page: Any, name: str) -> str:
+    return page.locator(f"#txt2img_{name}").locator("textarea, input:not([type=range])").first.input_value()
+
+
+def generate(page: Any, says: str, **values: Any) -> str:
+    """Presses Generate, and waits until this stands under the pictures; gives all that does."""
+    set_tab(page, **{"steps": 2, **values})
+    page.click("#txt2img_generate")
+    expect(page.locator("#html_info_txt2img").first).to_contain_text(says)
+    return page.inner_text("#html_info_txt2img >> nth=0")
+
+
+def labels(page: Any) -> list[str]:
+    """What the pictures are called."""
+    page.wait_for_selector("#txt2img_gallery img")
+    return [label.inner_text() for label in page.locator("#txt2img_gallery .caption-label").all()]
+
+
+def test_the_page_starts_with_what_the_model_is_made_for_and_the_panel_on(page, panel):
+    controls = ["prompt", "sampling", "steps", "width", "height", "cfg_scale", "seed"]
+    assert [value(page, name) for name in controls] == ["cat face", "Euler", "20", "32", "32", "3", "1"]
+    expect(panel.switch).to_be_checked()
+    expect(panel.title).to_contain_text("ToMe: 94 % → 75 % of keys, level 1")
+    expect(panel.number("map_step")).to_have_value("10")
+    width = page.locator("#txt2img_width input[type=number]")
+    assert [width.get_attribute(name) for name in ("min", "max", "step")] == ["16", "96", "8"]
+
+
+def test_generate_shows_progress_both_pictures_their_difference_the_map_and_the_times(page, panel):
+    # Enough steps for the bar to be seen.
+    set_tab(page, steps=50)
+    page.click("#txt2img_generate")
+    expect(page.locator("#results")).to_contain_text(re.compile(r"\d+/100 steps"))
+    said = page.locator("#html_info_txt2img").first
+    expect(said).to_contain_text("50 of 50 steps")
+    expect(said).to_contain_text("merge map of step 10, layer 1")
+    expect(said).to_contain_text("Seed: 1, Size: 32x32")
+    times, rest = labels(page)[:2], labels(page)[2:]
+    assert [re.sub(r"\d+\.\d\d", "0.00", time) for time in times] == ["without merging: 0.00 s", "with merging: 0.00 s"]
+    assert rest == ["difference, 10 times", "merge map"]
+    sides = page.locator("#txt2img_gallery img").first.evaluate("image => [image.naturalWidth, image.naturalHeight]")
+    assert sides == [256, 256]
+    expect(panel.preview).to_contain_text("Last: 3 of 10")
+
+
+def test_with_the_panel_off_one_picture_is_made(page):
+    page.click("#script_txt2img_tome_enabled-visible-checkbox")
+    assert "ToMe" not in generate(page, "Seed: 7", seed=7)
+    page.wait_for_selector("#txt2img_gallery img")
+    assert page.locator("#txt2img_gallery .thumbnail-lg").count() == 1
+
+
+@pytest.mark.parametrize("seed", [-1, ""])
+def test_any_seed(page, seed):
+    assert "Seed: -1" not in generate(page, "Seed: ", seed=seed)
+
+
+def test_unknown_words_are_said_under_the_prompt_at_once(page):
+    words, prompt = page.locator("#demo_words").first, page.locator("#txt2img_prompt textarea, #txt2img_prompt input")
+    prompt.fill("qwxyz cat <b>")
+    expect(words).to_contain_text("The model does not know: qwxyz, b.")
+    prompt.fill("cat")
+    expect(words).not_to_contain_text("does not know")
+    words.locator("summary").click()
+    expect(words.locator("details p")).to_contain_text("cat")
+
+
+def test_on_a_narrow_window_nothing_is_cut_off_and_the_pictures_come_first(page):
+    page.set_viewport_size({"width": 400, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    results, settings = (page.locator(f"#{name}").bounding_box() for name in ("results", "settings"))
+    assert results["y"] < settings["y"]
+    assert results["x"] >= 0 and results["x"] + results["width"] <= 400

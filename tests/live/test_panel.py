@@ -1,0 +1,246 @@
+"""The panel, as a person sees and uses it: in the WebUI that WEBUI_URL names, or else on the demo's page.
+
+Run against a WebUI of one's own, these tests leave it as it was: presets that they save have names of their own and are
+deleted again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from on_page import DEFAULTS, OTHERS, TABS, Panel, choose, expect, options_of, set_tab
+
+
+@pytest.mark.parametrize("tab", TABS, indirect=True)
+def test_the_title_says_what_is_set_and_the_preview_what_will_happen(page, tab):
+    panel = Panel(page, tab).unfold()
+    expect(panel.title).to_contain_text("ToMe: 94 % → 75 % of keys, level 1")
+    expect(panel.preview).to_contain_text("self-attention layers")
+    panel.set(ratio=0.25)
+    expect(panel.title).to_contain_text("ToMe: 25 % → 75 % of keys, level 1")
+    panel.set(schedule="constant")
+    expect(panel.title).to_contain_text("ToMe: 25 % of keys, level 1")
+
+
+@pytest.mark.parametrize("tab", TABS, indirect=True)
+def test_the_preview_follows_the_tabs_size_and_steps(side, page, tab):
+    panel = Panel(page, tab).unfold()
+    for steps in (7, 11):
+        set_tab(page, tab, steps=steps)
+        expect(panel.preview.locator("rect")).to_have_count(steps)
+    line = panel.preview.locator("p").first
+    expect(line).to_contain_text("keys each")
+    before = line.inner_text()
+    set_tab(page, tab, width=3 * side, height=side)
+    expect(line).not_to_have_text(before)
+    tokens = int(re.search(r"(\d+) →", line.inner_text())[1]) // 3
+    for width, height in ((2, 1), (2, 2), (1, 3), (1, 1)):
+        set_tab(page, tab, width=width * side, height=height * side)
+        expect(line).to_contain_text(f" {tokens * width * height} → ")
+
+
+def test_folding_the_panel_switches_merging_off_and_the_title_says_so(panel):
+    expect(panel.switch).to_be_checked()
+    panel.title.click(position={"x": 150, "y": 10})
+    expect(panel.title).not_to_contain_text("%")
+    expect(panel.switch).not_to_be_checked()
+
+
+def test_controls_without_effect_are_hidden(panel):
+    late_ratio, switch_at = panel.element("late_ratio"), panel.element("switch_at")
+    for schedule, shown in (("constant", ()), ("linear", (late_ratio,)), ("step", (late_ratio, switch_at))):
+        panel.set(schedule=schedule)
+        for control in (late_ratio, switch_at):
+            expect(control).to_be_visible(visible=control in shown)
+
+
+def test_help_is_shown_on_hover(panel):
+    for name in (*DEFAULTS, *(f"preset_{button}" for button in ("save", "delete", "reload", "export", "import"))):
+        expect(panel.element(name)).to_have_attribute("title", re.compile(r"\w+ \w+"))
+
+
+def test_no_server_call_while_a_slider_is_moving(panel):
+    calls = []
+    expect(panel.title).to_contain_text("94 %")
+    panel.page.on("request", lambda request: calls.append(request.url) if request.method == "POST" else None)
+    box = panel.element("ratio").locator("input[type=range]").bounding_box()
+    panel.page.mouse.move(box["x"] + box["width"] * 0.66, box["y"] + box["height"] / 2)
+    panel.page.mouse.down()
+    for part in (0.6, 0.5, 0.4, 0.3, 0.2):
+        panel.page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] / 2)
+        panel.page.wait_for_timeout(300)  # Longer than the script waits for the next move.
+    assert calls == []
+    panel.page.mouse.up()
+    expect(panel.title).to_contain_text(re.compile(r"ToMe: 1\d %"))
+    panel.page.mouse.click(1, 1)
+    panel.page.wait_for_timeout(600)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_choosing_a_preset_sets_the_fields_and_leaves_the_switch(panel, on):
+    if not on:
+        checkbox = panel.title.locator("input")
+        if not checkbox.count():
+            pytest.skip("this WebUI's fold is its switch: unfolded is on")
+        checkbox.click()
+    choose(panel.element("preset"), "Fast")
+    panel.expect({"ratio": 0.75, "late_ratio": 0.6, "schedule": "linear", "max_downsample": "2", "method": "tokens"})
+    expect(panel.element("late_ratio")).to_be_visible()
+    expect(panel.message).to_contain_text("For drafts")
+    if on:
+        expect(panel.title).to_contain_text("ToMe: 75 % → 60 % of tokens, level 2")
+    expect(panel.switch).to_be_checked(checked=on)
+    choose(panel.element("preset"), "Hires only")
+    panel.expect({**DEFAULTS, "apply_to": "hires pass"})
+    if on:
+        expect(panel.preview).to_contain_text("hires pass only")
+
+
+@pytest.mark.parametrize("text", ["{}", "<img src=x onerror=\"document.title='run'\"> {}", "🐈 {}", "../../{}"])
+def test_a_preset_is_saved_found_again_and_deleted(names_of_presets, open_page, own_name, text):
+    name = text.format(own_name)
+    page = open_page()
+    panel = Panel(page).unfold().set(**OTHERS).save(name)
+    expect(panel.message).to_contain_text(name.replace("'", "\\'"))
+    assert name in names_of_presets()
+
+    page.close()
+    panel = Panel(open_page()).unfold()
+    panel.expect(DEFAULTS)
+    choose(panel.element("preset"), name)
+    panel.expect(OTHERS)
+    expect(panel.preset).to_have_value(name)
+
+    panel.press("delete", "Deleted")
+    assert name not in options_of(panel.element("preset"))
+    assert name not in names_of_presets()
+    assert "run" not in panel.page.title()
+    assert panel.page.locator("img[src=x]").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("", "must not be empty"), ("x" * 300, "up to 100 characters"), ("quality", "'Quality' is a built-in preset")],
+)
+def test_a_name_that_no_preset_can_have_is_refused(names_of_presets, panel, name, words):
+    before = names_of_presets()
+    panel.save(name, says=words)
+    assert names_of_presets() == before
+
+
+def test_presets_are_exported_and_imported(names_of_presets, panel, own_name, tmp_path):
+    panel.set(**OTHERS).save(own_name).press("export", "in the file below")
+    link = panel.element("preset_file").locator("a[href]").first
+    with panel.page.expect_download() as download:
+        link.click()
+    file = Path(tmp_path, "presets.json")
+    download.value.save_as(file)
+    exported = json.loads(file.read_text(encoding="utf-8"))
+    assert exported["presets"][own_name]["ratio"] == OTHERS["ratio"]
+    exported["presets"] = {own_name: exported["presets"][own_name]}
+    file.write_text(json.dumps(exported), encoding="utf-8")
+
+    panel.press("delete", "Deleted")
+    assert own_name not in names_of_presets()
+    upload(panel, file)
+    expect(panel.message).to_contain_text(f"Imported: {own_name}")
+    assert own_name in names_of_presets()
+    panel.set(ratio=0.1, schedule="constant")
+    choose(panel.element("preset"), own_name)
+    panel.expect(OTHERS)
+
+    file.write_text("{", encoding="utf-8")
+    upload(panel, file)
+    expect(panel.message).to_contain_text("the import is damaged")
+
+
+def upload(panel: Panel, file: Path) -> None:
+    with panel.page.expect_file_chooser() as chooser:
+        panel.element("preset_import").click()
+    chooser.value.set_files(file)
+
+
+CONTRASTS = """panel => {
+    const channels = colour => colour.match(/[\\d.]+/g).map(Number);
+    const background = element => {
+        for (; element; element = element.parentElement) {
+            const colour = channels(getComputedStyle(element).backgroundColor);
+            if (colour.length === 3 || colour[3] === 1) return colour;
+        }
+        return [255, 255, 255];
+    };
+    const luminance = colour => colour.slice(0, 3).map(c => c / 255)
+        .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const opacity = element => element ? Number(getComputedStyle(element).opacity) * opacity(element.parentElement) : 1;
+    const texts = [".label-wrap", ".tome-preview p", ".tome-message", "label > span", "[data-testid=block-info]"];
+    return texts.flatMap(selector => [...panel.querySelectorAll(selector)]).filter(e => e.offsetParent).map(element => {
+        const behind = background(element), share = opacity(element);
+        const text = channels(getComputedStyle(element).color).map((c, i) => c * share + behind[i] * (1 - share));
+        const [light, dark] = [luminance(text), luminance(behind)].sort((a, b) => b - a);
+        return [element.textContent.trim(), (light + 0.05) / (dark + 0.05)];
+    });
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_word_can_be_read_in_both_themes(open_page, theme):
+    page = open_page(f"?__theme={theme}")
+    assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    panel = Panel(page).unfold().set(schedule="step")
+    expect(panel.title).to_contain_text("75 %")
+    contrasts = panel.root.evaluate(CONTRASTS)
+    assert len(contrasts) > len(DEFAULTS)
+    assert {text: contrast for text, contrast in contrasts if contrast < 4} == {}
+
+
+OVERHANGING = """panel => {
+    const right = panel.getBoundingClientRect().right + 0.5;
+    return [...panel.querySelectorAll("*")].filter(element => element.offsetParent)
+        .filter(element => element.getBoundingClientRect().right > right)
+        .map(element => element.outerHTML.slice(0, 100));
+}"""
+
+
+def test_nothing_hangs_over_in_a_narrow_window(open_page):
+    page = open_page(width=400)
+    panel = Panel(page).unfold().set(schedule="step")
+    expect(panel.title).to_contain_text("75 %")
+    assert panel.root.bounding_box()["width"] <= 400
+    assert panel.root.evaluate(OVERHANGING) == []
+
+
+def test_the_keyboard_alone_is_enough(page):
+    panel = Panel(page)
+
+    def tab_to(locator: Any) -> None:
+        for _ in range(40):
+            if locator.evaluate("element => element === document.activeElement"):
+                return
+            page.keyboard.press("Tab")
+        pytest.fail(f"Tab doesn't reach {locator}")
+
+    page.locator("#txt2img_seed input, #script_txt2img_seed_seed input, #seed input").first.focus()
+    tab_to(panel.title)
+    page.keyboard.press("Enter")
+    expect(panel.switch).to_be_checked()
+    expect(panel.preview).to_be_visible()
+    checkbox = panel.title.locator("input")
+    switch = checkbox if checkbox.count() else panel.title
+    tab_to(switch)
+    page.keyboard.press("Space")
+    expect(panel.switch).not_to_be_checked()
+    page.keyboard.press("Space")
+    expect(panel.switch).to_be_checked()
+    tab_to(panel.element("ratio").locator("input[type=range]"))
+    page.keyboard.press("ArrowLeft")
+    panel.expect({"ratio": 0.925})
+    expect(panel.title).to_contain_text("ToMe: 92 %")
+    tab_to(panel.element("schedule").locator("input[type=radio]:checked"))
+    page.keyboard.press("ArrowRight")
+    panel.expect({"schedule": "step"})

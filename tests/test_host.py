@@ -1,0 +1,317 @@
+"""The stand-in for WebUI: the order of a generation's callbacks, also where it fails, and which model each step has."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from copy import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from lab.demo.model import TinyModel
+from lab.host import Host
+
+BEFORE = ["setup", "before_process", "process"]
+BATCH = ["before_process_batch", "process_batch", "process_before_every_sampling", "denoiser", "denoiser"]
+DECODED = ["post_sample", "postprocess_batch", "postprocess_batch_list"]
+AFTER = [*DECODED, "postprocess_image", "postprocess"]
+REQUEST = {"prompt": "cat", "steps": 2, "width": 16, "height": 16, "seed": 1}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def small_model(seed: int = 0, **shape: Any) -> TinyModel:
+    """Two levels, both with attention; an evaluation of 16×16 takes a few milliseconds."""
+    return TinyModel.random(seed, model_channels=32, channel_mult=[1, 1], **shape)
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    """The host without an extension, with two checkpoints of one architecture and one of another."""
+    shapes = {"base": {}, "twin": {"seed": 1}, "other": {"num_res_blocks": 2}}
+    with Host({name: functools.partial(small_model, **shape) for name, shape in shapes.items()}, []) as host:
+        yield host
+
+
+@pytest.fixture
+def recorded(host: Host) -> Iterator[SimpleNamespace]:
+    """What scripts were called for, what each call of the denoiser saw, and what is to be done in which callback."""
+    from modules import script_callbacks, scripts, sd_models, shared
+
+    shared.opts.reset()
+    seen = SimpleNamespace(events=[], steps=[], sizes=[], models=[], actions={})
+
+    def note(name: str, *args: Any, **_: Any) -> None:
+        seen.events.append(name)
+        if name in seen.actions:
+            seen.actions[name](*args)
+
+    def denoiser(params: Any) -> None:
+        seen.steps.append((params.denoiser.step, params.denoiser.total_steps, params.sampling_step))
+        seen.sizes.append(tuple(params.x.shape[2:]))
+        seen.models.append(sd_models.model_data.sd_model)
+        note("denoiser", params)
+
+    script = SimpleNamespace(filename="recorder.py", args_from=0, args_to=0)
+    vars(script).update({name: functools.partial(note, name) for name in {*BEFORE, *BATCH, *AFTER, "before_hr"}})
+    runners = scripts.scripts_txt2img, scripts.scripts_img2img
+    for runner in runners:
+        runner.alwayson_scripts.append(script)
+    script_callbacks.on_cfg_denoiser(denoiser)
+    yield seen
+    script_callbacks.remove_callbacks_for_function(denoiser)
+    for runner in runners:
+        runner.alwayson_scripts.remove(script)
+
+
+@pytest.fixture
+def generate(host: Host, recorded: SimpleNamespace) -> Callable[..., Any]:
+    """Makes something small; what was noted before is forgotten."""
+    from modules import processing
+
+    def run(tab: str = "txt2img", **fields: Any) -> Any:
+        for notes in (recorded.events, recorded.steps, recorded.sizes, recorded.models):
+            notes.clear()
+        return processing.process_images(host.make_p(None, tab, **{**REQUEST, **fields}))
+
+    return run
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise ValueError("on purpose")
+
+
+def end(how: str) -> Callable[..., None]:
+    """Presses Interrupt or Skip."""
+    from modules import shared
+
+    return lambda *_: getattr(shared.state, how)()
+
+
+def largest_difference(one: Image.Image, other: Image.Image) -> int:
+    """Over all pixels and channels, from 0 to 255."""
+    return max(high for _, high in ImageChops.difference(one, other).getextrema())
+
+
+def test_one_picture(generate, recorded):
+    processed = generate()
+    assert recorded.events == BEFORE + BATCH + AFTER
+    assert processed.images[0].size == (16, 16)
+    assert processed.images[0].info["parameters"] == processed.infotexts[0]
+
+
+def test_batches(generate, recorded):
+    processed = generate(n_iter=2, batch_size=2)
+    assert recorded.events == BEFORE + 2 * (BATCH + DECODED + 2 * ["postprocess_image"]) + ["postprocess"]
+    assert [text.split("Seed: ")[1][0] for text in processed.infotexts[1:]] == list("1234")
+    alone = generate(seed=4)
+    assert largest_difference(alone.images[0], processed.images[4]) <= 1, "a picture is the same in any batch"
+
+
+def test_hires_fix(generate, recorded):
+    processed = generate(enable_hr=True, hr_second_pass_steps=3, denoising_strength=0.5)
+    second = ["before_hr", "process_before_every_sampling", *["denoiser"] * 3]
+    assert recorded.events == BEFORE + BATCH + second + AFTER
+    assert [step[:2] for step in recorded.steps] == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    assert recorded.sizes == [(16, 16)] * 2 + [(32, 32)] * 3
+    assert processed.images[0].size == (32, 32)
+    generate(enable_hr=True, firstpass_image=Image.new("RGB", (16, 16)))
+    assert recorded.sizes == [(32, 32)] * 2, "the Upscale button has no first pass"
+
+
+def test_img2img_walks_the_schedules_end(generate, recorded):
+    generate("img2img", init_images=[Image.new("RGB", (16, 16), "red")], denoising_strength=0.5, steps=6)
+    assert recorded.steps == [(0, 4, 0), (1, 4, 0), (2, 4, 1), (3, 4, 2)]
+
+
+@pytest.mark.parametrize("sampler_name", ["Euler", "DDIM"])
+def test_what_is_not_masked_stays(generate, sampler_name):
+    picture, mask = generate().images[0], Image.new("L", (16, 16))
+    mask.paste(255, (8, 0, 16, 16))
+    fields = {"image_mask": mask, "sampler_name": sampler_name, "denoising_strength": 1.0, "steps": 4, "seed": 5}
+    made = generate("img2img", init_images=[picture], **fields).images[0]
+    kept, changed = ((0, 0, 8, 16), (8, 0, 16, 16))
+    assert largest_difference(picture.crop(kept), made.crop(kept)) <= 1
+    assert picture.crop(changed).tobytes() != made.crop(changed).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("sampler_name", "steps", "expected"),
+    [
+        ("Euler a", 3, [(0, 3, 0), (1, 3, 0), (2, 3, 1)]),
+        ("Heun", 3, [(0, 6, 0), (1, 6, 0), (2, 6, 0), (3, 6, 1), (4, 6, 1)]),
+        ("DPM++ 2M", 3, [(0, 3, 0), (1, 3, 0), (2, 3, 1)]),
+        ("DDIM", 4, [(0, 4, 0), (1, 4, 0), (2, 4, 1)]),
+        ("PLMS", 3, [(0, 3, 0), (1, 3, 0), (2, 3, 0), (3, 3, 1)]),
+    ],
+)
+def test_the_denoiser_counts_evaluations_and_the_state_lags(generate, recorded, sampler_name, steps, expected):
+    generate(sampler_name=sampler_name, steps=steps)
+    assert recorded.steps == expected
+
+
+# The failing paths
+
+
+def test_a_scripts_exception_is_reported_and_the_picture_made(generate, recorded, capsys):
+    recorded.actions.update({name: fail for name in ("process", "process_batch", "denoiser", "postprocess")})
+    assert generate().images
+    assert recorded.events == BEFORE + BATCH + AFTER
+    assert capsys.readouterr().err.count("ValueError: on purpose") == 5
+
+
+@pytest.mark.parametrize("sampler_name", ["Euler", "PLMS"])
+def test_an_exception_in_sampling_ends_it_without_postprocess(host, generate, recorded, sampler_name):
+    from modules import shared
+
+    handle = host.sd_model.model.diffusion_model.register_forward_hook(fail)
+    with pytest.raises(ValueError, match="on purpose"):
+        generate(sampler_name=sampler_name, override_settings={"batch_cond_uncond": False})
+    handle.remove()
+    assert recorded.events == BEFORE + BATCH[:4]
+    assert shared.opts.batch_cond_uncond is True
+
+
+def test_nans_end_it(host, generate, recorded):
+    from modules import devices
+
+    handle = host.sd_model.model.diffusion_model.register_forward_hook(lambda m, a, out: out * float("nan"))
+    with pytest.raises(devices.NansException):
+        generate()
+    handle.remove()
+    assert recorded.events == BEFORE + BATCH + ["post_sample"]
+
+
+def test_interrupted_and_skipped(generate, recorded):
+    recorded.actions["denoiser"] = end("interrupt")
+    assert len(generate(n_iter=2, enable_hr=True).images) == 1
+    assert recorded.events == BEFORE + BATCH[:4] + AFTER
+    recorded.actions["denoiser"] = end("skip")
+    assert len(generate(n_iter=2).images) == 3
+    assert recorded.events == BEFORE + 2 * (BATCH[:4] + AFTER[:-1]) + ["postprocess"]
+    generate(enable_hr=True)
+    between = ["before_hr", "process_before_every_sampling"]
+    assert recorded.events == BEFORE + BATCH[:4] + between + AFTER, "the second pass begins, and ends at once"
+
+
+def test_a_script_may_wrap_sample_on_the_instance(generate, recorded):
+    def wrap(p):
+        before = p.sample
+
+        def sample(*args, **kwargs):
+            recorded.events.append("begins")
+            try:
+                return before(*args, **kwargs)
+            finally:
+                del p.sample
+                recorded.events.append("ends")
+
+        p.sample = sample
+
+    recorded.actions["process_batch"] = wrap
+    generate(n_iter=2)
+    between = [*BATCH[:2], "begins", *BATCH[2:], "ends"]
+    assert recorded.events == BEFORE + 2 * (between + AFTER[:-1]) + ["postprocess"]
+
+
+def test_a_generation_inside_another(host, generate, recorded):
+    from modules import processing
+
+    expected = generate().images[0].tobytes()
+
+    def nest(_):
+        del recorded.actions["denoiser"]
+        processing.process_images(host.make_p(**{**REQUEST, "seed": 5}))
+
+    recorded.actions["denoiser"] = nest
+    assert generate().images[0].tobytes() == expected
+    assert recorded.events == BEFORE + BATCH[:4] + (BEFORE + BATCH + AFTER) + BATCH[4:] + AFTER
+    assert [step[0] for step in recorded.steps] == [0, 0, 1, 1]
+
+
+def test_copies_of_p_share_its_dicts_and_have_no_setup(host, recorded):
+    from modules import processing
+
+    seen = []
+    recorded.actions["before_process"] = lambda p: seen.append(dict(p.extra_generation_params))
+    recorded.actions["process"] = lambda p: p.extra_generation_params.update({"Left over": 1})
+    p = host.make_p(**REQUEST)
+    for _ in range(2):
+        processing.process_images(copy(p))
+    assert seen == [{}, {"Left over": 1}]
+    assert recorded.events.count("setup") == 1
+
+
+# Which model
+
+
+def test_refiner_swaps_the_model_between_two_steps(host, generate, recorded):
+    from modules import shared
+
+    for refiner, same_module in [("twin", True), ("other", False)]:
+        processed = generate(refiner_checkpoint=refiner, refiner_switch_at=0.5, steps=4, n_iter=2)
+        first, *_, last = recorded.models
+        assert recorded.models == [first] * 2 + recorded.models[2:4] + [recorded.models[4]] * 2 + [last] * 2
+        assert (recorded.models[1] is recorded.models[2]) == same_module
+        assert f"Refiner: {refiner}" in processed.infotexts[0]
+        assert host.sd_model.sd_checkpoint_info.model_name == refiner
+    assert next(first.parameters()).device.type == "meta", "a replaced model of another shape is thrown away"
+    shared.opts.sd_checkpoints_limit = 2
+    generate(refiner_checkpoint="twin", refiner_switch_at=0.5, steps=4)
+    kept = recorded.models[0]
+    assert recorded.models[1] is not recorded.models[2]
+    generate()
+    assert recorded.models == [kept] * 2, "the first one stayed in memory"
+
+
+def test_hires_fix_with_a_checkpoint_of_its_own(host, generate, recorded):
+    names = []
+    recorded.actions["denoiser"] = lambda _: names.append(host.sd_model.sd_checkpoint_info.model_name)
+    generate(enable_hr=True, hr_checkpoint_name="twin")
+    generate()
+    assert names == ["base"] * 2 + ["twin"] * 2 + ["base"] * 2
+
+
+def test_the_halves_of_guidance_in_one_call_or_in_two(host, generate):
+    sizes = []
+    unet = host.sd_model.model.diffusion_model
+    handle = unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    together = generate(batch_size=2)
+    apart = generate(batch_size=2, override_settings={"batch_cond_uncond": False})
+    generate(batch_size=2, prompt="cat AND apple :0.5")
+    handle.remove()
+    assert sizes == [4] * 2 + [2] * 4 + [6] * 2
+    assert largest_difference(together.images[1], apart.images[1]) <= 1
+
+
+@pytest.mark.parametrize("size", [(17, 33), (8, 8), (31, 9)])
+def test_odd_sizes(generate, size):
+    assert generate(width=size[0], height=size[1]).images[0].size == size
+
+
+def test_another_unet_and_webuis_own_token_merging(host, generate, recorded, monkeypatch):
+    pytest.importorskip("tomesd")
+    from modules import sd_unet
+
+    before, classes = generate().images[0].tobytes(), []
+    blocks = [module for module in host.sd_model.modules() if hasattr(module, "attn1")]
+    recorded.actions["denoiser"] = lambda _: classes.append({type(block).__name__ for block in blocks})
+    assert "Token merging ratio: 0.5" in generate(override_settings={"token_merging_ratio": 0.5}).infotexts[0]
+    assert generate().images[0].tobytes() == before
+    assert classes == [{"ToMeBlock"}] * 2 + [{"BasicTransformerBlock"}] * 2
+    monkeypatch.setattr(sd_unet, "current_unet", SimpleNamespace(forward=lambda x, *_, **__: torch.zeros_like(x)))
+    assert generate().images[0].tobytes() != before
+
+
+def test_refuses_where_webui_is(tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "__init__.py").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport modules\nfrom lab.host import Host\nHost({{}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "RuntimeError: the host stands in for WebUI's package `modules`" in done.stderr
