@@ -92,4 +92,4 @@ def test_the_requests_of_the_documentation(start, make):
     assert len(arguments) == 3
     for tome in arguments:
         assert make(tome, steps=1).extra_generation_params["ToMe late ratio"] == 0.3
-    assert sorted(re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", readme)) == sorted(ROUTES)
+    assert sorted(re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", page)) == sorted(ROUTES)
