@@ -109,8 +109,9 @@ def test_a_preset_is_saved_found_again_and_deleted(names_of_presets, open_page, 
     expect(panel.message).to_contain_text(name.replace("'", "\\'"))
     assert name in names_of_presets()
 
-    page.close()
-    panel = Panel(open_page()).unfold()
+    page.reload(wait_until="networkidle")  # the names of presets are there
+    page.locator("#script_txt2img_tome_enabled .label-wrap[aria-expanded]").wait_for()
+    panel.unfold()
     panel.expect(DEFAULTS)
     choose(panel.element("preset"), name)
     panel.expect(OTHERS)
@@ -119,8 +120,8 @@ def test_a_preset_is_saved_found_again_and_deleted(names_of_presets, open_page, 
     panel.press("delete", "Deleted")
     assert name not in options_of(panel.element("preset"))
     assert name not in names_of_presets()
-    assert "run" not in panel.page.title()
-    assert panel.page.locator("img[src=x]").count() == 0
+    assert "run" not in page.title()
+    assert page.locator("img[src=x]").count() == 0
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,9 @@ def test_the_keyboard_alone_is_enough(page):
             page.keyboard.press("Tab")
         pytest.fail(f"Tab doesn't reach {locator}")
 
+    if panel.switch.is_checked():  # the demo's
+        panel.title.click(position={"x": 150, "y": 10})
+        expect(panel.switch).not_to_be_checked()
     page.locator("#txt2img_seed input, #script_txt2img_seed_seed input, #seed input").first.focus()
     tab_to(panel.title)
     page.keyboard.press("Enter")
