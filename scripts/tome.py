@@ -18,6 +18,9 @@ PACKAGE = f"tomesd_core_{hashlib.sha256(os.fsencode(EXTENSION)).hexdigest()[:12]
 extensions and installed packages may have a `tomesd_core` too, and each goes on using its own."""
 
 
+MODULES = ["axes", "generation", "infotext", "log", "maps", "namesakes", "options", "panel", "routes", "sampling"]
+
+
 def _import_package() -> None:
     """Imports the package; where its files have changed, as they are now.
 
@@ -47,15 +50,22 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-_import_package()
-PANEL_FIELDS = _module("settings").PANEL_FIELDS
-axes, generation, infotext, log, maps, namesakes, options, panel, routes, sampling = (
-    _module(f"webui.{name}")
-    for name in ("axes", "generation", "infotext", "log", "maps", "namesakes", "options", "panel", "routes", "sampling")
-)
-
-log.set_up()
-options.apply_log_level()
+try:
+    _import_package()
+    PANEL_FIELDS = _module("settings").PANEL_FIELDS
+    axes, generation, infotext, log, maps, namesakes, options, panel, routes, sampling = (
+        _module(f"webui.{name}") for name in MODULES
+    )
+    log.set_up()
+    options.apply_log_level()
+except Exception as error:
+    # WebUI shows the traceback and goes on without this script.
+    print(
+        f"ToMe: it can't be loaded here ({type(error).__name__}: {error}) and merges nothing; everything else goes on. "
+        "Update WebUI and this extension; report this if it stays:",
+        file=sys.stderr,
+    )
+    raise
 
 
 class ToMe(scripts.Script):
@@ -88,9 +98,9 @@ class ToMe(scripts.Script):
 
 # "Reload custom script bodies" executes this file again without clearing the callbacks.
 script_callbacks.remove_current_script_callbacks()
-script_callbacks.on_before_ui(axes.add_axes)
-script_callbacks.on_ui_settings(options.add_options)
-script_callbacks.on_app_started(routes.add_routes)
-script_callbacks.on_app_started(namesakes.log_namesakes)
+script_callbacks.on_before_ui(log.harmless("adding the plot's axes", axes.add_axes))
+script_callbacks.on_ui_settings(log.harmless("adding the settings", options.add_options))
+script_callbacks.on_app_started(log.harmless("adding the routes", routes.add_routes))
+script_callbacks.on_app_started(log.harmless("looking for scripts of the same title", namesakes.log_namesakes))
 script_callbacks.on_cfg_denoiser(sampling.on_denoise)
 script_callbacks.on_script_unloaded(sampling.stop)

@@ -16,7 +16,7 @@ from modules import sd_models, sd_unet
 from torch import nn
 
 from ..unet import Layer, find_layers
-from .log import failed
+from .log import harmless
 
 UNET_PLACES = ("model.diffusion_model", "forge_objects.unet.model.diffusion_model")
 """Where the loaded model has its UNet; in Forge it is in a patcher, whose clones share it."""
@@ -85,13 +85,7 @@ def listen(event: Any, function: Any = None, inputs: Any = None, outputs: Any = 
     A function that fails changes nothing on the page. Gradio 3 calls the JavaScript `_js`, and gradio 4 `js`.
     """
 
-    def answer(*values: Any) -> Any:
-        try:
-            return function(*values)
-        except Exception as error:
-            failed("a part of the panel", error)
-            return [gr.update() for _ in outputs] if len(outputs) > 1 else gr.update()
-
     name = "js" if "js" in inspect.signature(event).parameters else "_js"
     options = {"inputs": inputs, "outputs": list(outputs), "show_progress": "hidden", "queue": False, name: js}
-    return event(function and answer, **options)
+    unchanged = [gr.update() for _ in outputs] if len(outputs) > 1 else gr.update()
+    return event(function and harmless("a part of the panel", function, unchanged), **options)

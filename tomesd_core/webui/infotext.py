@@ -18,7 +18,7 @@ def paste_fields(controls: Mapping[str, Any]) -> list[tuple[Any, Callable[[Mappi
     """
     readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {"enabled": lambda parameters: "ToMe ratio" in parameters}
     readers |= {name: _reader(name, setting) for name, setting in PANEL_FIELDS.items()}
-    return [(controls[name], reader) for name, reader in readers.items()]
+    return [(controls[name], reader) for name, reader in readers.items() if name in controls]
 
 
 def read_field(name: str, setting: Setting, text: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 log = logging.getLogger("ToMe")
 
@@ -26,3 +29,17 @@ def failed(what: str, error: Exception) -> str:
         _said.add(line)
         log.error(f"{line}. Update WebUI and this extension; report this if it stays:", exc_info=error)
     return line
+
+
+def harmless(what: str, function: Callable[..., Any], otherwise: Any = None) -> Callable[..., Any]:
+    """`function`; where it fails it gives `otherwise`, and the log says once that `what` failed."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            failed(what, error)
+            return otherwise
+
+    return call

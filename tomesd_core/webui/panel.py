@@ -28,11 +28,11 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     """
     children = Context.block.children if Context.block is not None else []
     before = len(children)
-    for make in (_whole_panel, _bare_controls):
+    for what, make in (("the panel", _whole_panel), ("a panel without preview and presets", _bare_controls)):
         try:
             return make(tab, elem_id)
         except Exception as error:
-            failed(f"making the panel of {tab}", error)
+            failed(f"making {what}", error)
             del children[before:]
     return {}
 

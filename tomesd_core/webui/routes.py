@@ -13,13 +13,24 @@ from modules import shared
 from ..version import VERSION
 from . import generation, host, presets, sampling
 from .arguments import panel_values
+from .log import failed
 
 
 def add_routes(demo: Any, app: FastAPI) -> None:
     """Adds the routes to WebUI's app, behind the login that WebUI was started with."""
     login = [Depends(check) for check in _logins(app)]
-    app.get("/tome/presets", dependencies=login)(get_presets)
-    app.get("/tome/status", dependencies=login)(get_status)
+    for path, answer in (("/tome/presets", get_presets), ("/tome/status", get_status)):
+        app.get(path, dependencies=login)(_answering(path, answer))
+
+
+def _answering(path: str, answer: Callable[[], Any]) -> Callable[[], Any]:
+    def respond() -> Any:
+        try:
+            return answer()
+        except Exception as error:
+            raise HTTPException(500, failed(f"GET {path}", error)) from error
+
+    return respond
 
 
 def get_presets() -> list[dict[str, Any]]:

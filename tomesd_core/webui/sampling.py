@@ -19,7 +19,7 @@ from ..settings import MergeSettings
 from ..token_map import TokenMap
 from . import generation, host, options
 from .generation import Generation
-from .log import failed, log
+from .log import failed, harmless, log
 
 Options = Callable[[], Mapping[str, Any]]
 
@@ -38,10 +38,12 @@ def bind(p: Any, first_batch: bool = True) -> None:
     if prepared is None or prepared.settings is None:
         return
     # Not every host has loaded the model earlier than this.
-    if host.loaded_layers():
+    layers = host.loaded_layers()
+    if layers:
         p.sample = _MergedSample(p, prepared, first_batch)
     else:
-        generation.leave_unmerged(p, "this model has no self-attention layers that can be merged")
+        no_layers = "this model has no self-attention layers that can be merged"
+        generation.leave_unmerged(p, "no model is loaded" if layers is None else no_layers)
 
 
 def on_denoise(params: Any) -> None:
@@ -88,10 +90,8 @@ class _MergedSample:
                 samples = self._before(*args, **kwargs)
         finally:
             _unwrap(self._p)
-            try:
-                self._tell(sampling)
-            except Exception as error:  # The picture is worth more than what is said of it.
-                failed("telling what was merged", error)
+            # The picture is worth more than what is said of it.
+            harmless("telling what was merged", self._tell)(sampling)
         return samples
 
     def _tell(self, sampling: Sampling) -> None:
@@ -168,7 +168,7 @@ class Sampling:
     def __exit__(self, *exc: object) -> None:
         global _running
         _running = self._outer
-        self.unhook()
+        harmless("telling what was merged", self.unhook)()
 
     def follow(self, params: Any) -> None:
         """Hooks the UNet that is about to run, if it is this sampling's and its pass merges; unhooks any other."""

@@ -1,0 +1,159 @@
+"""What differs from host to host: where the UNet is, whose part of the batch is prompted, what gradio calls things."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+import torch
+from torch import nn
+
+from tomesd_core.token_map import TokenMap
+
+
+@pytest.fixture
+def host(load):
+    return load()._module("webui.host")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(4), nn.Linear(4, 4)
+
+
+def unet(layers=1):
+    made = nn.Module()
+    made.transformer_blocks = nn.ModuleList([Block() for _ in range(layers)])
+    return made
+
+
+def in_webui(inner):
+    return SimpleNamespace(model=SimpleNamespace(diffusion_model=inner))
+
+
+def in_forge(inner):
+    return SimpleNamespace(forge_objects=SimpleNamespace(unet=SimpleNamespace(model=in_webui(inner).model)))
+
+
+@pytest.mark.parametrize("place", [in_webui, in_forge], ids=["WebUI", "Forge"])
+def test_the_unet_is_found_where_a_host_has_it(host, modules, place):
+    inner = unet(2)
+    modules.sd_models.model_data.sd_model = place(inner)
+    assert host.loaded_unet() is inner
+    assert len(host.loaded_layers()) == 2
+
+
+@pytest.mark.parametrize("model", [None, SimpleNamespace(cond_stage_model=None), in_forge(None), in_webui("replaced")])
+def test_before_a_model_is_loaded_there_is_none(host, modules, model):
+    modules.sd_models.model_data.sd_model = model
+    assert host.loaded_unet() is None and host.loaded_layers() is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "prompted"),
+    [
+        (None, None),
+        ([1, 0], [2, 3]),
+        ([0, 1], [0, 1]),
+        ([0], [0, 1]),
+        ([1], []),
+        ([1, 0, 0], [4, 5]),
+    ],
+    ids=["not told", "Forge", "the other way", "prompted alone", "unprompted alone", "AND"],
+)
+def test_the_prompted_part_of_the_batch(host, parts, prompted):
+    options = {} if parts is None else {"cond_or_uncond": parts}
+    items = host.prompted_items(options, 2 * len(parts or [0, 0]))
+    assert (None if items is None else list(items)) == prompted
+
+
+def test_a_map_is_of_the_prompted_part_whichever_half_comes_first(load):
+    sampling = load().sampling
+    options = {}
+    maps = {}
+    for parts in ([1, 0], [0, 1], None):
+        options.clear()
+        options.update({} if parts is None else {"cond_or_uncond": parts})
+        recorder = sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: options)
+        # Each item's first slot tells whose it is: 0 and 1 the prompted pictures', 2 and 3 the others.
+        owners = [2, 3, 0, 1] if parts == [1, 0] else [0, 1, 2, 3]
+        slots = torch.tensor([[owner, 0, 1, 2] for owner in owners])
+        recorder("layer", 0, (2, 2), TokenMap(slots, 4))
+        maps[str(parts)] = [int(one.slots[0]) for one in recorder.maps(recorder.pictures)]
+    assert maps == {"[1, 0]": [0, 1], "[0, 1]": [0, 1], "None": [0, 1]}
+
+
+def test_halves_that_come_as_passes_of_their_own(load):
+    options = {}
+    recorder = load().sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: options)
+    for parts, owners in (([0], [0, 1]), ([1], [2, 3])):
+        options["cond_or_uncond"] = parts
+        recorder("layer", 0, (2, 2), TokenMap(torch.tensor([[owner, 0, 1, 2] for owner in owners]), 4))
+    assert [int(one.slots[0]) for one in recorder.maps(recorder.pictures)] == [0, 1]
+
+
+def test_attention_that_others_compute_is_no_replaced_unet(host, modules):
+    assert host.why_layers_did_not_run({}) is None
+    assert host.why_layers_did_not_run({"patches_replace": {"attn2": {("input", 1): 1}, "attn1": {}}}) is None
+    patched = host.why_layers_did_not_run({"patches_replace": {"attn1": {("input", 1): print}}})
+    assert patched == "another extension computes their attention in their place"
+    modules.sd_unet.current_unet = object()
+    assert host.why_layers_did_not_run({}) == "the UNet was replaced"
+
+
+def generation_without_a_model(script, p):
+    instance = script.ToMe()
+    instance.before_process(p, True, 0.5)
+    assert p.extra_generation_params["ToMe ratio"] == 0.5
+    instance.process_batch(p, True, 0.5)
+
+
+class Picture:
+    """A `p`."""
+
+    scripts, is_api, script_args = None, True, ()
+
+    def __init__(self):
+        self.extra_generation_params, self.comments = {"Size": "1x1"}, {}
+
+    def comment(self, line):
+        self.comments[line] = 1
+
+    def get_token_merging_ratio(self, for_hr=False):
+        return 0.3
+
+    def sample(self):
+        return "sampled"
+
+
+@pytest.mark.parametrize("model", [None, in_forge(nn.Linear(2, 2))], ids=["no model", "no such layers"])
+def test_what_cant_be_merged_is_said_and_not_claimed(load, modules, log_lines, model):
+    modules.sd_models.model_data.sd_model = model
+    script, p = load(), Picture()
+    generation_without_a_model(script, p)
+    line = "nothing merged: this model has no self-attention layers that can be merged"
+    if model is None:
+        line = "nothing merged: no model is loaded"
+    assert p.extra_generation_params == {"Size": "1x1"}
+    assert list(p.comments) == [f"ToMe: {line}"] and log_lines == [line]
+    assert "sample" not in vars(p) and p.get_token_merging_ratio() == 0.3
+    script.ToMe().process_batch(p, True, 0.5, batch_number=1)
+    assert log_lines == [line], "once a generation"
+
+
+def test_events_and_uploads_are_those_of_this_gradio(load, tmp_path):
+    script = load()
+    row = script._module("webui.preset_row")
+    presets = script.panel.presets
+    (tmp_path / "shared.json").write_text('{"version": 1, "presets": {"mine": {"ratio": 0.25}}}')
+    with gr.Blocks() as page:
+        controls = script.panel.build("txt2img", script.ToMe().elem_id)
+    assert list(controls) == list(script._module("webui.arguments").CONTROLS)
+    scripts = [dependency["js"] for dependency in page.get_config_file()["dependencies"]]
+    assert len([code for code in scripts if code and "toMeChanged('txt2img')" in code]) == 1 + len(controls)
+    assert len([code for code in scripts if code and ("toMeTabSize" in code or "toMeAnswered" in code)]) == 2
+    message, _ = row._import(SimpleNamespace(name=str(tmp_path / "shared.json")))
+    assert message == "Imported: mine."
+    assert presets.get("mine").ratio == 0.25
