@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import URL
 from on_page import expect, set_tab
 
-pytestmark = pytest.mark.skipif(bool(URL), reason="WEBUI_URL names a WebUI, and this is the demo's page")
+pytestmark = pytest.mark.skipif(
+    bool(os.environ.get("WEBUI_URL")), reason="WEBUI_URL names a WebUI, and this is the demo's page"
+)
 
 
 @pytest.fixture
