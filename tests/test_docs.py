@@ -1,26 +1,51 @@
-"""What the documentation says of the code is so: the table of settings, links, commands, requests."""
+"""What the documentation says of the code is so: settings, links, commands, requests, examples, messages, files."""
 
 from __future__ import annotations
 
+import argparse
 import ast
+import datetime
 import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from lab.bench.__main__ import parser
+from lab.bench.__main__ import parser as bench_parser
+from lab.demo.__main__ import _parser as demo_parser
 from tomesd_core.settings import FIELDS, MergeSettings, Setting
 from tomesd_core.webui.arguments import read_arguments
 from tomesd_core.webui.presets import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 HEAD = "| setting | values | default | what it does |\n| --- | --- | --- | --- |"
-README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
-EVERYTHING = "\n".join(TEXTS.values())
+EVERYTHING = "\n\n".join(TEXTS.values())
+WIDTH = 128
+
+
+def blocks(text: str, language: str = "") -> list[str]:
+    """The code blocks of a page that are marked with this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def spans(text: str) -> list[str]:
+    """What stands between backticks in a page's sentences, each in one line."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_blocks(text))]
+
+
+def section(name: str, heading: str) -> str:
+    match = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", TEXTS[name], re.DOTALL | re.MULTILINE)
+    assert match, f"{name} has no section {heading}"
+    return match[1]
 
 
 def row(setting: Setting) -> str:
@@ -38,14 +63,19 @@ def test_the_table_of_settings_is_the_field_list():
     assert written.group(1) == table, f"the table should be:\n{table}"
 
 
+def test_the_expert_fields_are_those_that_the_panel_lacks():
+    named = re.search(r"^Expert fields.*?: (.*?);", TEXTS["docs/library.md"], re.DOTALL | re.MULTILINE)
+    assert named and spans(named[1]) == [name for name, setting in FIELDS.items() if not setting.infotext]
+
+
 def anchors(text: str) -> set[str]:
-    headings = re.findall("^#+ (.+)$", text, re.MULTILINE)
+    headings = re.findall("^#+ (.+)$", without_blocks(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_link_and_picture_is_there(name):
-    text = TEXTS[name]
+    text = without_blocks(TEXTS[name])
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     for link in links:
         if link.startswith("https://"):
@@ -54,6 +84,14 @@ def test_every_link_and_picture_is_there(name):
         target = (ROOT / name).parent / path if path else ROOT / name
         assert target.exists(), f"{name} links to {link}"
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{name} links to {link}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_lines_of_prose_are_short_and_no_placeholder_shows(name):
+    lines = without_blocks(re.sub("<!--.*?-->", "", TEXTS[name], flags=re.DOTALL)).splitlines()
+    too_long = [line for line in lines if len(line) > WIDTH and not line.startswith("|")]
+    assert not too_long, f"{name} has lines over {WIDTH} characters:\n" + "\n".join(too_long)
+    assert not [line for line in lines if re.search(r"\| *… *(?=\|)", line)], f"{name} has a cell that is not filled"
 
 
 def test_every_page_says_in_its_first_sentence_whom_it_is_for():
@@ -72,25 +110,101 @@ def test_every_nox_session_that_is_named_is_there():
     assert len(named) > 4 and named <= set(sessions)
 
 
-def commands() -> list[str]:
-    written = [" ".join(text.split()) for text in re.findall(r"`(python -m lab\.bench \w[^`]*)`", EVERYTHING)]
-    return [
-        *written,
-        *(f"python -m lab.bench {more}" for more in re.findall(r"nox -s bench -- (\w[^`\n]*)", EVERYTHING)),
-    ]
+PARSERS = {"bench": bench_parser, "demo": demo_parser}
+PREFIXES = {f"python -m lab.{name}": name for name in PARSERS} | {f"nox -s {name} --": name for name in PARSERS}
+LINES = [*spans(EVERYTHING), *(line for block in blocks(EVERYTHING) for line in block.splitlines())]
+COMMANDS = [line for line in LINES if any(line.startswith(f"{prefix} ") for prefix in PREFIXES)]
+EXAMPLES = blocks(EVERYTHING, "python")
+REQUESTS = [body for block in blocks(EVERYTHING) for body in re.findall("-d '(.*?)'", block, re.DOTALL)]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_bench_can_be_given(command):
-    parser().parse_args(shlex.split(command)[3:])
+def test_there_are_commands_examples_and_requests_to_test():
+    assert len(COMMANDS) > 10 and len(EXAMPLES) > 2 and len(REQUESTS) > 1
+    modules = {name for line in LINES for name in re.findall(r"python -m (lab[\w.]*)", line)}
+    assert modules <= {f"lab.{name}" for name in PARSERS}, "a command whose arguments nobody tests"
 
 
-@pytest.mark.parametrize("code", re.findall("```python\n(.*?)```", EVERYTHING, re.DOTALL))
-def test_every_example_in_python_is_python(code):
-    ast.parse(code)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_can_be_given(command):
+    prefix = next(prefix for prefix in PREFIXES if command.startswith(f"{prefix} "))
+    arguments = shlex.split(command.removeprefix(prefix), comments=True)
+    PARSERS[PREFIXES[prefix]]().parse_args(arguments)
 
 
-@pytest.mark.parametrize("body", re.findall("-d '(.*?)'", EVERYTHING, re.DOTALL))
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The options of a parser and of its subcommands."""
+    own = {option for action in parser._actions for option in action.option_strings}
+    subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return own.union(*(options_of(sub) for action in subparsers for sub in action.choices.values()))
+
+
+@pytest.mark.parametrize("name", ["docs/speed.md", "docs/quality.md"])
+def test_every_option_of_the_bench_that_is_named_is_there(name):
+    named = {option for span in spans(TEXTS[name]) for option in re.findall(r"--[a-z]+[a-z-]*", span)}
+    assert len(named) > 2 and named <= options_of(bench_parser())
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_every_example_in_python_compiles(code):
+    compile(code, "example", "exec")
+
+
+def preset(name: str) -> MergeSettings:
+    return MergeSettings(**BUILT_IN[name][0])
+
+
+def asked(alwayson_scripts: dict[str, Any]) -> Any:
+    """What the script of the extension is asked for."""
+    return read_arguments(alwayson_scripts["ToMe"]["args"], None, preset)
+
+
+@pytest.mark.parametrize("body", REQUESTS)
 def test_every_request_is_one_that_merges(body):
-    arguments = json.loads(body)["alwayson_scripts"]["ToMe"]["args"]
-    assert read_arguments(arguments, None, lambda name: MergeSettings(**BUILT_IN[name][0])) is not None
+    assert asked(json.loads(body)["alwayson_scripts"]) is not None
+
+
+def test_every_request_in_an_example_is_one_that_merges():
+    calls = [node for code in EXAMPLES for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    given = [word.value for call in calls for word in call.keywords if word.arg == "alwayson_scripts"]
+    assert given
+    for value in given:
+        assert asked(ast.literal_eval(value)) is not None
+
+
+def test_every_message_of_the_troubleshooting_is_one_of_the_code():
+    code = "\n".join(file.read_text(encoding="utf-8") for file in sorted(ROOT.glob("tomesd_core/**/*.py")))
+    parts = [part for span in spans(section("README.md", "Troubleshooting")) for part in re.split("[:…]", span)]
+    messages = [part.strip() for part in parts if part.strip()]
+    assert len(messages) > 8
+    assert not [message for message in messages if message not in code]
+
+
+def test_the_tree_of_the_architecture_is_the_product():
+    tree = blocks(section("docs/architecture.md", "The tree"))[0].splitlines()
+    folders, named = [""], set()
+    for line in tree:
+        depth, path = (len(line) - len(line.lstrip())) // 4, line.split()[0]
+        path = "".join(folders[: depth + 1]) + path
+        named.add(path)
+        assert (ROOT / path).exists(), path
+        if path.endswith("/"):
+            folders[depth + 1 :] = [line.split()[0]]
+    modules = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("tomesd_core/**/*.py")}
+    assert {module for module in modules if not module.endswith("__init__.py")} <= named
+
+
+def test_the_entry_for_the_index_of_extensions_has_its_form():
+    entry = json.loads((ROOT / "docs" / "index-entry.json").read_text(encoding="utf-8"))
+    assert sorted(entry) == ["added", "description", "name", "tags", "url"]
+    assert re.fullmatch(r"https://[^ ]+\.git", entry["url"])
+    datetime.date.fromisoformat(entry["added"])
+    # The tags that this index knows, of those that say what an extension does to pictures or to the page.
+    assert entry["tags"] and set(entry["tags"]) <= {"script", "tab", "dropdown", "UI related", "manipulations"}
+
+
+def test_a_report_of_a_fault_has_the_status_and_the_log():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= set(form)
+    required = [part["attributes"]["label"] for part in form["body"] if part.get("validations", {}).get("required")]
+    for needed in ("/tome/status", "log's lines"):
+        assert any(needed in label for label in required), required
