@@ -29,8 +29,9 @@ WIDTH = 128
 
 
 def blocks(text: str, language: str = "") -> list[str]:
-    """The code blocks of a page that are marked with this language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    """The code blocks of a text that are marked with this language, or with none."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [code for mark, code in fenced if mark == language]
 
 
 def without_blocks(text: str) -> str:
@@ -120,6 +121,7 @@ REQUESTS = [body for block in blocks(EVERYTHING) for body in re.findall("-d '(.*
 
 def test_there_are_commands_examples_and_requests_to_test():
     assert len(COMMANDS) > 10 and len(EXAMPLES) > 2 and len(REQUESTS) > 1
+    assert any(command.startswith("nox -s demo") and "--out" in command for command in COMMANDS), "none of a block"
     modules = {name for line in LINES for name in re.findall(r"python -m (lab[\w.]*)", line)}
     assert modules <= {f"lab.{name}" for name in PARSERS}, "a command whose arguments nobody tests"
 
