@@ -1,4 +1,4 @@
-"""The project's commands: `nox -s demo`, `tests`, `webui_pins`, `lint`, `live`, `bench`."""
+"""The project's commands: `nox -s demo`, `tests`, `webui_pins`, `forge_pins`, `lint`, `live`, `bench`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,16 @@ TESTS = ("pytest", "pytest-xdist", "hypothesis", "tomesd==0.1.3", "playwright", 
 WEBUI_PINS = ("torch==2.1.2", "numpy==1.26.2")
 CURRENT = ("torch==2.13.0", "numpy<2")
 
+# What Forge pins, and its reForge branches on gradio 4.
+FORGE_PINS = (
+    "gradio==4.40.0",
+    "fastapi==0.104.1",
+    "pydantic==2.8.2",
+    "huggingface_hub==0.26.2",
+    "httpx==0.24.1",
+    "pillow==9.5.0",
+)
+
 
 def _install(session: nox.Session, *packages: str) -> None:
     version = session.run("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True).strip()
@@ -68,6 +78,16 @@ def tests(session: nox.Session) -> None:
 def webui_pins(session: nox.Session) -> None:
     """The same tests with what users of WebUI 1.10.1 have: Python 3.10, torch 2.1.2, numpy 1.26.2, gradio 3.41.2."""
     _test(session)
+
+
+@nox.session
+def forge_pins(session: nox.Session) -> None:
+    """The panel and the seam with Forge's gradio 4.40.0 and what Forge pins around it; they need no WebUI."""
+    session.install(*CURRENT, *FORGE_PINS, "pytest", "playwright")
+    env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
+    # Without the other tests' fixtures, which are for gradio 3.
+    tests = session.posargs or ("tests/seam",)
+    session.run("python", "-m", "pytest", "--confcutdir=tests/seam", *tests, env=env)
 
 
 @nox.session

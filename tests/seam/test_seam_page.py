@@ -1,0 +1,112 @@
+"""The panel in a browser, under whichever gradio is installed: its preview, its presets and its script."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SCRIPT = Path(__file__).parents[2] / "javascript" / "tome.js"
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+HOST = """
+window.gradioApp = () => document;
+window.onUiLoaded = then => {
+    const wait = setInterval(() => {
+        if (!document.querySelector("#script_img2img_tome_preview")) return;
+        clearInterval(wait);
+        then();
+    }, 50);
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def panel(load, browser):
+    """The page with both tabs' panels; at the end its script must not have failed."""
+    script = load()
+    with gr.Blocks() as blocks:
+        for is_img2img in (False, True):
+            instance = script.ToMe()
+            instance.is_img2img = is_img2img
+            instance.ui(is_img2img)
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    code, errors = HOST + SCRIPT.read_text(encoding="utf-8"), []
+
+    def add_script(route):
+        reply = route.fetch()
+        route.fulfill(response=reply, body=reply.text().replace("<head>", f"<head><script>{code}</script>", 1))
+
+    page = browser.new_page()
+    page.set_default_timeout(20_000)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.route(lambda address: not address.startswith(url), lambda route: route.abort())
+    page.route(url, add_script)
+    page.goto(url)
+    page.wait_for_selector("#script_img2img_tome_preview [data-title]", state="attached")
+    of = lambda name: page.locator(f"#script_txt2img_tome_{name}").first  # noqa: E731
+    yield SimpleNamespace(page=page, of=of, presets=script.panel.presets)
+    page.close()
+    blocks.close()
+    assert errors == []
+
+
+def wait_for_ratios(panel, text):
+    panel.page.wait_for_selector(f"#script_txt2img_tome_preview [aria-label*='{text}']")
+
+
+def test_the_preview_follows_what_is_set(panel):
+    wait_for_ratios(panel, "0.94 to 0.75")
+    ratio = panel.of("ratio").locator("input[type=number]").first
+    ratio.fill("0.5")
+    ratio.blur()
+    wait_for_ratios(panel, "0.50 to 0.75")
+    assert panel.of("late_ratio").is_visible()
+    panel.of("schedule").get_by_label("constant").check()
+    wait_for_ratios(panel, "0.50 to 0.50")
+    panel.of("late_ratio").wait_for(state="hidden")
+    other = panel.page.locator("#script_img2img_tome_preview svg").first
+    assert "0.94 to 0.75" in other.get_attribute("aria-label"), "each tab has its own"
+
+
+def test_presets_are_saved_chosen_exported_and_imported(panel, tmp_path):
+    def wait_for(text):
+        panel.of("preset_message").get_by_text(re.compile(text)).first.wait_for()
+
+    preset = panel.of("preset").locator("input").first
+    preset.fill("mine")
+    preset.press("Enter")
+    panel.of("preset_save").click()
+    wait_for("Saved as 'mine'")
+    assert panel.presets.get("mine") == panel.presets.get("Balanced")
+    preset.blur()
+    preset.click()
+    preset.fill("Fast")
+    panel.page.locator("ul.options").get_by_label("Fast", exact=True).click()
+    wait_for("For drafts")
+    wait_for_ratios(panel, "0.75 to 0.60")
+    panel.of("preset_export").click()
+    wait_for("in the file below")
+    file = tmp_path / "shared.json"
+    file.write_text(json.dumps({"version": 1, "presets": {"theirs": {"ratio": 0.25}}}), encoding="utf-8")
+    with panel.page.expect_file_chooser() as chooser:
+        panel.of("preset_import").click()
+    chooser.value.set_files(file)
+    wait_for("Imported: theirs")
+    assert panel.presets.get("theirs").ratio == 0.25
