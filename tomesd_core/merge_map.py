@@ -90,8 +90,8 @@ def draw(slots: Tensor, grid: tuple[int, int], picture: Tensor) -> Tensor:
     """`picture` with the tokens that fell together in one colour a slot; tokens alone stay plain.
 
     `slots` is [N] for a grid of (rows, columns) tokens, `picture` uint8 [H, W, 3] of any size on the same device, whose
-    pixels belong to the tokens that they lie in. Neighbouring slots differ in hue; the same slots always get the same
-    colours. Gives uint8 [H, W, 3]. Raises `ValueError` where slots or picture have another shape.
+    pixels belong to the tokens that they lie in. Lines part neighbouring slots where there is room; equal slots always
+    get the same colours. Gives uint8 [H, W, 3]. Raises `ValueError` where slots or picture have another shape.
     """
     rows, columns = grid
     if slots.shape != (rows * columns,):

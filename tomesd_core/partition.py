@@ -62,7 +62,7 @@ class Partition:
         return self._rows[items]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)
 def make_partition(
     grid: tuple[int, int],
     stride: tuple[int, int] = (2, 2),

@@ -117,7 +117,7 @@ def load(modules: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         # Another module of the tests may have said the same.
-        module.log._said.clear()
+        module.log._failures.clear()
         module.panel.presets.PATH = tmp_path / "presets.json"
         return module
 

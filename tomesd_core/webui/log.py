@@ -9,7 +9,7 @@ from typing import Any
 
 log = logging.getLogger("ToMe")
 
-_said: set[str] = set()
+_failures: set[str] = set()
 
 
 def set_up() -> None:
@@ -25,8 +25,8 @@ def set_up() -> None:
 def failed(what: str, error: Exception) -> str:
     """What to tell people of an unexpected error. It is in the log too, once, with the traceback."""
     line = f"{what} failed ({type(error).__name__}: {error}); everything else goes on"
-    if line not in _said:
-        _said.add(line)
+    if line not in _failures:
+        _failures.add(line)
         log.error(f"{line}. Update WebUI and this extension; report this if it stays:", exc_info=error)
     return line
 

@@ -126,7 +126,8 @@ def clean_name(name: Any) -> Any:
     # A name of the first two kinds alone can't be seen; the others are control characters and line breaks.
     if kinds <= {"Cf", "Zs"} or kinds & {"Cc", "Cs", "Zl", "Zp"} or len(name) > MAX_NAME:
         raise PresetError(
-            f"a preset's name must not be empty, and can have up to {MAX_NAME} characters, got {brief(name)}"
+            f"a preset's name must not be empty, and can have up to {MAX_NAME} characters, all in one line, "
+            f"got {brief(name)}"
         )
     return name
 
