@@ -1,0 +1,39 @@
+"""The archive of a release holds what WebUI users need, and nothing that only tries or measures it."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+RUN_OR_READ = ("scripts", "tomesd_core", "javascript", "docs", "install.py", "style.css", "metadata.ini", "README.md")
+"""What WebUI runs, and what its users read."""
+
+
+@pytest.fixture(scope="module")
+def archived():
+    """The names of the archive's files, of the last commit by the attributes as they are now."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no clone of the repository")
+    command = ["git", "archive", "--worktree-attributes", "HEAD"]
+    archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        return {member.name for member in files if member.isfile()}
+
+
+def test_it_holds_all_that_is_run_or_read(archived):
+    tracked = subprocess.run(["git", "ls-files", *RUN_OR_READ], cwd=ROOT, capture_output=True, check=True, timeout=60)
+    needed = set(tracked.stdout.decode().split("\n")) - {"", "docs/index-entry.json"}
+    assert len(needed) > 40
+    assert needed - archived == set()
+    assert {"LICENSE", "CHANGELOG.md"} <= archived
+
+
+def test_it_holds_no_laboratory(archived):
+    assert {name.split("/")[0] for name in archived} & {"lab", "tests", ".ci", ".github", "noxfile.py"} == set()
