@@ -34,7 +34,7 @@ PAGE = (
     "pandas==2.2.3",
     "matplotlib==3.9.4",
 )
-TESTS = ("pytest", "pytest-xdist", "hypothesis", "tomesd==0.1.3", "playwright", "scikit-image")
+TESTS = ("pytest", "pytest-xdist", "hypothesis", "tomesd==0.1.3", "playwright", "psutil", "scikit-image")
 
 # What users of WebUI 1.10.1 have.
 WEBUI_PINS = ("torch==2.1.2", "numpy==1.26.2")
@@ -120,5 +120,5 @@ def live(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """A short benchmark of this machine, beside tomesd."""
-    _install(session, "tomesd==0.1.3", "scikit-image")
+    _install(session, "psutil", "tomesd==0.1.3", "scikit-image")
     session.run("python", "-m", "lab.bench", *(session.posargs or ("speed", "--quick")))

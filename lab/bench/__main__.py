@@ -1,7 +1,7 @@
 """The benchmark's command line. A subcommand is a module of this package, named in `SUBCOMMANDS`.
 
 Such a module has a docstring whose first line is its help, `add_arguments(parser)`, and `run(args)`, which raises
-`packages.MissingPackage` and `ValueError` for what the person can put right.
+`packages.MissingPackage` and `ValueError` for what the person can put right, and returns its exit status, if any.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .packages import MissingPackage
 
-SUBCOMMANDS = ("speed", "layer", "memory", "quality")
+SUBCOMMANDS = ("speed", "layer", "memory", "quality", "soak")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,16 +38,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit status: 0, or 2 where something is missing or can't be measured."""
+    """Runs one subcommand; returns its exit status: mostly 0, and 2 where something is missing or can't be measured."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parser().parse_args(arguments)
     args.command = shlex.join(["python", "-m", "lab.bench", *arguments])
     try:
-        args.module.run(args)
+        return args.module.run(args) or 0
     except (MissingPackage, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import types
 INSTALL = {
     "ldm": "pip install einops omegaconf pillow tqdm && pip install --no-deps stable-diffusion-sdkit==2.1.5",
     "matplotlib": "pip install matplotlib",
+    "psutil": "pip install psutil",
+    "requests": "pip install requests",
     "safetensors": "pip install safetensors",
     "skimage": "pip install scikit-image",
     "tomesd": "pip install tomesd==0.1.3",
