@@ -1,14 +1,14 @@
-"""Samplers as flat functions over a denoiser, in the manner of crowsonkb/k-diffusion.
+"""Samplers as flat functions, after crowsonkb/k-diffusion: what makes `x` [B, C, H, W] a picture, step by step.
 
-The sigma-space functions take `model(x, sigma, **extra_args)`, which returns the denoised picture, and a falling list
-of `sigmas` that ends in 0; the timestep-space ones (DDIM, PLMS) take `model(x, t, **extra_args)`, which returns the
-predicted noise. `x` is [B, C, H, W]. After each step `callback` gets a dict with `x`, `i` (the step, from 0), `sigma`
-and `denoised`.
+Those over sigmas take a model that returns the denoised picture, and falling `sigmas` that end in 0; those over
+timesteps (DDIM, PLMS) one that returns the predicted noise, and `timesteps` that rise: [n], of which n - 1 are
+evaluated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -50,40 +50,22 @@ class EpsDenoiser(nn.Module):
         return x - eps * wide
 
 
-def _report(callback: Callable | None, x: Tensor, i: int, sigma: Tensor | float, denoised: Tensor) -> None:
-    if callback is not None:
-        callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+Evaluate = Callable[..., Tensor]
+"""Runs the model on (x, a sigma or timestep for all of the batch); with the step's number, from 0, at its first run."""
 
 
-@torch.no_grad()
-def sample_euler(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None) -> Tensor:
+def sample_euler(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
     """Euler steps (Karras et al. 2022, algorithm 1 without its correction)."""
-    extra_args, ones = extra_args or {}, x.new_ones(x.shape[0])
-    for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i] * ones, **extra_args)
-        _report(callback, x, i, sigmas[i], denoised)
-        x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        x = x + (x - model(x, sigma, i)) / sigma * (target - sigma)
     return x
 
 
-@torch.no_grad()
-def sample_euler_ancestral(
-    model,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: dict | None = None,
-    callback=None,
-    eta: float = 1.0,
-    noise_sampler=None,
-) -> Tensor:
+def sample_euler_ancestral(model: Evaluate, x: Tensor, sigmas: Tensor, noise_sampler: Callable[[], Tensor]) -> Tensor:
     """Euler steps that go down further than asked and add fresh noise back up to the next sigma."""
-    extra_args, ones = extra_args or {}, x.new_ones(x.shape[0])
-    noise_sampler = noise_sampler or (lambda: torch.randn_like(x))
-    for i in range(len(sigmas) - 1):
-        sigma, target = sigmas[i], sigmas[i + 1]
-        denoised = model(x, sigma * ones, **extra_args)
-        _report(callback, x, i, sigma, denoised)
-        sigma_up = torch.minimum(target, eta * (target**2 * (sigma**2 - target**2) / sigma**2).sqrt())
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = model(x, sigma, i)
+        sigma_up = torch.minimum(target, (target**2 * (sigma**2 - target**2) / sigma**2).sqrt())
         sigma_down = (target**2 - sigma_up**2).sqrt()
         x = x + (x - denoised) / sigma * (sigma_down - sigma)
         if target > 0:
@@ -91,80 +73,56 @@ def sample_euler_ancestral(
     return x
 
 
-@torch.no_grad()
-def sample_heun(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None) -> Tensor:
+def sample_heun(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
     """Heun's method: two evaluations a step, one in the last (Karras et al. 2022, algorithm 1)."""
-    extra_args, ones = extra_args or {}, x.new_ones(x.shape[0])
-    for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i] * ones, **extra_args)
-        _report(callback, x, i, sigmas[i], denoised)
-        slope, dt = (x - denoised) / sigmas[i], sigmas[i + 1] - sigmas[i]
-        if sigmas[i + 1] == 0:
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        slope, dt = (x - model(x, sigma, i)) / sigma, target - sigma
+        if target == 0:
             return x + slope * dt
         ahead = x + slope * dt
-        slope_ahead = (ahead - model(ahead, sigmas[i + 1] * ones, **extra_args)) / sigmas[i + 1]
-        x = x + (slope + slope_ahead) / 2 * dt
+        x = x + (slope + (ahead - model(ahead, target)) / target) / 2 * dt
     return x
 
 
-@torch.no_grad()
-def sample_dpmpp_2m(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None) -> Tensor:
+def sample_dpmpp_2m(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
     """DPM-Solver++(2M), multistep of second order (Lu et al. 2022)."""
-    extra_args, ones, previous = extra_args or {}, x.new_ones(x.shape[0]), None
-    for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i] * ones, **extra_args)
-        _report(callback, x, i, sigmas[i], denoised)
-        if sigmas[i + 1] == 0:
+    previous = None
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        denoised = model(x, sigma, i)
+        if following == 0:
             return denoised
-        h = sigmas[i].log() - sigmas[i + 1].log()
-        target = denoised
+        h, target = sigma.log() - following.log(), denoised
         if previous is not None:
-            r = (sigmas[i - 1].log() - sigmas[i].log()) / h
+            r = (sigmas[i - 1].log() - sigma.log()) / h
             target = denoised + (denoised - previous) / (2 * r)
-        x = sigmas[i + 1] / sigmas[i] * x - torch.expm1(-h) * target
+        x = following / sigma * x - torch.expm1(-h) * target
         previous = denoised
     return x
 
 
-def _timestep_steps(timesteps: Tensor, alphas_cumprod: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(t, next t, alpha, next alpha) from the noisiest step down; the lowest timestep is only walked to."""
-    pairs = [(timesteps[i], timesteps[i - 1]) for i in range(len(timesteps) - 1, 0, -1)]
-    return [(t, t_next, alphas_cumprod[t], alphas_cumprod[t_next]) for t, t_next in pairs]
-
-
-def _ddim_step(x: Tensor, eps: Tensor, alpha: Tensor, alpha_next: Tensor) -> tuple[Tensor, Tensor]:
-    """One deterministic DDIM step; returns the next x and the picture predicted at this one."""
+def _ddim_step(x: Tensor, eps: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
+    """One deterministic DDIM step by the predicted noise."""
     denoised = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
-    return alpha_next.sqrt() * denoised + (1 - alpha_next).sqrt() * eps, denoised
+    return alpha_next.sqrt() * denoised + (1 - alpha_next).sqrt() * eps
 
 
-@torch.no_grad()
-def sample_ddim(
-    model, x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, extra_args: dict | None = None, callback=None
-) -> Tensor:
-    """DDIM with eta 0 (Song et al. 2020). `timesteps` rise: [n], of which n - 1 are evaluated."""
-    extra_args, ones = extra_args or {}, x.new_ones(x.shape[0])
-    for i, (t, _, alpha, alpha_next) in enumerate(_timestep_steps(timesteps, alphas_cumprod)):
-        x, denoised = _ddim_step(x, model(x, t * ones, **extra_args), alpha, alpha_next)
-        _report(callback, x, i, 0.0, denoised)
+def sample_ddim(model: Evaluate, x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """DDIM with eta 0 (Song et al. 2020)."""
+    for i, (t, following) in enumerate(pairwise(timesteps.flip(0))):
+        x = _ddim_step(x, model(x, t, i), alphas_cumprod[t], alphas_cumprod[following])
     return x
 
 
-@torch.no_grad()
-def sample_plms(
-    model, x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, extra_args: dict | None = None, callback=None
-) -> Tensor:
+def sample_plms(model: Evaluate, x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """PLMS (Liu et al. 2022): Adams-Bashforth over the last four noises; the first step takes two evaluations."""
     weights = {1: (1.5, -0.5), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-    extra_args, ones, past = extra_args or {}, x.new_ones(x.shape[0]), []
-    for i, (t, t_next, alpha, alpha_next) in enumerate(_timestep_steps(timesteps, alphas_cumprod)):
-        eps = model(x, t * ones, **extra_args)
-        if not past:
-            ahead, _ = _ddim_step(x, eps, alpha, alpha_next)
-            mixed = (eps + model(ahead, t_next * ones, **extra_args)) / 2
-        else:
+    past: list[Tensor] = []
+    for i, (t, following) in enumerate(pairwise(timesteps.flip(0))):
+        eps, ends = model(x, t, i), (alphas_cumprod[t], alphas_cumprod[following])
+        if past:
             mixed = sum(w * e for w, e in zip(weights[len(past)], [eps, *past], strict=True))
+        else:
+            mixed = (eps + model(_ddim_step(x, eps, *ends), following)) / 2
         past = [eps, *past][:3]
-        x, denoised = _ddim_step(x, mixed, alpha, alpha_next)
-        _report(callback, x, i, 0.0, denoised)
+        x = _ddim_step(x, mixed, *ends)
     return x

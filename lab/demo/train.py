@@ -1,7 +1,6 @@
 """Trains the tiny text-to-image model on a hundred emoji, on a CPU, in an hour or two.
 
-    python -m lab.demo.train --data DIR --out DIR --steps 5000       (again with --resume, to go on)
-    python -m lab.demo.train --data DIR --out DIR --resume --finish-in 800
+    python -m lab.demo.train --data DIR --out DIR --steps 3000       (again with --resume, to go on)
     python -m lab.demo.train --data DIR --out DIR --export           (into weights/)
 
 The pictures are the npm package ``@lobehub/fluent-emoji-3d``, their names come from ``emoji-datasource`` (both MIT);
@@ -32,9 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .compare import enlarged, sheet
 from .model import WEIGHTS, FeatureNet, TinyModel, on_white, split_words
-from .samplers import sample_ddim
 
 PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
 NAMES = "emoji-datasource@16.0.0"
@@ -59,8 +56,6 @@ large_yellow_square=yellow~square
 balloon gift=present jack_o_lantern=pumpkin christmas_tree crown tophat bell key gem=diamond bulb=light~bulb
 ghost alien=alien robot_face
 """
-
-SAMPLE_PROMPTS = ("cat face", "red apple", "green apple", "dog face", "fish", "red car", "banana", "blue heart")
 
 
 # --- The pictures -----------------------------------------------------------------------------------------------------
@@ -143,13 +138,10 @@ class Recipe:
     bf16: bool = True
 
 
-def learning_rate(recipe: Recipe, step: int, steps: int, finish: tuple[int, int] | None = None) -> float:
-    """Warm-up, then level, then down to 0 along half a cosine over the run's last part.
-
-    Level first, so that a run can be brought to its end at any time: ``finish`` is (first, last) step of such an end.
-    """
-    start, end = finish or (int(steps * (1 - recipe.decay_part)), steps)
-    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Warm-up, then level, then down to 0 along half a cosine over the run's last part."""
+    start = int(steps * (1 - recipe.decay_part))
+    done = max(0.0, (step - start) / max(1, steps - start))
     return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -227,8 +219,6 @@ class Training:
         # every operation take many times as long. (torch's number of threads belongs to the thread that sets it.)
         self.pool = ThreadPoolExecutor(recipe.shards, initializer=torch.set_num_threads, initargs=(1,))
         self.step = 0
-        self.elapsed = 0.0
-        self.finish: tuple[int, int] | None = None
 
     def train_step(self, lr: float) -> float:
         """One optimiser step at learning rate ``lr``; returns the mean squared error of the predicted noise."""
@@ -269,8 +259,6 @@ class Training:
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "elapsed": self.elapsed,
-            "finish": self.finish,
             "recipe": vars(self.recipe),
             "shape": self.model.shape,
             "captions": self.pictures.captions,
@@ -288,87 +276,39 @@ class Training:
         training.model.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])
         training.average = state["average"]
-        training.step, training.elapsed, training.finish = state["step"], state["elapsed"], state["finish"]
+        training.step = state["step"]
         return training
 
 
-@torch.no_grad()
-def ddim(model: TinyModel, prompts: Sequence[str], steps: int = 25, scale: float = 3.0, seed: int = 0) -> Tensor:
-    """Pictures for ``prompts`` by deterministic DDIM with classifier-free guidance, [B, 3, H, W].
+def run(training: Training, out: Path, steps: int, every: float = 300.0) -> bool:
+    """Trains until ``steps`` is reached, and saves to ``out``, on the way every so many seconds.
 
-    Picture i starts from the noise of seed ``seed + i``.
-    """
-    context = model.encode_prompts([*[""] * len(prompts), *prompts])
-
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        plain, prompted = model.apply_model(torch.cat([x, x]), torch.cat([t, t]).long(), context).chunk(2)
-        return plain + scale * (prompted - plain)
-
-    x = torch.stack(
-        [torch.randn(model.image_shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
-    )
-    times = torch.linspace(model.num_timesteps - 1, 0, steps + 1).long().flip(0)
-    return sample_ddim(guided, x, times, model.alphas_cumprod)
-
-
-def write_samples(training: Training, path: Path) -> None:
-    """A sheet of the averaged model's pictures of `SAMPLE_PROMPTS` and of some of its captions."""
-    model = training.averaged()
-    prompts = [p for p in SAMPLE_PROMPTS if not model.unknown_words(p)] or training.pictures.captions[:4]
-    prompts = prompts + training.pictures.captions[:: max(1, len(training.pictures.captions) // 8)][:8]
-    images = model.to_images(ddim(model, prompts, steps=20))
-    sheet([enlarged(image) for image in images], prompts, columns=8).save(path)
-
-
-def run(training: Training, out: Path, steps: int, minutes: float | None = None, every: float = 300.0) -> bool:
-    """Trains until ``steps`` (or the early finish) is reached, and saves to ``out`` on the way.
-
-    Args:
-        minutes: where given, how long the run takes in all; the number of steps follows from the speed seen so far.
-        every: seconds between two checkpoints; a sheet of samples comes with every third one.
-
-    Returns:
-        Whether the run has come to its end; not so after SIGTERM or SIGINT, which end it after the step in hand.
+    Returns whether the run has come to its end; not so after SIGTERM or SIGINT, which end it after the step in hand.
     """
     stopped: list[int] = []
     previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     losses: list[float] = []
-    saved, checkpoints = time.monotonic(), 0
+    began = saved = time.monotonic()
     try:
         with open(out / "train.log", "a", encoding="utf-8", buffering=1) as log:
-            while not stopped:
-                if minutes is not None:
-                    # Until a speed is known: far away.
-                    rate = training.elapsed / training.step if training.step >= 20 else 0
-                    steps = max(training.step, round(minutes * 60 / rate)) if rate else 10**9
-                last = training.finish[1] if training.finish else steps
-                if training.step >= last:
-                    break
-                began = time.monotonic()
-                lr = learning_rate(training.recipe, training.step, steps, training.finish)
+            while training.step < steps and not stopped:
+                lr = learning_rate(training.recipe, training.step, steps)
                 losses.append(training.train_step(lr))
-                # A process that was halted for a while has not been training.
-                training.elapsed += min(60.0, time.monotonic() - began)
-                if training.step % 50 == 0 or training.step >= last:
+                if training.step % 50 == 0 or training.step == steps:
                     mean, losses = sum(losses) / len(losses), []
-                    pace = training.elapsed / training.step
-                    line = f"step {training.step}/{last}  loss {mean:.4f}  lr {lr:.2e}  {pace:.2f} s/step"
-                    print(f"{line}  {training.elapsed / 60:.1f} min", file=log)
+                    minutes = (time.monotonic() - began) / 60
+                    print(f"step {training.step}/{steps}  loss {mean:.4f}  lr {lr:.2e}  {minutes:.1f} min", file=log)
                 if time.monotonic() - saved > every:
                     training.save(out / "checkpoint.pt")
-                    checkpoints += 1
-                    if checkpoints % 3 == 0:
-                        write_samples(training, out / f"samples-{training.step:06}.png")
                     saved = time.monotonic()
     finally:
         torch.set_num_threads(threads)
         for number, handler in previous.items():
             signal.signal(number, handler)
     training.save(out / "checkpoint.pt")
-    write_samples(training, out / f"samples-{training.step:06}.png")
-    return not stopped
+    return training.step >= steps
 
 
 # --- What is shipped --------------------------------------------------------------------------------------------------
@@ -434,14 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lab.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the two npm packages; fetched when missing")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and the samples")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=5000, help="optimiser steps in all (default: %(default)s)")
-    length.add_argument("--minutes", type=float, help="train for about this long in all, in place of --steps")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps in all (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument(
-        "--finish-in", type=int, metavar="STEPS", help="on --resume: end after so many more steps, learning rate to 0"
-    )
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--batch", type=int, default=Recipe.batch)
     parser.add_argument("--lr", type=float, default=Recipe.lr)
@@ -459,13 +394,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if checkpoint.is_file():
             parser.error(f"{args.out} holds a checkpoint already: give --resume, or another --out")
         training = Training(pictures, Recipe(seed=args.seed, batch=args.batch, lr=args.lr))
-    if args.finish_in is not None:
-        training.finish = (training.step, training.step + args.finish_in)
     if args.export:
         export(training, WEIGHTS, args.out / "train.log")
         print(f"step {training.step} written to {WEIGHTS}")
         return 0
-    ended = run(training, args.out, args.steps, args.minutes)
+    ended = run(training, args.out, args.steps)
     print(f"{'ended' if ended else 'stopped'} at step {training.step}; {checkpoint}")
     return 0
 

@@ -153,20 +153,19 @@ class Sampler:
         function, denoiser = self.config.function, self.model_wrap_cfg
         denoiser.total_steps = steps * 2 if self.config.options.get("second_order") else steps
         state.sampling_steps, state.sampling_step = steps, 0
-        known = {
-            "sigmas": schedule,
-            "timesteps": schedule,
-            "alphas_cumprod": sd_models.model_data.sd_model.alphas_cumprod,
-            "noise_sampler": p.rng.next,
-        }
+        known = {"sigmas": schedule, "timesteps": schedule, "noise_sampler": p.rng.next}
+        known["alphas_cumprod"] = sd_models.model_data.sd_model.alphas_cumprod
         given = {name: value for name, value in known.items() if name in inspect.signature(function).parameters}
         self.sampler_extra_args = {"cond": cond, "uncond": uncond, "cond_scale": p.cfg_scale}
         self.last_latent = x
 
-        def follow(done: dict[str, Any]) -> None:
-            state.sampling_step = done["i"]  # after the model ran: it lags
+        def evaluate(x: Tensor, level: Tensor, step: int | None = None) -> Tensor:
+            denoised = denoiser(x, level * x.new_ones(len(x)), **self.sampler_extra_args)
+            if step is not None:
+                state.sampling_step = step  # after the model ran: it lags
+            return denoised
 
         try:
-            return function(denoiser, x, extra_args=self.sampler_extra_args, callback=follow, **given)
+            return function(evaluate, x, **given)
         except InterruptedException:
             return self.last_latent
