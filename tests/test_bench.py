@@ -17,9 +17,7 @@ from lab.bench import layer, memory, models, output, speed, timing
 from lab.bench.__main__ import SUBCOMMANDS, main
 from lab.bench.contenders import (
     CORNER,
-    DEFAULTS,
     EXACT,
-    FORMER_DEFAULTS,
     KEYS,
     LIMIT,
     LIMIT_KEYS,
@@ -32,7 +30,6 @@ from lab.bench.contenders import (
     TOKENS,
     UNMERGED,
     UNWEIGHED,
-    WHOLE_IMAGE,
     Contender,
     contenders,
     matchers,
@@ -129,28 +126,19 @@ def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPat
     assert "bfloat16" in ours["versions"]
 
 
-def test_speed_of_the_defaults(bench: Callable) -> None:
-    rows, _ = bench("speed", "--tiny", "--rounds", 1, "--defaults", "--force", stem="defaults")
-    assert [row["contender"] for row in rows] == [UNMERGED, DEFAULTS, FORMER_DEFAULTS]
-    assert {row["ratio"] for row in rows} == {""}
-    # Both schedules were gone through: the former one's ends are 0.6 and 0.4 of 256 tokens.
-    assert "256 -> 103 to 154 tokens, 8 of 8 steps" in rows[2]["merged"]
-    assert "8 of 8 steps" in rows[1]["merged"]
-
-
 def test_speed_of_presets(bench: Callable) -> None:
-    rows, _ = bench("speed", "--tiny", "--steps", 2, "--presets", "Quality", "Fast", "--force", stem="presets")
+    rows, _ = bench("speed", "--tiny", "--rounds", 1, "--presets", "Quality", "Fast", "--force", stem="presets")
     found = [row["contender"] for row in rows]
     assert found == [UNMERGED, "Quality", "Quality before", "Fast", "Fast before"]
     # 0.75 and 0.5 of 256 tokens, and of 64 at level 2.
-    merged = "7 of 7 self-attention layers, 256 -> 64 to 128 tokens, 64 -> 16 to 32 tokens, 2 of 2 steps"
+    merged = "7 of 7 self-attention layers, 256 -> 64 to 128 tokens, 64 -> 16 to 32 tokens, 8 of 8 steps"
     assert rows[4]["merged"] == merged
 
 
 def test_layer(bench: Callable) -> None:
     pytest.importorskip("tomesd")
     rows, _ = bench("layer", "--tiny", "--rounds", 1, "--ratios", 0.3, 0.75)
-    matched = [EXACT, WHOLE_IMAGE]
+    matched = [EXACT]
     names = [UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, *matched, CORNER, RANDOM]
     limits = [LIMIT_KEYS, LIMIT]
     assert [(row["tokens"], row["ratio"], row["contender"]) for row in rows] == [
@@ -224,7 +212,7 @@ def test_memory(bench: Callable) -> None:
         assert float(steps[name]["over_limit"]) == pytest.approx(peaks[name] / peaks[LIMIT_OF[name]])
     assert float(steps[KEYS]["gain"]) == pytest.approx(peaks[UNMERGED] / peaks[KEYS])
     matching = [row for row in rows if row["what"] == "matching"]
-    assert [row["contender"] for row in matching] == [OURS, EXACT, WHOLE_IMAGE, CORNER, RANDOM]
+    assert [row["contender"] for row in matching] == [OURS, EXACT, CORNER, RANDOM]
     assert all(int(row["bytes"]) > 0 for row in matching)
 
 
@@ -242,14 +230,17 @@ def test_every_subcommand_explains_its_options(name: str, capsys: pytest.Capture
     assert "\noptions:\n" in capsys.readouterr().out
 
 
-def test_checkpoint(tiny: nn.Module, tmp_path: Path, bench: Callable, capfd: pytest.CaptureFixture) -> None:
+def test_checkpoint(
+    tiny: nn.Module, tmp_path: Path, bench: Callable, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
+    monkeypatch.setitem(models.BY_CONTEXT, 768, models.TINY)
     weights = {models.PREFIX + name: tensor for name, tensor in tiny.state_dict().items()}
     path = tmp_path / "sd1.safetensors"
     safetensors.save_file({**weights, "first_stage_model.encoder.conv_in.bias": torch.zeros(2)}, path)
 
     config, read = models.read_checkpoint(path)
-    assert config == {**models.TINY, "num_res_blocks": [1, 1], "attention_resolutions": [2, 1]}
+    assert config == models.TINY
     loaded = models.build_unet(config, CPU, torch.float32, read)
     step, other = (models.one_step(unet, config, (64, 64)) for unet in (loaded, tiny))
     assert torch.equal(step(), other())
@@ -260,7 +251,7 @@ def test_checkpoint(tiny: nn.Module, tmp_path: Path, bench: Callable, capfd: pyt
     # A tensor too few is an error, not a random weight.
     weights.popitem()
     safetensors.save_file(weights, path)
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(ValueError, match="Missing key"):
         models.build_unet(config, CPU, torch.float32, models.read_checkpoint(path)[1])
     safetensors.save_file({"lora.up.weight": torch.zeros(2, 2)}, path)
     assert main(["speed", "--checkpoint", str(path), "--out", str(tmp_path)]) == 2
@@ -269,22 +260,17 @@ def test_checkpoint(tiny: nn.Module, tmp_path: Path, bench: Callable, capfd: pyt
     assert "must be a .safetensors file" in capfd.readouterr().err
 
 
-def _shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
-    from ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    with torch.device("meta"):
-        unet = UNetModel(**config, image_size=32, use_spatial_transformer=True, use_checkpoint=False, legacy=False)
-    return {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-
-
-def test_config_is_read_off_the_weights() -> None:
-    blocks = {"num_res_blocks": [2] * 4}
-    assert models.config_of(_shapes_of(models.SD1)) == {**models.SD1, **blocks}
-    second = {**models.SD1, **blocks, "context_dim": 1024, "num_head_channels": 64, "use_linear_in_transformer": True}
-    del second["num_heads"]
-    assert models.config_of(_shapes_of(second)) == second
-    with pytest.raises(ValueError, match="context of 2048 channels"):
-        models.config_of(_shapes_of({**models.TINY, "context_dim": 2048}))
+def test_the_shape_is_that_of_the_version(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "model.safetensors"
+    for context, inputs, others in ((768, 4, {"num_heads": 8}), (1024, 9, {"num_head_channels": 64})):
+        keys = {"input_blocks.0.0.weight": torch.zeros(1, inputs), "x.attn2.to_k.weight": torch.zeros(1, context)}
+        safetensors.save_file({models.PREFIX + name: value for name, value in keys.items()}, path)
+        config, _ = models.read_checkpoint(path)
+        assert (config["context_dim"], config["in_channels"]) == (context, inputs) and others.items() <= config.items()
+    safetensors.save_file({f"{models.PREFIX}x.attn2.to_k.weight": torch.zeros(1, 2048)}, path)
+    with pytest.raises(ValueError, match="no UNet of Stable Diffusion 1 or 2"):
+        models.read_checkpoint(path)
 
 
 def test_limit_touches_the_merged_layers_alone(tiny: nn.Module, watch: Callable, hook_dicts: Callable) -> None:
@@ -418,7 +404,6 @@ def test_what_takes_too_much_is_left_out() -> None:
     # 2048x2048: 6.4 GB of similarities. Nothing is allocated here.
     some, notes = matchers(256, 0.5, torch.float32)
     assert [one.name for one in some] == [OURS, EXACT]
-    assert any("whole image" in note for note in notes)
     assert any("GB" in note or "not installed" in note for note in notes)
     found, _ = contenders(EVERYONE, 0.5, 256 * 256, torch.float32)
     assert [one.name for one in found] == [name for name in EVERYONE if name not in (CORNER, RANDOM, TODO)]
@@ -513,14 +498,14 @@ def test_peak_bytes() -> None:
 
 
 def test_table() -> None:
-    columns = {"name": ("name", str), "value": ("value", output.number(1))}
-    rows = [{"name": "a", "value": 1.0}, {"name": "long", "value": None}, {"name": "b", "value": 123.46}]
+    columns = {"name": ("name", str), "value": ("value", output.number(1)), "word": ("word", str)}
+    rows = [{"name": "a", "value": 1.0}, {"name": "longer", "word": "none"}, {"name": "b", "value": 123.46}]
     assert output.table(columns, rows).splitlines() == [
-        "name  value",
-        "-----------",
-        "a       1.0",
-        "long      -",
-        "b     123.5",
+        "| name   | value | word |",
+        "| ------ | ----: | ---- |",
+        "| a      |   1.0 | -    |",
+        "| longer |     - | none |",
+        "| b      | 123.5 | -    |",
     ]
 
 

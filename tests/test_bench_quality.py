@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 pytest.importorskip("tqdm")
 
-from lab.bench import ablations, distances, output, pictures, quality
+from lab.bench import ablations, distances, pictures, quality
 from lab.bench.__main__ import main
 from lab.bench.ablations import TABLES, WHOLE, Variant, by_settings, ours, shipped
 from lab.bench.contenders import (
@@ -35,10 +35,9 @@ from lab.bench.contenders import (
 )
 from lab.bench.pictures import CHUNK, Album, Studio
 from lab.demo import model as demo_model
-from lab.demo.model import TinyModel
 from tomesd_core.settings import FIELDS
 
-STUDIO = Studio(None, True, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu"))
+STUDIO = Studio(True, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu"))
 EVERY_ROW = [
     pytest.param(row, id=f"{name} {number}: {row.name}")
     for name, table in TABLES.items()
@@ -110,7 +109,7 @@ def test_a_table_says_how_each_row_differs(bench: Callable, tmp_path: Path) -> N
     assert (tmp_path / "quality-where.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert rows[0]["command"] in markdown and rows[0]["command"] in printed
-    assert "| levels 1, 2, 4 | 0.50 | 0.25 |" in markdown
+    assert "| levels 1, 2, 4 |  0.50 |  0.25 |" in markdown
     assert f"{float(coarser['psnr']):.2f} ± {float(coarser['psnr_interval']):.2f} |" in markdown
 
 
@@ -191,25 +190,18 @@ def test_two_processes_make_the_same_pictures(bench: Callable, tmp_path: Path) -
         assert kept.seconds > 0
 
 
-def write_gains(path: Path, size: str, gains: dict[str, tuple[float, float]], value: str = "64x64") -> Path:
-    """A CSV as `bench speed` and `bench layer` write it: of each contender its gains at the ratios 0 and 0.75.
-
-    Some rows have no ratio, others no gain.
-    """
-    lines = [
-        f"{value},{at},{name},{both[number]}" for name, both in gains.items() for number, at in enumerate((0, 0.75))
-    ]
-    lines += [f"{value},,defaults,2", f"{value},0.5,keys,"]
-    path.write_text("\n".join([f"{size},ratio,contender,gain", *lines]), encoding="utf-8")
+def write_gains(path: Path, gains: dict[str, tuple[float, float]]) -> Path:
+    """A CSV as `bench speed` writes it: of each contender its gains at the ratios 0 and 0.75; presets have no ratio."""
+    lines = [f"64x64,{at},{name},{both[n]}" for name, both in gains.items() for n, at in enumerate((0, 0.75))]
+    path.write_text("\n".join(["size,ratio,contender,gain", *lines, "64x64,,Fast,2"]), encoding="utf-8")
     return path
 
 
 def test_keys_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path: Path) -> None:
     pytest.importorskip("tomesd")
     gains = {KEYS: (1.0, 4.0), CORNER: (0.71, 2.21), RANDOM: (0.6, 1.8), UNMERGED: (1.0, 1.0)}
-    path = write_gains(tmp_path / "speed.csv", "size", gains)
-    quicker = write_gains(tmp_path / "layer-sdp.csv", "grid", {**gains, KEYS: (1.0, 7.0)}, "8x8")
-    printed = bench("--tiny", "--steps", 1, "--tables", "what", "--speed", path, "--layer", quicker)
+    path = write_gains(tmp_path / "speed.csv", gains)
+    printed = bench("--tiny", "--steps", 1, "--tables", "what", "--speed", path)
     rows = read(tmp_path / "quality-time.csv")
     # 1.21, 1.71 and 1.91 times faster is the faster of the two; keys is so at 0.0525, 0.1775 and 0.2275.
     assert [(row["row"], row["ratio"]) for row in rows[1:]] == [
@@ -221,10 +213,6 @@ def test_keys_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path
         for row in theirs:
             assert float(row["psnr_difference"]) == pytest.approx(float(row["psnr"]) - float(mine["psnr"]))
             assert float(row["faster"]) <= float(mine["faster"])
-    of_layer = read(tmp_path / "quality-time-layer-sdp-8x8.csv")
-    assert [row["ratio"] for row in of_layer if row["row"] == KEYS] == ["0.03", "0.09", "0.12"]
-    # In each table by its own times: 1 + 0.09 * 6 / 0.75.
-    assert float(of_layer[4]["faster"]) == pytest.approx(1.72)
     faster = {(row["contender"], row["ratio"]): row["faster"] for row in read(tmp_path / "quality-what.csv")}
     assert float(faster[CORNER, "0.5"]) == pytest.approx(1.71)
     assert faster[UNWEIGHED, "0.75"] == faster[KEYS, "0.84"] == ""
@@ -232,8 +220,8 @@ def test_keys_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path
 
 
 def test_where_keys_is_never_as_fast_there_is_no_table(bench: Callable, tmp_path: Path) -> None:
-    path = write_gains(tmp_path / "layer-sdp.csv", "grid", {KEYS: (0.5, 0.6), CORNER: (1.0, 2.0)})
-    assert "time-layer-sdp-64x64 is left out" in bench("--tiny", "--tables", "defaults", "--layer", path)
+    path = write_gains(tmp_path / "speed.csv", {KEYS: (0.5, 0.6), CORNER: (1.0, 2.0)})
+    assert "time is left out" in bench("--tiny", "--steps", 1, "--tables", "defaults", "--speed", path)
     assert not [*tmp_path.glob("quality-time*")]
 
 
@@ -242,13 +230,11 @@ def test_what_is_wrong_is_said(bench: Callable, tmp_path: Path, monkeypatch: pyt
     other.write_text("a,b\n1,2\n", encoding="utf-8")
     lines = [f"{size},{ratio},keys,1" for size in "ab" for ratio in (0, 0.5)]
     sizes.write_text("\n".join(["size,ratio,contender,gain", *lines]), encoding="utf-8")
-    one = write_gains(tmp_path / "one.csv", "size", {CORNER: (1.0, 2.0)})
+    one = write_gains(tmp_path / "one.csv", {CORNER: (1.0, 2.0)})
     for arguments, why in (
-        (["--weights", tmp_path / "none.safetensors"], "none.safetensors is missing"),
         (["--tiny", "--samples", 1], "samples must be at least 2"),
         (["--tiny", "--speed", tmp_path / "none.csv"], "there is no file"),
         (["--tiny", "--speed", other], "not a CSV of `bench speed`"),
-        (["--tiny", "--layer", sizes], "not a CSV of `bench layer`"),
         (["--tiny", "--speed", sizes], "must hold one size"),
         (["--tiny", "--speed", one], "must hold keys at two ratios"),
     ):
@@ -262,13 +248,6 @@ def test_what_is_wrong_is_said(bench: Callable, tmp_path: Path, monkeypatch: pyt
     assert "pip install scikit-image" in bench("--tiny", status=2)
     with pytest.raises(SystemExit):
         bench("--tiny", "--steps", 3)
-
-
-def test_a_classifier_of_other_pictures_is_refused(bench: Callable, tmp_path: Path) -> None:
-    model = TinyModel.random(**pictures.TINY_SHAPE)
-    model.captions = ["cat face", "red apple"]
-    model.save(tmp_path / "two.safetensors")
-    assert "the model has 2" in bench("--weights", tmp_path / "two.safetensors", "--samples", 2, status=2)
 
 
 def test_without_tomesd_its_rows_are_left_out(bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +315,7 @@ def test_presets_are_held_against_what_they_were() -> None:
 def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> None:
     curve = {0.0: 1.0, 0.1: 0.9, 0.5: 1.7, 0.9375: 4.0}
     peers = {CORNER: {0.0: 0.92, 0.5: 1.5}, RANDOM: {0.0: 0.7, 0.5: 1.61, 0.6: 5.0}}
-    table = ablations.at_equal_time("a layer", {KEYS: curve, **peers})
+    table = ablations.at_equal_time({KEYS: curve, **peers})
     found = [(row.name, row.variant.ratio) for row in table.rows]
     assert found == [
         (UNMERGED, 0),
@@ -348,7 +327,7 @@ def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> Non
     ]
     assert [row.reference for row in table.rows[1:]] == [None, *[table.rows[1]] * 2, None, *[table.rows[4]] * 2]
     # Where one of the peers alone was timed, it decides; and something is always merged.
-    alone = ablations.at_equal_time("a layer", {KEYS: curve, RANDOM: {0.5: 0.5, 0.6: 2.0}})
+    alone = ablations.at_equal_time({KEYS: curve, RANDOM: {0.5: 0.5, 0.6: 2.0}})
     found = [(row.name, row.variant.ratio) for row in alone.rows[1:]]
     # 2 times: at 0.5 + 0.4375 * 0.3 / 2.3 = 0.557.
     assert found == [(KEYS, 0.01), (RANDOM, 0.5), (KEYS, 0.56), (RANDOM, 0.6)]
@@ -453,9 +432,7 @@ def test_a_shared_draw_makes_pictures_that_do_not_depend_on_the_chunk(monkeypatc
     assert differ(ours(shared_draw=False)) > 1
 
 
-def test_what_pictures_depend_on_is_in_their_folders_name(tmp_path: Path) -> None:
-    model = TinyModel.random(1, **pictures.TINY_SHAPE)
-    model.save(tmp_path / "other.safetensors")
+def test_what_pictures_depend_on_is_in_their_folders_name() -> None:
     variants = [WHOLE.variant, ours(), ours(ratio=0.4), ours(window=8), ours(KEYS), ours(UNWEIGHED), ours(TOKENS)]
     variants += [Variant(contender, 0.75) for contender in (CORNER, RANDOM, TODO)]
     studios = [
@@ -465,7 +442,7 @@ def test_what_pictures_depend_on_is_in_their_folders_name(tmp_path: Path) -> Non
             dataclasses.replace(STUDIO, **{name: value})
             for name, value in (("attention", "plain"), ("dtype", "bfloat16"))
         ),
-        dataclasses.replace(STUDIO, weights=tmp_path / "other.safetensors", tiny=False),
+        dataclasses.replace(STUDIO, tiny=False),
     ]
     digests = [studio.digest(variant) for studio in studios for variant in variants]
     assert len(set(digests)) == len(studios) * len(variants)
@@ -493,9 +470,9 @@ def test_chunks_are_made_in_turns_and_once(tmp_path: Path) -> None:
     album = Album(tmp_path, STUDIO)
     half, whole = ours(), WHOLE.variant
     everything = [(whole, 0), (half, 0), (whole, CHUNK), (half, CHUNK)]
-    assert album.missing([whole, half, whole], CHUNK + 1) == everything
+    assert [*album.missing([whole, half, whole], CHUNK + 1).values()] == everything
     assert list(album.make(everything[:3], 1, 1)) == [whole, half, whole]
-    assert album.missing([whole, half], CHUNK + 1) == [(half, CHUNK)]
+    assert [*album.missing([whole, half], CHUNK + 1).values()] == [(half, CHUNK)]
     kept = album.read(whole, CHUNK + 1)
     expected = [STUDIO.make(whole, first)[0] for first in (0, CHUNK)]
     assert torch.equal(kept.pictures, torch.cat(expected)[: CHUNK + 1])
@@ -578,17 +555,6 @@ def test_frechets_estimate_is_resampled_by_pictures() -> None:
     assert estimate.value == pytest.approx(float(frechet.distance(features)))
     assert estimate.resampled.shape == (distances.RESAMPLES,)
     assert float(estimate.resampled[77]) == pytest.approx(float(frechet.distance(features[drawn[77]])))
-
-
-def test_markdown() -> None:
-    columns = {"name": ("name", str), "value": ("value", output.number(1)), "word": ("word", str)}
-    rows = [{"name": "a", "value": 1.0, "word": None}, {"name": "long", "value": None, "word": "none"}]
-    assert output.markdown(columns, rows).splitlines() == [
-        "| name | value | word |",
-        "| --- | ---: | --- |",
-        "| a | 1.0 | - |",
-        "| long | - | none |",
-    ]
 
 
 def test_usual_settings_are_the_papers() -> None:

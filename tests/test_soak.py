@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -76,7 +77,7 @@ def test_a_wrong_request_that_merges_is_not_refused() -> None:
         ("ToMe error: ratio", "made", "lost"),
     ):
         answer = soak.Answer([picture], infotext)
-        assert soak._lost(soak.Request(body, outcome=outcome), answer).partition(":")[0] == problem
+        assert soak._problem(soak.Request(body, outcome=outcome), answer).partition(":")[0] == problem
 
 
 def test_what_is_drawn_is_a_seeds_own_and_has_every_kind() -> None:
@@ -84,16 +85,16 @@ def test_what_is_drawn_is_a_seeds_own_and_has_every_kind() -> None:
         pixels, samplers, presets = 8, ("Euler", "DDIM"), ("Fast", "Quality")
 
     def drawn(seed: int) -> list[soak.Request]:
-        requests = soak.Requests(Server, seed, soak.SIZES, 2)
-        return [requests.draw(soak.Image.new("RGB", (8, 8))) for _ in range(300)]
+        return [*itertools.islice(soak.requests(Server, seed, soak.SIZES, 2), 300)]
 
     assert drawn(1) == drawn(1) != drawn(2)
     some = drawn(1)
     assert {request.outcome for request in some} == {"made", "told", "refused", "either"}
+    assert some[0] is some[10] is some[290]
     assert 50 < sum(request.outcome != "made" for request in some) < 100
     assert {request.ends_by for request in some} == {None, "interrupt", "skip"}
     assert any("enable_hr" in request.body for request in some) and {"img2img"} < {one.tab for one in some}
-    arguments = [request.body["alwayson_scripts"].get("ToMe", {}).get("args", []) for request in some]
+    arguments = [request.body[soak.SCRIPTS].get("ToMe", {}).get("args", []) for request in some]
     assert {name for args in arguments for name in (args or [{}])[0:1] if isinstance(name, bool)} == {True, False}
     named = {name for args in arguments for given in args if isinstance(given, dict) for name in given}
     assert {"preset", *soak.SETTINGS} < named

@@ -1,7 +1,8 @@
 """The benchmark's command line. A subcommand is a module of this package, named in `SUBCOMMANDS`.
 
 Such a module has a docstring whose first line is its help, `add_arguments(parser)`, and `run(args)`, which raises
-`packages.MissingPackage` and `ValueError` for what the person can put right, and returns its exit status, if any.
+`packages.MissingPackage`, `FileNotFoundError` and `ValueError` for what the person can put right. It may return an exit
+status.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.command = shlex.join(["python", "-m", "lab.bench", *arguments])
     try:
         return args.module.run(args) or 0
-    except (MissingPackage, ValueError) as error:
+    except (MissingPackage, FileNotFoundError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 

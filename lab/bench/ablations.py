@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from tomesd_core.plan import pairs_left
@@ -15,6 +15,7 @@ from tomesd_core.settings import METHODS, MergeSettings
 from tomesd_core.webui.presets import BUILT_IN
 
 from .contenders import (
+    BASE,
     CORNER,
     FORMER,
     KEYS,
@@ -28,28 +29,6 @@ from .contenders import (
     Running,
     put_on,
 )
-
-BASE: dict[str, Any] = {
-    "ratio": 0.5,
-    "schedule": "constant",
-    "late_ratio": 0.2,
-    "switch_at": 0.5,
-    "max_downsample": 1,
-    "min_tokens": 0,
-    "reuse_steps": 1,
-    "method": PAPER,
-    "stride": None,
-    "partition": "random",
-    "window": None,
-    "skip_unprofitable": False,
-    "shared_draw": True,
-    "redraw": None,
-}
-"""What a row does not say otherwise: the paper's method, over the whole image.
-
-Spelled out, never taken from the defaults: these are set from the tables, and must not move them. In layers as small as
-the tiny model's merging hardly pays, and is seen all the same (`skip_unprofitable`).
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +110,6 @@ class Table:
     rows: Sequence[Row]
     over: str | None = None
     """`ratio`, `pairs` or `steps`: the rows of one name are a curve over it."""
-    gains: Gains | None = None
-    """How fast its contenders are; None: as the UNet's runs say, if there are any."""
 
     def without(self, contenders: set[str]) -> Table:
         """The table without these contenders' rows."""
@@ -203,14 +180,10 @@ def _presets() -> list[Row]:
         now = shipped(**values)
         if now.apply_to != "both passes":
             continue
-        before = Row(f"{name}, before", by_settings(_former(name)))
+        before = Row(f"{name}, before", by_settings(FORMER[name]))
         # What did not change is there once.
-        rows += [Row(name, before.variant)] if now == _former(name) else _beside(before, Row(name, by_settings(now)))
+        rows += [Row(name, before.variant)] if now == FORMER[name] else _beside(before, Row(name, by_settings(now)))
     return rows
-
-
-def _former(name: str) -> MergeSettings:
-    return dataclasses.replace(FORMER[name], skip_unprofitable=False)
 
 
 EQUAL_PAIRS = {0.4375: 0.25, 0.75: 0.5, 0.84: 0.6, 0.9375: None}
@@ -240,14 +213,11 @@ TABLES = {
         "constant 50 %",
         **{
             "constant 50 %": {},
-            "linear 60 to 40 %": _change("linear", 0.6, 0.4),
-            "linear 40 to 60 %": _change("linear", 0.4, 0.6),
-            "linear 75 to 25 %": _change("linear", 0.75, 0.25),
-            "linear 25 to 75 %": _change("linear", 0.25, 0.75),
-            "step 60 to 40 %": _change("step", 0.6, 0.4),
-            "step 40 to 60 %": _change("step", 0.4, 0.6),
-            "step 75 to 25 %": _change("step", 0.75, 0.25),
-            "step 25 to 75 %": _change("step", 0.25, 0.75),
+            **{
+                f"{schedule} {early} to {late} %": _change(schedule, early / 100, late / 100)
+                for schedule in ("linear", "step")
+                for early, late in ((60, 40), (40, 60), (75, 25), (25, 75))
+            },
         },
     ),
     "window": _halved(
@@ -277,7 +247,7 @@ TABLES = {
     ),
     "defaults": Table(
         "Defaults: as shipped, and as they were",
-        [WHOLE, *_beside(Row("before", by_settings(_former("Balanced"))), Row("shipped", by_settings(shipped())))],
+        [WHOLE, *_beside(Row("before", by_settings(FORMER["Balanced"])), Row("shipped", by_settings(shipped())))],
     ),
     "presets": Table("Presets: the built-in ones that a picture of one pass tells apart, and as they were", _presets()),
 }
@@ -295,7 +265,7 @@ def times_faster(variant: Variant, gains: Gains) -> float | None:
     return _between(known, ratio) if is_timed and _is_measured(known, ratio) else None
 
 
-def at_equal_time(title: str, gains: Gains) -> Table:
+def at_equal_time(gains: Gains) -> Table:
     """`tomesd` at each of its ratios beside the method keys at the ratio that takes no longer than either kind of it.
 
     Of keys it is the lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where there is none, and
@@ -312,7 +282,7 @@ def at_equal_time(title: str, gains: Gains) -> Table:
         fast = [percent for percent in percents if _between(keys, percent / 100) >= needed]
         if fast:
             rows += _beside(_at(KEYS, fast[0] / 100), *(_at(peer, ratio) for peer in peers))
-    return Table(f"Time: keys and tomesd at equal time of {title}", rows, over="ratio", gains=gains)
+    return Table("Time: keys and tomesd at equal time of the UNet", rows, over="ratio")
 
 
 def _is_measured(points: Mapping[float, float], x: float) -> bool:
@@ -321,10 +291,4 @@ def _is_measured(points: Mapping[float, float], x: float) -> bool:
 
 def _between(points: Mapping[float, float], x: float) -> float:
     """What the line through `points`, y by x, is at `x`, which lies between them."""
-    if x in points:
-        return points[x]
-    known = sorted(points)
-    after = max(bisect.bisect_left(known, x), 1)
-    low, high = known[after - 1], known[after]
-    part = (x - low) / (high - low)
-    return points[low] * (1 - part) + points[high] * part
+    return float(np.interp(x, sorted(points), [points[at] for at in sorted(points)]))

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from tomesd_core import hooks
 from tomesd_core.matching import match
 from tomesd_core.partition import make_partition
 from tomesd_core.plan import coarsest_level, tokens_removed
-from tomesd_core.settings import FIELDS, METHODS, MergeSettings
+from tomesd_core.settings import METHODS, MergeSettings
 from tomesd_core.token_map import TokenMap
 from tomesd_core.unet import Layer, find_layers
 
@@ -27,12 +28,11 @@ UNWEIGHED = "keys unweighed"
 CORNER, RANDOM = "tomesd corner", "tomesd random"
 TODO = "ToDo"
 LIMIT_KEYS, LIMIT = "limit keys", "limit"
-DEFAULTS, FORMER_DEFAULTS = "defaults", "defaults before"
 
 OURS = "ours"
 """The matching of all our methods."""
-EXACT, WHOLE_IMAGE = f"{OURS}, exact", f"{OURS}, whole image"
-"""It without a lower precision for the similarities, and besides without windows: what these bring."""
+EXACT = f"{OURS}, exact"
+"""It without a lower precision for the similarities: what that brings."""
 
 LIMIT_OF = {
     **dict.fromkeys((KEYS, UNWEIGHED, TODO), LIMIT_KEYS),
@@ -40,11 +40,9 @@ LIMIT_OF = {
 }
 """By contender: what none that merges as it does can beat."""
 
-WINDOW = FIELDS["window"].default
-
 PEERS = {"over_tomesd_corner": CORNER, "over_tomesd_random": RANDOM}
 MATCHING_OVER_PEERS = {
-    column: dict.fromkeys((OURS, EXACT, WHOLE_IMAGE, *METHODS, CORNER, RANDOM), peer) for column, peer in PEERS.items()
+    column: dict.fromkeys((OURS, EXACT, *METHODS, CORNER, RANDOM), peer) for column, peer in PEERS.items()
 }
 OVER_OTHERS = {
     # At one ratio these leave as many pairs of queries and keys as the peers; keys leaves more.
@@ -62,20 +60,29 @@ TODO_FACTORS = {0.75: 2, 0.9375: 4}
 PEER_BYTES = 4e9
 """Where `tomesd`'s similarities alone would take more than this, it is left out."""
 
-WHOLE_IMAGE_SIDE = 128
-"""Up to this side of a grid, in tokens, our own matching over the whole image is measured too: its time is N²."""
-
-_FORMER_SETTINGS = {
-    "late_ratio": 0.4,
-    "schedule": "linear",
+BASE: dict[str, Any] = {
+    "ratio": 0.5,
+    "schedule": "constant",
+    "late_ratio": 0.2,
+    "switch_at": 0.5,
     "max_downsample": 1,
     "min_tokens": 0,
-    "reuse_steps": 4,
+    "reuse_steps": 1,
     "method": PAPER,
+    "stride": None,
     "partition": "random",
-    "window": 32,
+    "window": None,
+    "skip_unprofitable": False,
     "shared_draw": True,
+    "redraw": None,
 }
+"""What a table's row does not say otherwise: the paper's method, over the whole image.
+
+Spelled out, never taken from the defaults: these are set from the tables, and must not move them. In layers as small as
+the tiny model's merging hardly pays, and is seen all the same (`skip_unprofitable`).
+"""
+
+_FORMER_SETTINGS = BASE | {"late_ratio": 0.4, "schedule": "linear", "reuse_steps": 4, "window": 32}
 FORMER = {
     name: MergeSettings(**{**_FORMER_SETTINGS, **values})
     for name, values in {
@@ -139,11 +146,6 @@ def contenders(
     return found, notes
 
 
-def with_limits(names: Sequence[str]) -> list[str]:
-    """The contenders, and behind them what they can't beat."""
-    return [*names, *dict.fromkeys(LIMIT_OF[name] for name in names if name in LIMIT_OF)]
-
-
 def why_left_out(name: str, ratio: float, tokens: int, dtype: torch.dtype) -> str | None:
     """Why a contender can't remove this ratio of so many tokens; None where it can."""
     if name == TODO and ratio not in TODO_FACTORS:
@@ -178,15 +180,8 @@ def peer_versions() -> str:
 
 def matchers(side: int, ratio: float, dtype: torch.dtype) -> tuple[list[Matcher], list[str]]:
     """What can match a grid of `side`×`side` tokens at batch 2, and notes on what is left out."""
-    found = [
-        Matcher(OURS, functools.partial(_match_ours, exact=False)),
-        Matcher(EXACT, functools.partial(_match_ours, exact=True)),
-    ]
+    found = [Matcher(name, functools.partial(_match_ours, exact=name == EXACT)) for name in (OURS, EXACT)]
     notes = []
-    if side <= WHOLE_IMAGE_SIDE:
-        found.append(Matcher(WHOLE_IMAGE, functools.partial(_match_ours, exact=True, window=None)))
-    else:
-        notes.append(f"{WHOLE_IMAGE}: left out at {side}x{side} tokens, its time grows with their square")
     for name in (CORNER, RANDOM):
         note = why_left_out(name, ratio, side * side, dtype)
         if note is None:
@@ -232,11 +227,6 @@ def _keys_alone(
     x = given.get("x")
     call.tokens = x.shape[1]
     return hooks._Arguments((x,), {"context": token_map.merge(x)})
-
-
-@contextlib.contextmanager
-def _unmerged(unet: nn.Module, ratio: float) -> Iterator[Running]:
-    yield Running()
 
 
 @contextlib.contextmanager
@@ -323,28 +313,22 @@ def _every_second(y: Tensor, grid: tuple[int, int], ratio: float) -> Tensor:
     return y.unflatten(1, grid)[:, ::factor, ::factor].flatten(1, 2)
 
 
-def _first_keys(y: Tensor, grid: tuple[int, int], ratio: float) -> Tensor:
-    """Keys and values that cost nothing: what no choice or merging of them can beat."""
-    return _first_tokens(y, ratio)
-
-
 _OTHERS: dict[str, Callable[[nn.Module, float], OnUnet]] = {
-    UNMERGED: _unmerged,
+    UNMERGED: lambda unet, ratio: contextlib.nullcontext(Running()),
     CORNER: functools.partial(_tomesd, use_rand=False),
     RANDOM: functools.partial(_tomesd, use_rand=True),
     TODO: functools.partial(_attending_to, chosen=_every_second),
-    LIMIT_KEYS: functools.partial(_attending_to, chosen=_first_keys),
+    # Keys and values that cost nothing: what no choice or merging of them can beat.
+    LIMIT_KEYS: functools.partial(_attending_to, chosen=lambda y, grid, ratio: _first_tokens(y, ratio)),
     LIMIT: _limit,
 }
 """By name, the contenders that are not ours."""
 
 
-def _match_ours(
-    x: Tensor, grid: tuple[int, int], ratio: float, step: int, exact: bool, window: int | None = WINDOW
-) -> tuple[Apply, Apply]:
-    settings = MergeSettings(ratio=ratio, schedule="constant", window=window)
-    split = make_partition(grid, settings.cell, step=step, window=window, device=x.device)
-    token_map = match(x, split, exact).token_map(tokens_removed(x.shape[1], ratio, rounded=window is not None))
+def _match_ours(x: Tensor, grid: tuple[int, int], ratio: float, step: int, exact: bool) -> tuple[Apply, Apply]:
+    settings = MergeSettings(ratio=ratio, schedule="constant")
+    split = make_partition(grid, settings.cell, step=step, window=settings.window, device=x.device)
+    token_map = match(x, split, exact).token_map(tokens_removed(x.shape[1], ratio, rounded=True))
     return token_map.merge, token_map.unmerge
 
 

@@ -30,6 +30,8 @@ from .contenders import (
     CORNER,
     EXACT,
     KEYS,
+    LIMIT,
+    LIMIT_KEYS,
     LIMIT_OF,
     MATCHING_OVER_PEERS,
     OURS,
@@ -39,13 +41,11 @@ from .contenders import (
     TOKENS,
     UNMERGED,
     UNWEIGHED,
-    WHOLE_IMAGE,
     Contender,
     Matcher,
     Running,
     contenders,
     matchers,
-    with_limits,
 )
 from .models import OneLayer, attention, inference, one_layer
 from .options import add_shared, fill_in, merge_ratio, whole_number
@@ -53,27 +53,19 @@ from .timing import compared, growth, interleaved, progress, spread, timed
 
 ITEMS, HEADS = 2, 8
 
-USUAL = {
-    "tokens": [64, 128, 256],
-    "channels": 320,
-    "rounds": 11,
-    "attention": "sdp",
-    "ratios": [0.25, 0.5, 0.6, 0.75, 0.84, 0.9375],
-}
+USUAL = {"tokens": [64, 128, 256], "channels": 320, "rounds": 11, "attention": "sdp"}
+USUAL["ratios"] = [0.25, 0.5, 0.6, 0.75, 0.84, 0.9375]
 QUICK = {"tokens": [32, 64], "rounds": 5}
 TINY = {"tokens": [8, 16], "channels": 32, "rounds": 1}
 
-ATTENTION_BYTES = 4e9
-"""Plain attention whose similarities take more than this is not timed."""
+MOST_SIDE = {"plain": 64, "sdp": 128}
+"""Of a grid whose layers are timed: above it plain attention takes more than 4 GB, and sdp minutes on a CPU."""
 
-CPU_ATTENTION_SIDE = 128
-"""Nor, on a CPU, is any over more tokens than a grid of this side has: it takes minutes."""
-
-HOOKED = with_limits((UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, TODO))
+HOOKED = (UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, TODO, LIMIT_KEYS, LIMIT)
 """What runs on a layer as on a UNet. `tomesd` replaces whole blocks: around a layer its parts are called."""
 
-ORDER = (UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, EXACT, WHOLE_IMAGE, CORNER, RANDOM)
-"""In which rows stand; the others behind them."""
+ORDER = (UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, EXACT, CORNER, RANDOM, TODO, LIMIT_KEYS, LIMIT)
+"""In which rows stand."""
 
 PARTS = ("match", "merge", "unmerge")
 Parts = dict[str, float]
@@ -85,16 +77,13 @@ COLUMNS = {
     "grid": ("tokens", str),
     "ratio": ("ratio", output.number(4)),
     "contender": ("contender", str),
-    "match": ("match ms", output.scaled(1e3, 2)),
-    "merge": ("merge ms", output.scaled(1e3, 2)),
-    "unmerge": ("unmerge ms", output.scaled(1e3, 2)),
-    "merging": ("merging ms", output.scaled(1e3, 2)),
-    "merging_low": ("25 %", output.scaled(1e3, 2)),
-    "merging_high": ("75 %", output.scaled(1e3, 2)),
+    **{part: (f"{part} ms", output.number(2, 1e3)) for part in ("match", "merge", "unmerge", "merging")},
+    "merging_low": ("25 %", output.number(2, 1e3)),
+    "merging_high": ("75 %", output.number(2, 1e3)),
     "over_tomesd_corner": ("/corner", output.number(3)),
     "over_tomesd_random": ("/random", output.number(3)),
     "growth": ("growth", output.number(2)),
-    "layer": ("layer ms", output.scaled(1e3, 1)),
+    "layer": ("layer ms", output.number(1, 1e3)),
     "gain": ("x faster", output.number(3)),
     "gain_low": ("25 %", output.number(3)),
     "gain_high": ("75 %", output.number(3)),
@@ -163,26 +152,16 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     """All that is timed, and notes on what is not."""
     cases, notes = [], []
     for side in sorted(set(args.tokens)):
-        why_not = _why_no_attention(side, args)
-        notes += [why_not] if why_not else []
+        is_timed = side <= MOST_SIDE[args.attention] or (args.attention, args.device.type) == ("sdp", "cuda")
+        notes += [] if is_timed else [f"layers are left out at {side}x{side} tokens: they take too long or too much"]
         for ratio in args.ratios:
             some, left_out = matchers(side, ratio, args.torch_dtype)
             notes += left_out
             settings = MergeSettings(schedule="constant", skip_unprofitable=False)
             hooked, left_out = contenders(HOOKED, ratio, side * side, args.torch_dtype, settings)
             notes += left_out
-            cases.append((side, ratio, some, [] if why_not else hooked))
+            cases.append((side, ratio, some, hooked if is_timed else []))
     return cases, notes
-
-
-def _why_no_attention(side: int, args: argparse.Namespace) -> str | None:
-    """Why whole layers are not timed at this size; None where they are."""
-    needed = ITEMS * HEADS * side**4 * 4
-    if args.attention == "plain" and needed > ATTENTION_BYTES:
-        return f"layers are left out at {side}x{side} tokens: their similarities alone take {needed / 1e9:.1f} GB"
-    if args.device.type == "cpu" and side > CPU_ATTENTION_SIDE:
-        return f"layers are left out at {side}x{side} tokens: on a CPU their attention takes minutes"
-    return None
 
 
 def _rows_of(
@@ -250,7 +229,7 @@ def _compared(
     ours = parts.pop(OURS)
     parts |= {KEYS: {part: ours[part] for part in PARTS if part != "unmerge"}, TOKENS: ours, PAPER: ours}
     merging = {name: [sum(one) for one in zip(*times.values(), strict=True)] for name, times in parts.items()}
-    rows = {name: dict.fromkeys(CSV_COLUMNS) for name in sorted({*layers, *parts}, key=_place)}
+    rows = {name: dict.fromkeys(CSV_COLUMNS) for name in sorted({*layers, *parts}, key=ORDER.index)}
     for row in (
         *compared(merging, "merging", None, MATCHING_OVER_PEERS),
         *compared(layers, "layer", UNMERGED, OVER_OTHERS),
@@ -264,10 +243,6 @@ def _compared(
             is_worth_it = pays(side * side, args.channels, ratio, args.device.type, name)
             row["rule"] = "merge" if is_worth_it else "leave out"
     return [*rows.values()]
-
-
-def _place(name: str) -> int:
-    return ORDER.index(name) if name in ORDER else len(ORDER) + HOOKED.index(name)
 
 
 def _add_growth(rows: list[dict[str, object]]) -> None:

@@ -15,21 +15,14 @@ from pathlib import Path
 
 import torch
 
-from . import output
-from .contenders import KEYS, MATCHING_OVER_PEERS, PAPER, Matcher, Running, matchers
+from . import output, unet_runs
+from .contenders import MATCHING_OVER_PEERS, Matcher, Running, matchers
 from .layer import image_tokens
 from .options import add_shared, add_unet, fill_in, whole_number
 from .timing import compared, interleaved, progress
 from .unet_runs import Case, cases, count_runs, everyone, measure, panels
 
-USUAL = {
-    "sizes": [(512, 512)],
-    "ratios": [0.25, 0.4375, 0.5, 0.6, 0.75, 0.84],
-    "methods": [KEYS, PAPER],
-    "tokens": [256],
-    "rounds": 1,
-    "attention": "plain",
-}
+USUAL = {**unet_runs.USUAL, "ratios": [0.25, 0.4375, 0.5, 0.6, 0.75, 0.84], "tokens": [256], "rounds": 1}
 QUICK = {"sizes": [(256, 256)], "ratios": [0.6], "tokens": [64]}
 TINY = {"sizes": [(128, 128)], "ratios": [0.6], "tokens": [16]}
 
@@ -40,11 +33,8 @@ COLUMNS = {
     "size": ("size", str),
     "ratio": ("ratio", output.number(2)),
     "contender": ("contender", str),
-    "bytes": ("MB", output.scaled(1e-6, 1)),
-    "gain": ("x less", output.number(3)),
-    "over_tomesd_corner": ("/corner", output.number(3)),
-    "over_tomesd_random": ("/random", output.number(3)),
-    "over_limit": ("/limit", output.number(3)),
+    "bytes": ("MB", output.number(1, 1e-6)),
+    **output.compared("x less", has_quartiles=False),
 }
 
 
@@ -53,11 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser)
     add_unet(parser)
     parser.add_argument(
-        "--tokens",
-        type=whole_number,
-        nargs="+",
-        metavar="SIDE",
-        help="sides of square token grids for the matching alone",
+        "--tokens", type=whole_number, nargs="+", metavar="SIDE", help="sides of grids for matching alone"
     )
 
 

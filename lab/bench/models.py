@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,11 @@ SD1: dict[str, Any] = {
 }
 """Stable Diffusion 1's UNet, as ldm's `UNetModel` takes it."""
 
-TINY: dict[str, Any] = {
-    **SD1,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "attention_resolutions": [1, 2],
-    "channel_mult": [1, 2],
-}
+_SD2 = {"context_dim": 1024, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True}
+BY_CONTEXT = {768: SD1, 1024: SD1 | _SD2}
+"""The UNets of Stable Diffusion 1 and 2, by the channels of their context."""
+
+TINY = SD1 | {"model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [1, 2], "channel_mult": [1, 2]}
 """A UNet of the same kind that runs in milliseconds."""
 
 PREFIX = "model.diffusion_model."
@@ -45,25 +43,27 @@ CONTEXT_TOKENS = 77
 LATENT_FACTOR = 8
 """Pixels of a picture along one of its latent's."""
 
-Weights = dict[str, Tensor]
-
 
 def build_unet(
-    config: Mapping[str, Any], device: torch.device, dtype: torch.dtype, weights: Weights | None = None
+    config: Mapping[str, Any], device: torch.device, dtype: torch.dtype, weights: dict[str, Tensor] | None = None
 ) -> nn.Module:
-    """ldm's `UNetModel` of this shape, with `weights` or random ones. Raises `MissingPackage` without ldm."""
+    """ldm's `UNetModel` of this shape, with `weights` or random ones. Raises `MissingPackage` without ldm, `ValueError`
+    for weights of another shape."""
     attention = require("ldm.modules.attention")
     kind = require("ldm.modules.diffusionmodules.openaimodel").UNetModel
     rest = {"image_size": 32, "use_spatial_transformer": True, "use_checkpoint": False, "legacy": False}
     # Where xformers is installed ldm takes its attention; both of what is measured here start from ldm's own.
-    with replaced(attention, "XFORMERS_IS_AVAILBLE", False), torch.random.fork_rng(devices=[]):
+    with patch.object(attention, "XFORMERS_IS_AVAILBLE", False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = kind(**config, **rest)
         if weights is None:
             # Subnormal or zero activations could run at another speed.
             fill_zeros(unet)
         else:
-            unet.load_state_dict(weights, strict=True)
+            try:
+                unet.load_state_dict(weights, strict=True)
+            except RuntimeError as error:
+                raise ValueError(f"the checkpoint has another shape than Stable Diffusion 1 or 2: {error}") from error
     unet = unet.to(device, dtype).eval().requires_grad_(False)
     for module in unet.modules():
         if type(module).__name__ == "GroupNorm32":
@@ -72,18 +72,7 @@ def build_unet(
     return unet
 
 
-@contextlib.contextmanager
-def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """While open, `owner` has this value under that name."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], Weights]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The UNet's shape and weights of a Stable Diffusion 1 or 2 checkpoint (`.safetensors`).
 
     Raises `ValueError` where the file is of another kind, `MissingPackage` without safetensors.
@@ -93,60 +82,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Weights]:
     with require("safetensors").safe_open(str(path), framework="pt") as stored:
         names = [name for name in list(stored.keys()) if name.startswith(PREFIX)]
         weights = {name.removeprefix(PREFIX): stored.get_tensor(name) for name in names}
-    try:
-        return config_of({name: tuple(tensor.shape) for name, tensor in weights.items()}), weights
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
-def config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The arguments of `UNetModel` that weights of these shapes, by name, were made with.
-
-    What the shapes don't tell, the heads, follows from the version, and that from the context's channels. Raises
-    `ValueError` for what is neither Stable Diffusion 1 nor 2.
-    """
-    keys = [name for name in shapes if name.endswith("attn2.to_k.weight")]
-    if not keys or "input_blocks.0.0.weight" not in shapes or "out.2.weight" not in shapes:
-        raise ValueError(f"there is no UNet with cross-attention under {PREFIX}*")
-    context_dim = shapes[keys[0]][1]
-    if context_dim not in (768, 1024):
-        raise ValueError(
-            f"context of {context_dim} channels: only Stable Diffusion 1 (768) and 2 (1024) can be measured"
-        )
-    base, in_channels = shapes["input_blocks.0.0.weight"][:2]
-    widths, blocks, resolutions, depth, factor = [0], [0], set(), 0, 1
-    number = 1
-    while any(name.startswith(f"input_blocks.{number}.") for name in shapes):
-        block = f"input_blocks.{number}"
-        if f"{block}.0.op.weight" in shapes:
-            factor *= 2
-            widths.append(0)
-            blocks.append(0)
-        else:
-            widths[-1] = shapes[f"{block}.0.in_layers.2.weight"][0]
-            blocks[-1] += 1
-            depth_here = _count(rf"{re.escape(block)}\.1\.transformer_blocks\.(\d+)\.", shapes)
-            if depth_here:
-                resolutions.add(factor)
-                depth = depth_here
-        number += 1
-    second = context_dim == 1024
-    heads = {"num_head_channels": 64, "use_linear_in_transformer": True} if second else {"num_heads": 8}
-    return {
-        "in_channels": in_channels,
-        "out_channels": shapes["out.2.weight"][0],
-        "model_channels": base,
-        "num_res_blocks": blocks,
-        "attention_resolutions": sorted(resolutions, reverse=True),
-        "channel_mult": [width // base for width in widths],
-        "context_dim": context_dim,
-        "transformer_depth": depth,
-        **heads,
-    }
-
-
-def _count(pattern: str, names: Mapping[str, object]) -> int:
-    return len({found[1] for found in (re.match(pattern, name) for name in names) if found})
+    contexts = [weight.shape[1] for name, weight in weights.items() if name.endswith("attn2.to_k.weight")]
+    if not contexts or contexts[0] not in BY_CONTEXT or "input_blocks.0.0.weight" not in weights:
+        raise ValueError(f"{path.name}: there is no UNet of Stable Diffusion 1 or 2 under {PREFIX}*")
+    # Those for inpainting see a mask and a picture besides.
+    return {**BY_CONTEXT[contexts[0]], "in_channels": weights["input_blocks.0.0.weight"].shape[1]}, weights
 
 
 def one_step(unet: nn.Module, config: Mapping[str, Any], size: Size) -> Callable[[], Tensor]:
@@ -234,7 +174,7 @@ def attention(model: nn.Module, kind: str) -> Iterator[None]:
     classes = {type(module) for module in model.modules() if type(module).__name__ == "CrossAttention"}
     with contextlib.ExitStack() as replacing:
         for attention_class in classes if kind == "sdp" else ():
-            replacing.enter_context(replaced(attention_class, "forward", _fused_attention))
+            replacing.enter_context(patch.object(attention_class, "forward", _fused_attention))
         yield
 
 

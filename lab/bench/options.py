@@ -53,9 +53,7 @@ def add_shared(parser: argparse.ArgumentParser, rounds: bool = True) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", type=torch.device, default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=whole_number, metavar="N", help="threads of torch on the CPU")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), metavar="DIR", help="folder of what is written (./out)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where files go (./out)")
     parser.add_argument("--quick", action="store_true", help="smaller, fewer, shorter")
 
 
@@ -66,9 +64,7 @@ def add_unet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", choices=METHODS, nargs="+", help="how ours merges (default: keys and paper)")
     parser.add_argument("--force", action="store_true", help="merge also where it can't pay (skip_unprofitable=False)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--checkpoint", type=Path, metavar="FILE.safetensors", help="a Stable Diffusion 1 or 2 model, for its weights"
-    )
+    which.add_argument("--checkpoint", type=Path, metavar="FILE.safetensors", help="of Stable Diffusion 1 or 2")
     which.add_argument("--tiny", action="store_true", help="a tiny UNet: tries the command, and measures nothing")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import datetime
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -60,24 +62,22 @@ def cores() -> int:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
+            return found[1]
     return platform.processor() or platform.machine()
 
 
-def number(digits: int) -> Callable[[object], str]:
-    """Writes a value with so many digits after the point."""
-    return lambda value: f"{value:.{digits}f}"
-
-
-def scaled(factor: float, digits: int) -> Callable[[object], str]:
-    """Writes a value times `factor`, to show ms of s or MB of bytes."""
+def number(digits: int, factor: float = 1) -> Callable[[object], str]:
+    """Writes a value times `factor`, such as ms of s or MB of bytes, with so many digits after the point."""
     return lambda value: f"{value * factor:.{digits}f}"
+
+
+def compared(gain: str, has_quartiles: bool = True) -> dict[str, tuple[str, Callable[[object], str]]]:
+    """The columns of how a contender stands to others."""
+    quartiles = {"gain_low": ("25 %", number(3)), "gain_high": ("75 %", number(3))} if has_quartiles else {}
+    over = {"over_tomesd_corner": "/corner", "over_tomesd_random": "/random", "over_limit": "/limit"}
+    return {"gain": (gain, number(3)), **quartiles, **{name: (title, number(3)) for name, title in over.items()}}
 
 
 class Results:
@@ -100,25 +100,17 @@ class Results:
 
 
 def table(columns: Columns, rows: Sequence[Row]) -> str:
-    """The rows under their titles, every column as wide as it must be, numbers to the right."""
+    """The rows under their titles in Markdown, every column as wide as it must be, numbers to the right."""
     cells = _cells(columns, rows)
-    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
-    text = _hold_text(columns, rows)
-    aligned = [
-        "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(line, widths, text, strict=True)
-        ).rstrip()
+    widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(columns))]
+    is_text = _hold_text(columns, rows)
+    titles, *lines = [
+        "| "
+        + " | ".join(f"{one:{'<' if left else '>'}{w}}" for one, w, left in zip(line, widths, is_text, strict=True))
         for line in cells
     ]
-    return "\n".join([aligned[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *aligned[1:]])
-
-
-def markdown(columns: Columns, rows: Sequence[Row]) -> str:
-    """The same table in Markdown."""
-    titles, *lines = [f"| {' | '.join(line)} |" for line in _cells(columns, rows)]
-    rule = "|".join(" --- " if left else " ---: " for left in _hold_text(columns, rows))
-    return "\n".join([titles, f"|{rule}|", *lines])
+    rule = "| " + " | ".join("-" * w if left else "-" * (w - 1) + ":" for w, left in zip(widths, is_text, strict=True))
+    return "\n".join(f"{line} |" for line in (titles, rule, *lines))
 
 
 def _cells(columns: Columns, rows: Sequence[Row]) -> list[list[str]]:

@@ -41,10 +41,8 @@ TINY_CAPTIONS = ("cat face", "red apple", "red cat", "apple face", "apple")
 class Studio:
     """All that pictures depend on besides their number and the way to merge."""
 
-    weights: Path | None
-    """The model's file; None is the shipped one."""
     tiny: bool
-    """An untrained, smaller model in its place."""
+    """An untrained, smaller model in the shipped one's place."""
     steps: int
     """Of PLMS, where a variant doesn't say; they divide 1000."""
     scale: float
@@ -54,24 +52,17 @@ class Studio:
     device: torch.device
 
     def model(self) -> TinyModel:
-        """The model, which later calls give again. Raises `ValueError` where its weights are missing."""
-        return _model(self.weights, self.tiny, self.device)
+        """The model, which later calls give again. Raises `FileNotFoundError` where its weights are missing."""
+        return _model(self.tiny, self.device)
 
     def classifier(self) -> FeatureNet:
-        """The classifier of the model's pictures. Raises `ValueError` where it is missing, or of other pictures."""
-        captions = self.model().captions
-        if self.tiny:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                net = FeatureNet(len(captions), references=8).eval().requires_grad_(False)
-                net.reference.normal_()
-            return net
-        with _missing_file_is_said():
-            net = FeatureNet.load()
-        if net.head.out_features != len(captions):
-            raise ValueError(
-                f"the feature classifier tells {net.head.out_features} pictures apart, the model has {len(captions)}"
-            )
+        """The classifier of the model's pictures. Raises `FileNotFoundError` where it is missing."""
+        if not self.tiny:
+            return FeatureNet.load()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = FeatureNet(len(self.model().captions), references=8).eval().requires_grad_(False)
+            net.reference.normal_()
         return net
 
     def captions(self, count: int) -> list[int]:
@@ -144,23 +135,13 @@ class Studio:
 
 
 @functools.lru_cache(maxsize=1)
-def _model(weights: Path | None, tiny: bool, device: torch.device) -> TinyModel:
+def _model(tiny: bool, device: torch.device) -> TinyModel:
     require("ldm.modules.diffusionmodules.openaimodel")
-    if tiny:
-        model = TinyModel.random(**TINY_SHAPE)
-        model.captions = list(TINY_CAPTIONS)
-    else:
-        with _missing_file_is_said():
-            model = TinyModel.load(weights)
+    if not tiny:
+        return TinyModel.load().to(device)
+    model = TinyModel.random(**TINY_SHAPE)
+    model.captions = list(TINY_CAPTIONS)
     return model.to(device)
-
-
-@contextlib.contextmanager
-def _missing_file_is_said() -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -197,18 +178,15 @@ class Album:
     folder: Path
     studio: Studio
 
-    def missing(self, variants: Sequence[Variant], count: int) -> list[tuple[Variant, int]]:
-        """The chunks, by their first number, that the variants' first `count` pictures lack; once each.
+    def missing(self, variants: Sequence[Variant], count: int) -> dict[Path, tuple[Variant, int]]:
+        """The chunks, by the file that each is kept in, that the variants' first `count` pictures lack.
 
         In turns: a slow minute of the machine falls on all variants alike.
         """
         # By where they are kept: the studio's number of steps, and the same said by a variant, give the same pictures.
         chunks = [(variant, first) for first in range(0, count, CHUNK) for variant in variants]
-        return [chunk for path, chunk in self.by_path(chunks).items() if not path.is_file()]
-
-    def by_path(self, chunks: Sequence[tuple[Variant, int]]) -> dict[Path, tuple[Variant, int]]:
-        """Chunks by the file that each is kept in."""
-        return {self._path(*chunk): chunk for chunk in chunks}
+        by_path = {self._path(*chunk): chunk for chunk in chunks}
+        return {path: chunk for path, chunk in by_path.items() if not path.is_file()}
 
     def make(self, chunks: Sequence[tuple[Variant, int]], processes: int, threads: int) -> Iterator[Variant]:
         """Makes chunks, in so many processes of so many threads; gives the variant of each, in order, once kept."""

@@ -5,7 +5,7 @@ unmerged twin, made in as many steps; "pairs" is the share of query-key pairs le
 distance of all of a row's pictures to the training pictures, on features of a small classifier of the same pictures
 (not Inception: it compares with no published FID); "named" is the share of pictures that this classifier takes for
 their prompt's. Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only the
-new ones. --speed and --layer add tables at equal time, and --speed what a row's ratio brings in times faster.
+new ones. --speed adds a table at equal time, and what a row's ratio brings in times faster.
 """
 
 from __future__ import annotations
@@ -29,14 +29,7 @@ from .packages import require
 from .pictures import Album, Made, Studio
 from .timing import progress
 
-USUAL = {
-    "samples": 500,
-    "steps": 50,
-    "scale": 3.0,
-    "tables": list(TABLES),
-    "attention": "sdp",
-    "threads": 1,
-}
+USUAL = {"samples": 500, "steps": 50, "scale": 3.0, "tables": list(TABLES), "attention": "sdp", "threads": 1}
 QUICK = {"samples": 8, "steps": 10}
 TINY = {"samples": 6, "steps": 2}
 
@@ -54,7 +47,7 @@ METRICS = {
     "psnr": Metric("PSNR, dB", output.number(2)),
     "ssim": Metric("SSIM", output.number(4)),
     "frechet": Metric("Fréchet", output.number(3), higher_is_better=False),
-    "named": Metric("named, %", output.scaled(100, 1)),
+    "named": Metric("named, %", output.number(1, 100)),
 }
 
 NOTES = (
@@ -68,33 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench quality`."""
     add_shared(parser, rounds=False)
     parser.add_argument("--samples", type=whole_number, metavar="N", help="pictures a row, from 2 up")
-    parser.add_argument(
-        "--steps", type=_plms_steps, metavar="N", help="of PLMS, where a table doesn't say; they divide 1000"
-    )
+    parser.add_argument("--steps", type=_plms_steps, metavar="N", help="of PLMS, where a table doesn't say")
     parser.add_argument("--scale", type=float, metavar="S", help="of classifier-free guidance")
     parser.add_argument("--tables", choices=TABLES, nargs="+", metavar="TABLE", help=f"some of: {', '.join(TABLES)}")
-    parser.add_argument(
-        "--processes", type=whole_number, metavar="N", help="that make pictures side by side, of --threads each"
-    )
-    parser.add_argument(
-        "--speed",
-        type=Path,
-        metavar="FILE.csv",
-        help="what `bench speed` wrote for one size: adds a table at equal time of the UNet",
-    )
-    parser.add_argument(
-        "--layer",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE.csv",
-        help="what `bench layer` wrote: adds a table at equal time of a layer for each size in it",
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="another tiny model than the shipped")
-    which.add_argument(
-        "--tiny", action="store_true", help="an untrained model: tries the command, and measures nothing"
-    )
+    parser.add_argument("--processes", type=whole_number, metavar="N", help="side by side, of --threads each")
+    parser.add_argument("--speed", type=Path, metavar="FILE.csv", help="of `bench speed`: adds a table at equal time")
+    parser.add_argument("--tiny", action="store_true", help="an untrained model: tries it, and measures nothing")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -106,10 +78,10 @@ def run(args: argparse.Namespace) -> None:
     if args.processes is None:
         args.processes = max(1, output.cores() // args.threads) if args.device.type == "cpu" else 1
     machine = output.this_machine(args.device, args.dtype, args.command)
-    studio = Studio(args.weights, args.tiny, args.steps, args.scale, args.attention, args.dtype, args.device)
+    studio = Studio(args.tiny, args.steps, args.scale, args.attention, args.dtype, args.device)
     album = Album(args.out / "quality", studio)
     judge = Judge(album, args.samples)
-    gains = _gains_of_the_unet(args.speed)
+    gains = {} if args.speed is None else _gains(args.speed)
     tables, notes = _that_can_run(args, gains, studio)
     chunks = _chunks_by_table(album, tables, args.samples)
     every_chunk = [chunk for some in chunks.values() for chunk in some]
@@ -123,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
             for _ in chunks[name]:
                 variant = next(made)
                 tick(f"{name}: {variant.contender}, {variant.ratio:g}")
-            rows = [{"table": name, **row} for row in judge.rows(table, table.gains or gains)]
+            rows = [{"table": name, **row} for row in judge.rows(table, gains)]
             sections.append((_heading(table), rows))
             csv_path, plot_path = (args.out / f"quality-{name}{ending}" for ending in (".csv", ".png"))
             # After every table: what is done is there to be read while the rest is made.
@@ -190,44 +162,30 @@ def _plms_steps(text: str) -> int:
     return steps
 
 
-def _gains(path: Path, command: str, size: str) -> dict[str, Gains]:
-    """By size, in the column of that name, what is in the CSV that `bench COMMAND` wrote.
-
-    Raises `ValueError` for another file.
-    """
+def _gains(path: Path) -> Gains:
+    """What is in a CSV of `bench speed`. Raises `ValueError` for another file, and for one of several sizes."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {size, "ratio", "contender", "gain"} <= set(rows[0]):
-        raise ValueError(f"{path} is not a CSV of `bench {command}`")
-    found: dict[str, dict[str, dict[float, float]]] = {}
+    if not rows or not {"size", "ratio", "contender", "gain"} <= set(rows[0]):
+        raise ValueError(f"{path} is not a CSV of `bench speed`")
+    if len({row["size"] for row in rows}) > 1:
+        raise ValueError(f"{path} must hold one size")
+    found: dict[str, dict[float, float]] = {}
     for row in rows:
-        # Some have no ratio, others no gain: the defaults' schedules, and what was matched alone.
-        if row["ratio"] and row["gain"]:
-            by_ratio = found.setdefault(row[size], {}).setdefault(row["contender"], {})
-            by_ratio[float(row["ratio"])] = float(row["gain"])
-    if not found or not all(len(gains.get(KEYS, {})) > 1 for gains in found.values()):
+        if row["ratio"]:
+            found.setdefault(row["contender"], {})[float(row["ratio"])] = float(row["gain"])
+    if len(found.get(KEYS, {})) < 2:
         raise ValueError(f"{path} must hold {KEYS} at two ratios or more")
     return found
-
-
-def _gains_of_the_unet(path: Path | None) -> Gains:
-    by_size = {} if path is None else _gains(path, "speed", "size")
-    if len(by_size) > 1:
-        raise ValueError(f"{path} must hold one size")
-    return next(iter(by_size.values()), {})
 
 
 def _that_can_run(args: argparse.Namespace, gains: Gains, studio: Studio) -> tuple[dict[str, Table], list[str]]:
     """The chosen tables, and those at equal time, without the rows of peers that are missing; and notes that say so."""
     tables = {name: table for name, table in TABLES.items() if name in args.tables}
     if gains:
-        tables["time"] = at_equal_time("the UNet", gains)
-    for path in args.layer:
-        for grid, of_layer in _gains(path, "layer", "grid").items():
-            # The file's name says of which attention.
-            tables[f"time-{path.stem}-{grid}"] = at_equal_time(f"a layer of {grid} tokens ({path.stem})", of_layer)
+        tables["time"] = at_equal_time(gains)
     side = studio.model().image_shape[-1]
     why_not = {peer: why_left_out(peer, 0.0, side * side, args.torch_dtype) for peer in (CORNER, RANDOM)}
     needed = {row.variant.contender for table in tables.values() for row in table.rows}
@@ -240,11 +198,10 @@ def _that_can_run(args: argparse.Namespace, gains: Gains, studio: Studio) -> tup
 
 def _chunks_by_table(album: Album, tables: Mapping[str, Table], samples: int) -> dict[str, list[tuple[Variant, int]]]:
     """By table: what is still to be made for it when the tables before it are done."""
+    chunks: dict[str, list[tuple[Variant, int]]] = {}
     seen: set[Path] = set()
-    chunks = {}
     for name, table in tables.items():
-        variants = [variant for row in table.rows for variant in (row.variant.unmerged, row.variant)]
-        missing = album.by_path(album.missing(variants, samples))
+        missing = album.missing([one for row in table.rows for one in (row.variant.unmerged, row.variant)], samples)
         chunks[name] = [chunk for path, chunk in missing.items() if path not in seen]
         seen.update(missing)
     return chunks
@@ -327,6 +284,6 @@ def _write_markdown(
         samples, scale = (rows[0][name] for name in ("samples", "scale"))
         steps = " or ".join(map(str, dict.fromkeys(row["steps"] for row in rows)))
         parts.append(f"**{heading}** {samples} pictures a row, {steps} PLMS steps, guidance {scale:g}.")
-        parts.append(output.markdown(*_shown(rows)))
+        parts.append(output.table(*_shown(rows)))
     parts.append("\n".join(f"* {note}" for note in notes))
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -45,12 +46,13 @@ SIZES = [(256, 256), (320, 256), (256, 384), (128, 192)]
 SAMPLERS = ("Euler", "Euler a", "Heun", "DPM++ 2M", "DPM++ SDE", "DDIM", "PLMS", "LMS")
 """Used where the server has them."""
 
+SCRIPTS = "alwayson_scripts"
 EVERY, WRONG, ENDED, MOST_GROWTH = 10, 0.25, 0.1, 0.05
 SETTINGS: dict[str, Setting] = {**PANEL_FIELDS, **MAP_FIELDS}
 WRONG_VALUES = ("abc", "", None, [], {}, True, -1, 1e9)
 
 
-class RefusedError(Exception):
+class RefusedError(ValueError):
     """The server answered that it can't do what it was asked."""
 
 
@@ -69,7 +71,8 @@ class WebUI:
 
     def __init__(self, url: str, pid: int | None) -> None:
         self._url = url.rstrip("/")
-        self.samplers = [sampler["name"] for sampler in self._ask("GET", "/sdapi/v1/samplers")]
+        known = [sampler["name"] for sampler in self._ask("GET", "/sdapi/v1/samplers")]
+        self.samplers = [name for name in SAMPLERS if name in known]
         self.presets = [preset["name"] for preset in self._ask("GET", "/tome/presets")]
         port = urlsplit(url).port
         listening = (one for one in require("psutil").net_connections("tcp") if one.status == "LISTEN")
@@ -84,9 +87,7 @@ class WebUI:
             raise ValueError(f"{self._url} doesn't answer: {error}") from error
         if answer.ok:
             return answer.json()
-        if method == "GET":
-            raise ValueError(f"{self._url}{path} can't be had: is --api on, and ToMe there? {answer.text[:300]}")
-        raise RefusedError(f"{answer.status_code}: {answer.text[:300]}")
+        raise RefusedError(f"{self._url}{path} answers {answer.status_code}: {answer.text[:300]}")
 
     def make(self, tab: str, body: Mapping[str, Any]) -> Answer:
         """What the API makes of a request. Raises `RefusedError`."""
@@ -110,38 +111,33 @@ class StandIn:
     pixels = 8
 
     def __init__(self, host: Host) -> None:
-        from modules import sd_samplers
+        from modules import devices, processing, sd_samplers, shared
 
-        self._host = host
-        self.samplers, self.presets, self.pid = list(sd_samplers.all_samplers_map), list(BUILT_IN), os.getpid()
+        self._host, self._processing, self._state, self._nans = host, processing, shared.state, devices.NansException
+        self.samplers = [name for name in SAMPLERS if name in sd_samplers.all_samplers_map]
+        self.presets, self.pid = list(BUILT_IN), os.getpid()
 
     def make(self, tab: str, body: Mapping[str, Any]) -> Answer:
-        from modules import devices, processing
-
-        if body["sampler_name"] not in self.samplers or set(body.get("alwayson_scripts", {})) - {"ToMe"}:
+        if body["sampler_name"] not in self.samplers or set(body[SCRIPTS]) - {"ToMe"}:
             raise RefusedError("sampler or script not found")
-        kind = processing.StableDiffusionProcessingTxt2Img
+        kind = self._processing.StableDiffusionProcessingTxt2Img
         if tab == "img2img":
-            kind = processing.StableDiffusionProcessingImg2Img
+            kind = self._processing.StableDiffusionProcessingImg2Img
             body = {**body, "init_images": [*map(_decoded, body["init_images"])]}
         known = {field.name for field in dataclasses.fields(kind) if field.init}
-        tome = body.get("alwayson_scripts", {}).get("ToMe", {}).get("args")
+        tome = body[SCRIPTS].get("ToMe", {}).get("args")
         p = self._host.make_p(tome, tab, **{name: value for name, value in body.items() if name in known})
         try:
-            made = processing.process_images(p)
-        except devices.NansException as error:
+            made = self._processing.process_images(p)
+        except self._nans as error:
             raise RefusedError(str(error)) from error
         return Answer(made.images[made.index_of_first_image :], made.infotexts[0])
 
     def is_sampling(self) -> bool:
-        from modules import shared
-
-        return shared.state.sampling_step > 0
+        return self._state.sampling_step > 0
 
     def end(self, how: str) -> None:
-        from modules import shared
-
-        getattr(shared.state, how)()
+        getattr(self._state, how)()
 
 
 Server = WebUI | StandIn
@@ -159,79 +155,69 @@ class Request:
     """What is pressed while it is made."""
 
 
-class Requests:
-    """Draws requests, the same ones from a seed for servers that have the same samplers and presets."""
-
-    def __init__(self, server: Server, seed: int, sizes: Sequence[Size], steps: int) -> None:
-        self._chance, self._steps, self._presets = random.Random(seed), steps, server.presets
-        self._sizes = [{"width": wide // server.pixels, "height": high // server.pixels} for wide, high in sizes]
-        self._samplers = [name for name in SAMPLERS if name in server.samplers]
-        fixed = {"prompt": "cat", "seed": 1, "steps": steps, "sampler_name": "Euler", **self._sizes[0]}
-        self.fixed = Request(_with_arguments(fixed, []))
-
-    def draw(self, picture: Image.Image) -> Request:
-        """Any request; img2img begins with `picture`."""
-        is_wrong = self._chance.random() < WRONG
-        # Of the fixed one it is known how it looks without merging.
-        request = self.fixed if is_wrong and self._chance.random() < 0.5 else self._right(picture)
-        return self._spoilt(request) if is_wrong else request
-
-    def _right(self, picture: Image.Image) -> Request:
-        choice = self._chance.choice
-        body = {"prompt": choice(("cat", "red apple AND cat :0.5", "")), "seed": self._chance.randrange(2**32)}
-        body |= {"steps": self._chance.randint(2, 2 * self._steps), "sampler_name": choice(self._samplers)}
-        body |= {"cfg_scale": choice((1, 3, 7)), "batch_size": choice((1, 1, 2)), "n_iter": choice((1, 1, 2))}
-        body |= {"denoising_strength": choice((0.6, 0.9)), **choice(self._sizes)}
-        tab, ends_by = choice(("txt2img", "txt2img", "img2img")), None
-        if tab == "img2img":
-            body["init_images"] = [_encoded(picture)]
-        elif self._chance.random() < 0.3:
-            # Forge asks for the second pass's modules, and the others don't mind.
-            body |= {"enable_hr": True, "hr_scale": 1.25, "hr_upscaler": "Latent"}
-            body["hr_additional_modules"] = ["Use same choices"]
-        if self._chance.random() < ENDED:
-            ends_by, body["steps"] = choice(("interrupt", "skip")), 10 * self._steps
-        return Request(_with_arguments(body, self._arguments()), tab, ends_by=ends_by)
-
-    def _arguments(self) -> list[Any]:
-        """The script's, in any form that it takes."""
-        values = {name: self._value(setting) for name, setting in SETTINGS.items()}
-        values["min_tokens"] = self._chance.choice((0, 0, 2048))  # Most of its range is above all sizes.
-        some = dict(self._chance.sample(list(values.items()), self._chance.randint(1, 4)))
-        whole, few = [True, *values.values()], [True, *values.values()][: self._chance.randint(1, len(values))]
-        named = {"preset": self._chance.choice(self._presets), **some}
-        return self._chance.choice((whole, few, [some], [named], [False, *values.values()], []))
-
-    def _value(self, setting: Setting) -> Any:
-        if setting.choices:
-            return self._chance.choice(setting.choices)
-        number = self._chance.randint(0, round((setting.maximum - setting.minimum) / setting.step))
-        return type(setting.default)(round(setting.minimum + number * setting.step, 6))
-
-    def _spoilt(self, request: Request) -> Request:
-        """The same with something wrong, and not ended early."""
-        name, value = self._chance.choice(list(SETTINGS)), self._chance.choice(WRONG_VALUES)
-        defaults = {name: setting.default for name, setting in SETTINGS.items()}
-        in_order = [True, *{**defaults, name: value}.values()]
-        for_tome = (in_order, [{name: value}], [{f"{name}s": 1}], [{"preset": "no such one"}], ["yes", 0.5])
-        outcomes: list[tuple[str, dict[str, Any]]] = [("told", _with_arguments({}, wrong)) for wrong in for_tome]
-        outcomes += [("refused", {"sampler_name": "no such one"})]
-        outcomes += [("refused", {"alwayson_scripts": {"no such one": {"args": []}}})]
-        # Of such a guidance a model makes NaN, which WebUI looks for and Forge doesn't.
-        outcomes += [("either", {"steps": 3, "cfg_scale": 1e38})]
-        outcome, wrong = self._chance.choice(outcomes)
-        return Request({**request.body, **wrong}, request.tab, outcome)
+def requests(server: Server, seed: int, sizes: Sequence[Size], steps: int) -> Iterator[Request]:
+    """Without end, and the same ones from a seed. The first is fixed, and comes back as every tenth."""
+    chance = random.Random(seed)
+    sides = [{"width": wide // server.pixels, "height": high // server.pixels} for wide, high in sizes]
+    fixed = Request({"prompt": "cat", "seed": 1, "steps": steps, "sampler_name": "Euler", **sides[0], SCRIPTS: {}})
+    while True:
+        yield fixed
+        for _ in range(EVERY - 1):
+            is_wrong = chance.random() < WRONG
+            # Of the fixed one it is known how it looks without merging.
+            right = fixed if is_wrong and chance.random() < 0.5 else _right(chance, server, sides, steps)
+            yield _spoilt(chance, right) if is_wrong else right
 
 
-def _with_arguments(body: Mapping[str, Any], arguments: Sequence[Any]) -> dict[str, Any]:
-    return {**body, "alwayson_scripts": {"ToMe": {"args": arguments}} if arguments else {}}
+def _right(chance: random.Random, server: Server, sides: Sequence[Mapping[str, int]], steps: int) -> Request:
+    choice = chance.choice
+    body = {"prompt": choice(("cat", "red apple AND cat :0.5", "")), "seed": chance.randrange(2**32), **choice(sides)}
+    body |= {"steps": chance.randint(2, 2 * steps), "sampler_name": choice(server.samplers)}
+    body |= {"cfg_scale": choice((1, 3, 7)), "batch_size": choice((1, 1, 2)), "n_iter": choice((1, 1, 2))}
+    body |= {"denoising_strength": choice((0.6, 0.9)), SCRIPTS: _arguments(chance, server.presets)}
+    tab, ends_by = choice(("txt2img", "txt2img", "img2img")), None
+    if tab == "img2img":
+        file = io.BytesIO()
+        Image.radial_gradient("L").save(file, "PNG")
+        body["init_images"] = [base64.b64encode(file.getvalue()).decode()]
+    elif chance.random() < 0.3:
+        # Forge asks for the second pass's modules, and the others don't mind.
+        body |= {"enable_hr": True, "hr_scale": 1.25, "hr_upscaler": "Latent"}
+        body["hr_additional_modules"] = ["Use same choices"]
+    if chance.random() < ENDED:
+        ends_by, body["steps"] = choice(("interrupt", "skip")), 10 * steps
+    return Request(body, tab, ends_by=ends_by)
 
 
-def _encoded(picture: Image.Image) -> str:
-    """As PNG in base64."""
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+def _arguments(chance: random.Random, presets: Sequence[str]) -> dict[str, Any]:
+    """The scripts' arguments: ours in any form, or none."""
+    values = {name: _value(chance, setting) for name, setting in SETTINGS.items()}
+    values["min_tokens"] = chance.choice((0, 0, 2048))  # Most of its range is above all sizes.
+    some = dict(chance.sample(list(values.items()), chance.randint(1, 4)))
+    whole, few = [True, *values.values()], [True, *values.values()][: chance.randint(1, len(values))]
+    forms = (whole, few, [some], [{"preset": chance.choice(presets), **some}], [False, *values.values()], None)
+    given = chance.choice(forms)
+    return {} if given is None else {"ToMe": {"args": given}}
+
+
+def _value(chance: random.Random, setting: Setting) -> Any:
+    if setting.choices:
+        return chance.choice(setting.choices)
+    number = chance.randint(0, round((setting.maximum - setting.minimum) / setting.step))
+    return type(setting.default)(round(setting.minimum + number * setting.step, 6))
+
+
+def _spoilt(chance: random.Random, request: Request) -> Request:
+    """The same with something wrong, and not ended early."""
+    name, value = chance.choice(list(SETTINGS)), chance.choice(WRONG_VALUES)
+    in_order = {**{name: setting.default for name, setting in SETTINGS.items()}, name: value}.values()
+    for_tome = ([True, *in_order], [{name: value}], [{f"{name}s": 1}], [{"preset": "no such one"}], ["yes", 0.5])
+    outcomes: list[tuple[str, dict[str, Any]]] = [("told", {SCRIPTS: {"ToMe": {"args": one}}}) for one in for_tome]
+    outcomes += [("refused", {"sampler_name": "no such one"}), ("refused", {SCRIPTS: {"no such one": {"args": []}}})]
+    # Of such a guidance a model makes NaN, which WebUI looks for and Forge doesn't.
+    outcomes += [("either", {"steps": 3, "cfg_scale": 1e38})]
+    outcome, wrong = chance.choice(outcomes)
+    return Request({**request.body, **wrong}, request.tab, outcome)
 
 
 def _decoded(picture: str) -> Image.Image:
@@ -253,50 +239,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the generations, says which went wrong, then the sums. The status is 1 where anything did."""
-    with _server(args) as server, progress(args.count) as tick:
-        return soak(server, Requests(server, args.seed, args.sizes, args.steps), args.count, args.warmup, tick)
+    standing_in = Host({"tiny": lambda: TinyModel.random(channel_mult=[1, 1])}) if not args.url else None
+    with standing_in or contextlib.nullcontext(), progress(args.count) as tick:
+        server = StandIn(standing_in) if standing_in else WebUI(args.url, args.pid)
+        return soak(server, requests(server, args.seed, args.sizes, args.steps), args.count, args.warmup, tick)
 
 
-@contextlib.contextmanager
-def _server(args: argparse.Namespace) -> Iterator[Server]:
-    if args.url:
-        yield WebUI(args.url, args.pid)
-        return
-    with Host({"tiny": lambda: TinyModel.random(channel_mult=[1, 1])}) as host:
-        yield StandIn(host)
-
-
-def soak(server: Server, requests: Requests, count: int, warmup: int, tick: Callable[[str], None]) -> int:
+def soak(server: Server, some: Iterator[Request], count: int, warmup: int, tick: Callable[[str], None]) -> int:
     """The run itself."""
     sums: Counter[str] = Counter()
-    memory: list[tuple[int, int]] = []
-    began = time.monotonic()
-    fixed = requests.fixed
-    expected = server.make(fixed.tab, fixed.body).images[0]
-    for number in range(count):
-        request = requests.draw(expected) if number % EVERY else fixed
+    memory: list[int] = []
+    began, fixed, expected = time.monotonic(), None, None
+    for number, request in enumerate(islice(some, count)):
+        fixed = fixed or request
         tick(f"{request.tab}, {request.outcome}")
+        sums["wrong"] += request.outcome in ("told", "refused")
         try:
             answer = _made(server, request)
         except RefusedError as error:
-            answer, problem = None, "" if request.outcome in ("refused", "either") else f"lost: {error}"
+            problem = "" if request.outcome in ("refused", "either") else f"lost: {error}"
         else:
-            problem = _lost(request, answer)
-            if request.outcome != "either" and {**request.body, "alwayson_scripts": {}} == fixed.body:
+            problem = _problem(request, answer)
+            if not problem and request.outcome != "either" and {**request.body, SCRIPTS: {}} == fixed.body:
                 sums["compared"] += 1
-                if not problem and answer.images[0].tobytes() != expected.tobytes():
+                expected = expected or answer.images[0].tobytes()
+                if answer.images[0].tobytes() != expected:
                     problem = "unclean: it differs from the first one without merging"
-        sums["wrong"] += request.outcome in ("told", "refused")
         sums[problem.partition(":")[0]] += 1
         if problem:
             print(f"{number}: {problem}\n   {request}", file=sys.stderr)
-        if request is fixed and server.pid:
-            memory.append((number, require("psutil").Process(server.pid).memory_info().rss))
+        if request is fixed and server.pid and number >= min(warmup, count // 2):
+            memory.append(require("psutil").Process(server.pid).memory_info().rss)
     print(f"generations: {count}, in {time.monotonic() - began:.0f} s")
     print(f"pictures lost: {sums['lost']}")
     print(f"unclean: {sums['unclean']} of {sums['compared']} that were compared")
     print(f"refused rightly: {sums['wrong'] - sums['not refused']} of {sums['wrong']}")
-    grown = _growth([held for number, held in memory if number >= min(warmup, count // 2)])
+    grown = _growth(memory)
     return int(sums["lost"] + sums["unclean"] + sums["not refused"] > 0 or grown > MOST_GROWTH)
 
 
@@ -311,7 +289,7 @@ def _made(server: Server, request: Request) -> Answer:
         return made.result()
 
 
-def _lost(request: Request, answer: Answer) -> str:
+def _problem(request: Request, answer: Answer) -> str:
     """What is wrong with a picture that was made; empty where nothing is."""
     body = request.body
     is_told, is_merged = (key in answer.infotext for key in ("ToMe error:", "ToMe ratio:"))
@@ -322,8 +300,9 @@ def _lost(request: Request, answer: Answer) -> str:
     wanted = 1 if request.ends_by else body.get("batch_size", 1) * body.get("n_iter", 1)
     scale = body.get("hr_scale", 1)
     size = int(body["width"] * scale), int(body["height"] * scale)
-    if len(answer.images) < wanted or (answer.images[0].size != size and not request.ends_by):
-        return f"lost: {len(answer.images)} pictures of {answer.images[0].size}, not {wanted} of {size}"
+    sizes = [image.size for image in answer.images]
+    if len(sizes) < wanted or (sizes[0] != size and not request.ends_by):
+        return f"lost: there are {sizes}, not {wanted} of {size}"
     return ""
 
 

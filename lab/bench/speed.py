@@ -3,8 +3,8 @@
 Unmerged, ours by method, tomesd's two kinds of destinations, ToDo at the ratios that it has, and the limits: attention
 of all queries to as many keys as keys leaves, or over as many tokens as the others leave, and no merging at all. At one
 ratio keys leaves more pairs of queries and keys than the others: 0.4375 and 0.75 of it leave as many as 0.25 and 0.5.
-With --defaults or --presets what is shipped runs over a whole schedule, beside what it was in version 0.1.0. All is
-interleaved round by round, all quotients are taken within a round, and what is shown is their median.
+With --presets what is shipped runs over a whole schedule, beside what it was in version 0.1.0 (`Balanced` is the
+default). All is interleaved round by round, all quotients are taken within a round, and what is shown is their median.
 """
 
 from __future__ import annotations
@@ -16,20 +16,14 @@ import functools
 from tomesd_core.settings import MergeSettings
 from tomesd_core.webui.presets import BUILT_IN
 
-from . import output
-from .contenders import DEFAULTS, FORMER, FORMER_DEFAULTS, KEYS, PAPER, UNMERGED, Contender, Running, merging, put_on
+from . import output, unet_runs
+from .contenders import FORMER, UNMERGED, Contender, Running, merging, put_on
 from .options import add_shared, add_unet, fill_in, whole_number
 from .timing import progress, timed
 from .unet_runs import Case, Runs, cases, count_runs, everyone, measure, panels
 
-USUAL = {
-    "sizes": [(512, 512)],
-    "ratios": [0.0, 0.1, 0.25, 0.4375, 0.5, 0.6, 0.75, 0.84, 0.9375],
-    "methods": [KEYS, PAPER],
-    "rounds": 5,
-    "attention": "plain",
-    "reuse_steps": 1,
-}
+USUAL = {**unet_runs.USUAL, "rounds": 5, "reuse_steps": 1}
+USUAL["ratios"] = [0.0, 0.1, 0.25, 0.4375, 0.5, 0.6, 0.75, 0.84, 0.9375]
 QUICK = {"sizes": [(256, 256)], "ratios": [0.3, 0.6], "rounds": 3}
 TINY = {"sizes": [(128, 128)], "ratios": [0.3, 0.6], "rounds": 1}
 
@@ -43,12 +37,7 @@ COLUMNS = {
     "seconds": ("s/step", output.number(3)),
     "seconds_low": ("25 %", output.number(3)),
     "seconds_high": ("75 %", output.number(3)),
-    "gain": ("x faster", output.number(3)),
-    "gain_low": ("25 %", output.number(3)),
-    "gain_high": ("75 %", output.number(3)),
-    "over_tomesd_corner": ("/corner", output.number(3)),
-    "over_tomesd_random": ("/random", output.number(3)),
-    "over_limit": ("/limit", output.number(3)),
+    **output.compared("x faster"),
 }
 
 
@@ -58,25 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_unet(parser)
     parser.add_argument("--reuse-steps", type=whole_number, metavar="N", help="for how many steps our matching is kept")
     parser.add_argument(
-        "--steps",
-        type=whole_number,
-        metavar="N",
-        help=f"a run's, timed together (default: those that a matching is kept for; of a schedule {SCHEDULE_STEPS})",
+        "--presets", choices=FORMER, nargs="+", help="time these, and nothing but them and what they were"
     )
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--defaults", action="store_true", help="time the shipped defaults, and nothing but them and what they were"
-    )
-    instead.add_argument("--presets", choices=FORMER, nargs="+", help="the same of these presets")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints the table, writes `speed-ATTENTION.csv` and `.png`, of schedules `defaults-…` or `presets-…`."""
+    """Measures, prints the table, writes `speed-ATTENTION.csv` and `.png`, of presets `presets-…`."""
     fill_in(args, USUAL, QUICK, TINY)
     schedules = _schedules(args)
-    steps = args.steps or (SCHEDULE_STEPS if schedules else args.reuse_steps)
-    stem = "defaults" if args.defaults else "presets" if args.presets else "speed"
-    results = output.Results(args, f"{stem}-{args.attention}")
+    steps = SCHEDULE_STEPS if schedules else args.reuse_steps
+    results = output.Results(args, f"{'presets' if schedules else 'speed'}-{args.attention}")
 
     def choose(tokens: int) -> tuple[Runs, list[str]]:
         return ({None: schedules}, []) if schedules else everyone(args, tokens, args.reuse_steps)
@@ -96,12 +76,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _schedules(args: argparse.Namespace) -> list[Contender]:
-    """What `--defaults` or `--presets` times, each by a schedule of its own; else nothing."""
-    timed = {DEFAULTS: MergeSettings(), FORMER_DEFAULTS: FORMER["Balanced"]} if args.defaults else {}
-    for name in args.presets or ():
-        timed |= {name: MergeSettings(**BUILT_IN[name][0]), f"{name} before": FORMER[name]}
+    """What `--presets` times, each by a schedule of its own; else nothing."""
     ours = [
         Contender(name, functools.partial(merging, settings=dataclasses.replace(one, skip_unprofitable=not args.force)))
-        for name, one in timed.items()
+        for preset in args.presets or ()
+        for name, one in ((preset, MergeSettings(**BUILT_IN[preset][0])), (f"{preset} before", FORMER[preset]))
     ]
     return [Contender(UNMERGED, functools.partial(put_on, name=UNMERGED, ratio=0.0)), *ours] if ours else []

@@ -38,10 +38,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Spread:
 
 
 def compared(
-    results: Mapping[str, Sequence[float]],
-    what: str,
-    baseline: str | None,
-    others: Mapping[str, Mapping[str, str]],
+    results: Mapping[str, Sequence[float]], what: str, baseline: str | None, others: Mapping[str, Mapping[str, str]]
 ) -> list[dict[str, object]]:
     """A row for each name: the spread of its results, as `what`, and how it stands to others of the same rounds.
 
@@ -104,16 +101,12 @@ def interleaved(
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar of `total` runs; what it yields is called with a run's name before the run."""
     with require("tqdm").tqdm(total=total, unit="run") as bar:
-        begun = False
 
         def tick(name: str) -> None:
-            nonlocal begun
-            bar.update(int(begun))
-            bar.set_postfix_str(name)
-            begun = True
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
 
         yield tick
-        bar.update(int(begun))
 
 
 def _wait_for(device: torch.device) -> None:

@@ -13,20 +13,11 @@ from torch import Tensor, nn
 from tomesd_core.settings import MergeSettings
 
 from . import output
-from .contenders import (
-    CORNER,
-    LIMIT_OF,
-    OVER_OTHERS,
-    RANDOM,
-    TODO,
-    UNMERGED,
-    Contender,
-    Running,
-    contenders,
-)
+from .contenders import CORNER, LIMIT_OF, OVER_OTHERS, RANDOM, TODO, UNMERGED, Contender, Running, contenders
 from .models import LATENT_FACTOR, SD1, TINY, attention, build_unet, one_step, read_checkpoint
-from .options import Size
 from .timing import compared, interleaved
+
+USUAL = {"sizes": [(512, 512)], "methods": ["keys", "paper"], "attention": "plain"}
 
 Runs = Mapping["float | None", Sequence[Contender]]
 """By ratio, what runs; None: what has ratios of its own."""
@@ -36,16 +27,12 @@ Runs = Mapping["float | None", Sequence[Contender]]
 class Case:
     """A UNet at one size."""
 
-    size: Size
+    size: str
+    """Width and height in pixels."""
     unet: nn.Module
     step: Callable[[], Tensor]
     runs: Runs
     notes: Sequence[str]
-
-    @property
-    def size_name(self) -> str:
-        """Width and height in pixels."""
-        return f"{self.size[0]}x{self.size[1]}"
 
 
 @contextlib.contextmanager
@@ -62,7 +49,7 @@ def cases(args: argparse.Namespace, choose: Callable[[int], tuple[Runs, list[str
         found = []
         for width, height in args.sizes:
             runs, notes = choose((width // LATENT_FACTOR) * (height // LATENT_FACTOR))
-            found.append(Case((width, height), unet, one_step(unet, config, (width, height)), runs, notes))
+            found.append(Case(f"{width}x{height}", unet, one_step(unet, config, (width, height)), runs, notes))
         yield found
 
 
@@ -104,7 +91,7 @@ def measure(
     for case in found:
         for number, (ratio, some) in enumerate(case.runs.items()):
             said: dict[str, str] = {}
-            at = case.size_name if ratio is None else f"{case.size_name}, {ratio:g}"
+            at = case.size if ratio is None else f"{case.size}, {ratio:g}"
 
             def run(contender: Contender, case: Case = case, said: dict[str, str] = said) -> float:
                 with contender.put_on(case.unet) as running:
@@ -114,7 +101,7 @@ def measure(
 
             runs = {contender.name: functools.partial(run, contender) for contender in some}
             results = interleaved(runs, args.rounds, lambda name, at=at: tick(f"{name}, {at}"), int(not number))
-            about = {"size": case.size_name, "ratio": ratio}
+            about = {"size": case.size, "ratio": ratio}
             how = {"rounds": args.rounds, "attention": args.attention}
             rows = compared(results, what, UNMERGED, OVER_OTHERS)
             save([{**about, **row, **how, "merged": said[str(row["contender"])]} for row in rows])
@@ -133,9 +120,7 @@ def panels(
         panel = by_size.setdefault(row["size"], output.Panel(title, "ratio", up))
         if row["ratio"] is None:
             panel.across = ""
-            panel.add(row["contender"], row["contender"], row["gain"])
-        else:
-            panel.add(row["contender"], row["ratio"], row["gain"])
+        panel.add(row["contender"], row["contender"] if row["ratio"] is None else row["ratio"], row["gain"])
     for panel in by_size.values():
         if panel.across:
             panel.lines[output.PAPER] = output.paper_line(paper)

@@ -86,10 +86,8 @@ class TinyModel(nn.Module):
     The UNet itself predicts the velocity (arXiv 2202.00512), from which `apply_model` takes the noise: a small model
     that was trained briefly errs least that way in the noisiest steps, which settle a picture's colours.
 
-    Args:
-        words: the vocabulary; a word's place in it is its number.
-        captions: the training pictures' captions, for choosing prompts; nothing else depends on them.
-        shape: entries that differ from `DEFAULT_SHAPE`. Raises `ValueError` for an unknown key.
+    A word's place in ``words`` is its number; ``captions`` are the training pictures', for choosing prompts; ``shape``
+    holds entries that differ from `DEFAULT_SHAPE`. Raises `ValueError` for an unknown one.
     """
 
     parameterization = "eps"
@@ -110,23 +108,11 @@ class TinyModel(nn.Module):
         from ldm.modules.diffusionmodules.openaimodel import UNetModel
         from ldm.modules.diffusionmodules.util import make_beta_schedule
 
-        self.model = _Diffusion(
-            UNetModel(
-                image_size=self.shape["image_size"],
-                in_channels=3,
-                out_channels=3,
-                model_channels=self.shape["model_channels"],
-                channel_mult=tuple(self.shape["channel_mult"]),
-                num_res_blocks=self.shape["num_res_blocks"],
-                attention_resolutions=list(self.shape["attention_resolutions"]),
-                num_head_channels=self.shape["num_head_channels"],
-                use_spatial_transformer=True,
-                transformer_depth=1,
-                context_dim=self.shape["context_dim"],
-                use_checkpoint=False,
-                legacy=False,
-            )
-        )
+        same = ("image_size", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions")
+        same += ("num_head_channels", "context_dim")
+        given = {name: self.shape[name] for name in same} | {"in_channels": 3, "out_channels": 3}
+        rest = {"use_spatial_transformer": True, "transformer_depth": 1, "use_checkpoint": False, "legacy": False}
+        self.model = _Diffusion(UNetModel(**given, **rest))
         # ldm's 32 groups would here hold one channel each, and so wipe out every channel's mean: colours would drift.
         for module in self.model.modules():
             if isinstance(module, nn.GroupNorm):
@@ -138,14 +124,8 @@ class TinyModel(nn.Module):
             make_beta_schedule("linear", self.num_timesteps, self.shape["beta_start"], self.shape["beta_end"])
         )
         cumprod = torch.cumprod(1 - betas, dim=0)
-        schedule = {
-            "betas": betas,
-            "alphas_cumprod": cumprod,
-            "alphas_cumprod_prev": torch.cat([torch.ones(1, dtype=cumprod.dtype), cumprod[:-1]]),
-            "sqrt_alphas_cumprod": cumprod.sqrt(),
-            "sqrt_one_minus_alphas_cumprod": (1 - cumprod).sqrt(),
-        }
-        for name, values in schedule.items():
+        previous = torch.cat([torch.ones(1, dtype=cumprod.dtype), cumprod[:-1]])
+        for name, values in (("betas", betas), ("alphas_cumprod", cumprod), ("alphas_cumprod_prev", previous)):
             self.register_buffer(name, values.float(), persistent=False)
 
     @property
@@ -159,15 +139,10 @@ class TinyModel(nn.Module):
         return (3, self.shape["image_size"], self.shape["image_size"])
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        """The predicted noise in ``x``.
+        """The predicted noise in ``x``, noisy pictures; both [B, 3, H, W].
 
-        Args:
-            x: noisy pictures, [B, 3, H, W].
-            t: step numbers [B], 0 (nearly clean) to 999 (nearly pure noise), whole or, for k-diffusion, between.
-            cond: context [B, L, context_dim], or as ldm passes it: ``[context]`` or ``{"c_crossattn": [context]}``.
-
-        Returns:
-            Tensor [B, 3, H, W].
+        ``t``: step numbers [B], 0 (nearly clean) to 999 (nearly pure noise), whole or, for k-diffusion, between.
+        ``cond``: context [B, L, context_dim], or as ldm passes it: ``[context]`` or ``{"c_crossattn": [context]}``.
         """
         alpha = self._alpha(t).view(-1, 1, 1, 1)
         return alpha.sqrt() * self.velocity(x, t, cond) + (1 - alpha).sqrt() * x
@@ -186,12 +161,6 @@ class TinyModel(nn.Module):
         low = t.floor().long().clamp(0, self.num_timesteps - 1)
         high = (low + 1).clamp(max=self.num_timesteps - 1)
         return torch.sigmoid(-2 * torch.lerp(log_sigma[low], log_sigma[high], t - low))
-
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """``x_start`` [B, 3, H, W] with the noise of step ``t`` [B]; ``noise`` as given, else freshly drawn."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        signal = self.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
-        return signal * x_start + self.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1) * noise
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of ``prompt`` that the model was never shown, once each, in order; `encode_prompts` skips them."""
@@ -212,10 +181,6 @@ class TinyModel(nn.Module):
             raise TypeError("prompts must be a list of strings, got one string")
         return self.text(self.tokenize(prompts))
 
-    def get_learned_conditioning(self, prompts: Sequence[str]) -> Tensor:
-        """`encode_prompts`, under the name that ldm and WebUI call."""
-        return self.encode_prompts(prompts)
-
     def from_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures as the model sees them, [B, 3, H, W]; transparent parts become white. The inverse of `to_images`."""
         rgb = rgb_tensor(images).to(self.device)
@@ -234,22 +199,13 @@ class TinyModel(nn.Module):
     def load(cls, path: str | Path | None = None) -> TinyModel:
         """The trained model, in fp32 and in eval mode.
 
-        Args:
-            path: a ``.safetensors`` file with its ``.json`` beside it; the shipped one when left out.
-
-        Raises:
-            FileNotFoundError: one of the two files is missing.
+        ``path`` is a ``.safetensors`` file with its ``.json`` beside it, or the shipped one. Raises `FileNotFoundError`
+        where one of the two is missing.
         """
         path = WEIGHTS / "tiny.safetensors" if path is None else Path(path)
-        description = path.with_suffix(".json")
-        for file in (path, description):
-            if not file.is_file():
-                raise FileNotFoundError(f"the tiny model's {file.name} is missing from {file.parent}")
-        from safetensors.torch import load_file
-
-        known = json.loads(description.read_text(encoding="utf-8"))
+        weights, known = _read(path), json.loads(_existing(path.with_suffix(".json")).read_text(encoding="utf-8"))
         model = cls(known["words"], known["captions"], known["shape"])
-        model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+        model.load_state_dict(weights)
         return model.eval().requires_grad_(False)
 
     def save(self, path: str | Path, **remarks: Any) -> None:
@@ -257,12 +213,10 @@ class TinyModel(nn.Module):
 
         That holds shape, words and captions; ``remarks`` (JSON values) are added to it, for people.
         """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, path)
+        _write(self, path)
         known = {"shape": self.shape, **remarks, "words": self.words, "captions": self.captions}
-        path.with_suffix(".json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(known, indent=1, ensure_ascii=False)
+        Path(path).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def random(cls, seed: int = 0, words: Sequence[str] = ("cat", "face", "red", "apple"), **shape: Any) -> TinyModel:
@@ -294,11 +248,8 @@ def on_white(image: Image.Image) -> Image.Image:
 class FeatureNet(nn.Module):
     """A small classifier of the training pictures; its last features but one serve for a Fréchet distance.
 
-    It is not Inception, and its distances compare with no published FID: only with each other.
-
-    Args:
-        classes: how many pictures it tells apart, in the order of `TinyModel.captions`.
-        references: how many reference pictures' features it holds; see `reference`.
+    It is not Inception, and its distances compare with no published FID: only with each other. It tells ``classes``
+    pictures apart, in the order of `TinyModel.captions`, and holds the features of ``references`` pictures.
     """
 
     #: Length of a feature vector.
@@ -317,34 +268,44 @@ class FeatureNet(nn.Module):
         #: Features of the training pictures, [references, width].
         self.register_buffer("reference", torch.zeros(references, self.width))
 
-    def features(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
-        """Features [B, 64] of ``images``: RGB in [0, 1], [B, 3, 32, 32], or PIL pictures of that size."""
-        if not isinstance(images, Tensor):
-            images = rgb_tensor(images)
+    def features(self, images: Tensor) -> Tensor:
+        """Features [B, 64] of ``images``: RGB in [0, 1], [B, 3, 32, 32]."""
         return self.stages(1 - images).mean(dim=(2, 3))
 
-    def forward(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes]: which training picture each of ``images`` (as for `features`) looks like."""
         return self.head(self.features(images))
 
     @classmethod
-    def load(cls, path: str | Path | None = None) -> FeatureNet:
-        """The trained classifier, in fp32 and eval mode; from ``path``, or the shipped one."""
-        from safetensors.torch import load_file
-
-        path = WEIGHTS / "features.safetensors" if path is None else Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"the feature classifier's {path.name} is missing from {path.parent}")
-        weights = {name: value.float() for name, value in load_file(path).items()}
+    def load(cls) -> FeatureNet:
+        """The shipped classifier, in fp32 and eval mode. Raises `FileNotFoundError` where it is missing."""
+        weights = _read(WEIGHTS / "features.safetensors")
         net = cls(len(weights["head.bias"]), len(weights["reference"]))
         net.load_state_dict(weights)
         return net.eval().requires_grad_(False)
 
     def save(self, path: str | Path) -> None:
         """Writes the weights, in fp16, to ``path`` (``.safetensors``)."""
-        from safetensors.torch import save_file
+        _write(self, path)
 
-        save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, path)
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is missing from {path.parent}")
+    return path
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Weights in fp32."""
+    from safetensors.torch import load_file
+
+    return {name: value.float() for name, value in load_file(_existing(path)).items()}
+
+
+def _write(model: nn.Module, path: str | Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, path)
 
 
 def rgb_tensor(images: Sequence[Image.Image]) -> Tensor:

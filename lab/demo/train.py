@@ -188,8 +188,8 @@ def shard_gradients(
     # Min-SNR weighting (arXiv 2303.09556) for a model that predicts the velocity.
     snr = alpha / (1 - alpha)
     weight = snr.clamp(max=recipe.snr_limit) / (snr + 1)
-    noisy = model.q_sample(x, t, noise)
-    velocity = alpha.sqrt().view(-1, 1, 1, 1) * noise - (1 - alpha).sqrt().view(-1, 1, 1, 1) * x
+    signal, spread = (part.sqrt().view(-1, 1, 1, 1) for part in (alpha, 1 - alpha))
+    noisy, velocity = signal * x + spread * noise, signal * noise - spread * x
     # The weight cache is shared by all threads and would tie their graphs together.
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16, cache_enabled=False):
         error = model.velocity(noisy, t, model.text(ids)) - velocity
@@ -254,15 +254,9 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Everything that resuming needs, to ``path``, which is replaced only once the whole is written."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "recipe": vars(self.recipe),
-            "shape": self.model.shape,
-            "captions": self.pictures.captions,
-        }
+        state = {"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
+        state |= {"step": self.step, "recipe": vars(self.recipe), "shape": self.model.shape}
+        state["captions"] = self.pictures.captions
         torch.save(state, path.with_suffix(".partial"))
         os.replace(path.with_suffix(".partial"), path)
 
@@ -275,8 +269,7 @@ class Training:
         training = cls(pictures, Recipe(**state["recipe"]), state["shape"])
         training.model.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])
-        training.average = state["average"]
-        training.step = state["step"]
+        training.average, training.step = state["average"], state["step"]
         return training
 
 

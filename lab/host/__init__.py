@@ -27,9 +27,7 @@ class Host:
     """A running host. Also a context manager that closes itself."""
 
     def __init__(
-        self,
-        models: Mapping[str, Callable[[], nn.Module]],
-        extensions: Sequence[str | os.PathLike] = (EXTENSION,),
+        self, models: Mapping[str, Callable[[], nn.Module]], extensions: Sequence[str | os.PathLike] = (EXTENSION,)
     ) -> None:
         """Loads the first of `models` (functions by a checkpoint's name, called for each load) and the extensions.
 

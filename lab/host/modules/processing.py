@@ -54,17 +54,14 @@ class StableDiffusionProcessing:
     refiner_checkpoint: str | None = None
     refiner_switch_at: float = 1.0
 
-    scripts: scripts.ScriptRunner | None = field(default=None, init=False)
-    script_args: Any = field(default=(), init=False)
-    sampler: sd_samplers.Sampler | None = field(default=None, init=False)
-    is_hr_pass: bool = field(default=False, init=False)
-    is_api: bool = field(default=False, init=False)
-    iteration: int = field(default=0, init=False)
-    batch_index: int = field(default=0, init=False)
-    extra_generation_params: dict[str, Any] = field(default_factory=dict, init=False)
-    comments: dict[str, int] = field(default_factory=dict, init=False)
-    mask: Any = field(default=None, init=False)
-    nmask: Any = field(default=None, init=False)
+    scripts = sampler = mask = nmask = None
+    script_args = ()
+    is_hr_pass = is_api = False
+    iteration = batch_index = 0
+
+    def __post_init__(self) -> None:
+        self.extra_generation_params: dict[str, Any] = {}
+        self.comments: dict[str, int] = {}
 
     def set_up(self, runner: scripts.ScriptRunner, script_args: Any) -> StableDiffusionProcessing:
         """Gives it a tab's scripts, and calls their `setup`; WebUI does so once both are set."""

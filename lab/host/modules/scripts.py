@@ -9,7 +9,6 @@ import re
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -49,16 +48,8 @@ class Script:
         return f"script_{'img2img' if self.is_img2img else 'txt2img'}_{title}_{item_id}"
 
 
-@dataclass
-class AxisOption:
-    """One thing that an axis of the X/Y/Z plot can vary. The plot itself is left out."""
-
-    label: str
-    type: Callable
-    apply: Callable
-    confirm: Callable | None = None
-    choices: Callable | None = None
-
+AxisOption = namedtuple("AxisOption", ["label", "type", "apply", "confirm", "choices"], defaults=(None, None))
+"""One thing that an axis of the X/Y/Z plot can vary. The plot itself is left out."""
 
 ScriptClassData = namedtuple("ScriptClassData", ["script_class", "path", "basedir", "module"])
 scripts_data: list[ScriptClassData] = []

@@ -1,0 +1,80 @@
+"""Whatever stands where a value should: it is said, nothing else is raised, and no preset is lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tomesd_core.settings import PANEL_FIELDS, SettingsError
+from tomesd_core.webui import infotext, presets
+from tomesd_core.webui.arguments import CONTROLS, read_arguments
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+ANYTHING = PLAIN | st.lists(PLAIN, max_size=2) | st.dictionaries(st.text(max_size=3), PLAIN, max_size=2)
+BY_NAME = st.dictionaries(st.sampled_from([*CONTROLS, "preset", "x"]), ANYTHING, min_size=1, max_size=3)
+
+
+def many(count):
+    checks = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=checks)
+
+
+@pytest.fixture(autouse=True)
+def path(tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "PATH", tmp_path / "presets.json")
+    return presets.PATH
+
+
+@many(400)
+@given(st.lists(ANYTHING, max_size=14).map(lambda args: [True, *args]) | BY_NAME.map(lambda named: [named]))
+def test_arguments(args):
+    try:
+        asked = read_arguments(args, None, presets.get)
+    except SettingsError as error:
+        said = str(error)
+        assert "unknown setting" in said or ("got" in said and any(name in said for name in (*CONTROLS, "preset")))
+    else:
+        for name, setting in PANEL_FIELDS.items() if asked else ():
+            value = getattr(asked.settings, name)
+            # A late ratio that is never reached may be 1.
+            assert value in setting.choices or setting.minimum <= value <= max(setting.maximum, 1)
+
+
+@many(300)
+@given(st.dictionaries(st.sampled_from([setting.infotext for setting in PANEL_FIELDS.values()]), ANYTHING, min_size=1))
+def test_parameters(log_lines, parameters):
+    log_lines.clear()
+    for name, read in infotext.paste_fields({name: name for name in PANEL_FIELDS}):
+        setting, is_told = PANEL_FIELDS[name], len(log_lines)
+        value = read(parameters)
+        assert setting.check(name, value) == value
+        if value == setting.default and setting.infotext in parameters and len(log_lines) == is_told:
+            assert infotext.read_field(name, setting, parameters[setting.infotext]) == value, "its own default"
+
+
+@many(150)
+@given(st.dictionaries(st.text(max_size=5), st.dictionaries(st.sampled_from([*PANEL_FIELDS]), ANYTHING) | ANYTHING))
+def test_presets(path, entries):
+    kept = {"kept": {"ratio": 0.25, "x": [1]}}
+    path.write_text(json.dumps({"version": 1, "presets": kept}), encoding="utf-8")
+    content = json.dumps({"version": 1, "presets": entries}).encode()
+    try:
+        added, refused = presets.import_(content)
+    except SettingsError as error:
+        assert "import" in str(error)
+        added, refused = [], []
+    usable, said = presets.read()
+    assert not said and {*presets.BUILT_IN, "kept", *added} == set(usable) and all(refused)
+    assert json.loads(path.read_text(encoding="utf-8"))["presets"]["kept"] == kept["kept"]
+
+
+@many(150)
+@given(BY_NAME | ANYTHING, st.text(max_size=5))
+def test_a_presets_file(path, entry, name):
+    path.write_text(json.dumps({"version": 1, "presets": {name: entry, "kept": {"ratio": 0.25}}}), encoding="utf-8")
+    usable, said = presets.read()
+    assert {*presets.BUILT_IN, "kept"} <= set(usable)
+    assert bool(said) == (len(usable) == len(presets.BUILT_IN) + 1 and name != "kept")
