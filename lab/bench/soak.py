@@ -213,9 +213,9 @@ def _spoilt(chance: random.Random, request: Request) -> Request:
     in_order = {**{name: setting.default for name, setting in SETTINGS.items()}, name: value}.values()
     for_tome = ([True, *in_order], [{name: value}], [{f"{name}s": 1}], [{"preset": "no such one"}], ["yes", 0.5])
     outcomes: list[tuple[str, dict[str, Any]]] = [("told", {SCRIPTS: {"ToMe": {"args": one}}}) for one in for_tome]
-    outcomes += [("refused", {"sampler_name": "no such one"}), ("refused", {SCRIPTS: {"no such one": {"args": []}}})]
-    # Of such a guidance a model makes NaN, which WebUI looks for and Forge doesn't.
-    outcomes += [("either", {"steps": 3, "cfg_scale": 1e38})]
+    # WebUI 1.10 has a sampler for every name, and Forge doesn't look for the NaN that such a guidance makes.
+    outcomes += [("either", {"sampler_name": "no such one"}), ("either", {"steps": 3, "cfg_scale": 1e38})]
+    outcomes += [("refused", {SCRIPTS: {"no such one": {"args": []}}})]
     outcome, wrong = chance.choice(outcomes)
     return Request({**request.body, **wrong}, request.tab, outcome)
 
