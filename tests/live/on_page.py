@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
@@ -120,6 +121,14 @@ def options_of(dropdown: Any) -> list[str]:
     names = [option.get_attribute("aria-label") for option in options.all()]
     dropdown.locator("input").blur()
     return names
+
+
+def await_option(dropdown: Any, option: str) -> None:
+    """Waits until a dropdown has an option: the page asks for the presets after it is there."""
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while option not in options_of(dropdown):
+        assert time.monotonic() < deadline, f"there is no option {option!r}"
+        dropdown.page.wait_for_timeout(200)
 
 
 def set_tab(page: Any, tab: str = "txt2img", **values: Any) -> None:
