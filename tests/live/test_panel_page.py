@@ -34,10 +34,12 @@ def test_the_preview_follows_the_tabs_size_and_steps(side, page, tab):
         expect(panel.preview.locator("rect")).to_have_count(steps)
     line = panel.preview.locator("p").first
     expect(line).to_contain_text("keys each")
-    before = line.inner_text()
-    set_tab(page, tab, width=3 * side, height=side)
-    expect(line).not_to_have_text(before)
-    tokens = int(re.search(r"(\d+) →", line.inner_text())[1]) // 3
+    # One at a time, and to another number whatever the tab begins with: what is shown next is of both.
+    for name in ("height", "width"):
+        before = line.inner_text()
+        set_tab(page, tab, **{name: 3 * side})
+        expect(line).not_to_have_text(before)
+    tokens = int(re.search(r"(\d+) →", line.inner_text())[1]) // 9
     for width, height in ((2, 1), (2, 2), (1, 3), (1, 1)):
         set_tab(page, tab, width=width * side, height=height * side)
         expect(line).to_contain_text(f" {tokens * width * height} → ")
