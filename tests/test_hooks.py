@@ -1097,6 +1097,20 @@ def test_a_layer_with_anothers_forward_is_left_to_it(unet, small_settings, make_
     assert len(merging.report().merged_layers) == 2
 
 
+def test_a_forward_that_wraps_the_layers_own_is_named_by_its_own_module_until_it_is_put_back(
+    unet, small_settings, make_inputs, blocks_of
+):
+    attention = blocks_of(unet)[FIRST].attn1
+    before = attention.forward
+    attention.forward = functools.wraps(before)(lambda *args, **kwargs: before(*args, **kwargs))
+    with tome.attach(unet, small_settings()) as merging:
+        unet(*make_inputs())
+        assert f"1 left out: left to {__name__}, which has its own forward there" in merging.report().summary
+        attention.forward = before
+        unet(*make_inputs())
+    assert {layer.name: layer for layer in merging.report().layers}[FIRST].merged_calls == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("is_whole", [False, True], ids=["fewer", "whole"])
 def test_an_attention_that_gives_something_else_costs_no_picture(

@@ -12,8 +12,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 """Where a module keeps its hooks by number, and what it knows of them besides."""
 
-LEFT_BEHIND = ("modules.hypertile",)
-"""Whose `forward` on an instance is no reason: WebUI's Hypertile leaves one that does nothing when it is off."""
+LEFT_BEHIND = ("modules.hypertile", "modules.sd_hijack_optimizations")
+"""Whose `forward` on an instance is no reason: Hypertile leaves one there that does nothing when it is off, and who
+wrapped WebUI's own attention puts it back there."""
 
 
 class Hook:
@@ -46,7 +47,9 @@ def remove_hooks(model: nn.Module) -> None:
 def whose_forward(module: nn.Module) -> str | None:
     """The name of the Python module whose `forward` stands on the instance in the place of its class's; None: none."""
     forward = vars(module).get("forward")
-    name = None if forward is None else _home(forward)
+    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
+        return None
+    name = _home(forward)
     return None if name in LEFT_BEHIND else name
 
 
@@ -57,6 +60,8 @@ def whose_hook(module: nn.Module) -> str | None:
 
 
 def _home(function: Any) -> str:
+    """The module in which a function is written: `functools.wraps` gives it `__module__` of the one that it wraps."""
     while isinstance(function, functools.partial):
         function = function.func
-    return str(getattr(function, "__module__", None) or type(function).__module__)
+    written_in = getattr(function, "__globals__", {}).get("__name__")
+    return str(written_in or getattr(function, "__module__", None) or type(function).__module__)

@@ -451,7 +451,8 @@ class _LayerHooks:
         if not can_be_weighed(attention):
             return None
         heads = self._merging.heads
-        key = type(attention).forward, attention.heads, x.shape[-1], getattr(attention, "scale", None)
+        forward = getattr(attention.forward, "__func__", attention.forward)
+        key = forward, attention.heads, x.shape[-1], getattr(attention, "scale", None)
         if key not in heads:
             heads[key] = ask_heads(attention, x, self._running)
         return heads[key]

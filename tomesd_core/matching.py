@@ -61,17 +61,11 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     # In norm's own precision: in a half type the inverse of a small norm is infinite.
     scale = torch.where(norm.reciprocal().isfinite(), norm.reciprocal(), torch.zeros_like(norm)).flatten()
-    with _own_precision(x) if exact else contextlib.nullcontext():
+    has_autocast = x.device.type in ("cpu", "cuda")
+    with torch.autocast(x.device.type, enabled=False) if exact and has_autocast else contextlib.nullcontext():
         dtype = similarity_dtype(x, exact)
         similarity, best = _best_in_windows(x, partition, scale, dtype, exact)
     return Matching(partition, best, similarity.sort(dim=1, descending=True, stable=True).indices)
-
-
-def _own_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """No autocast on x's device, where there may be one."""
-    return (
-        torch.autocast(x.device.type, enabled=False) if x.device.type in ("cpu", "cuda") else contextlib.nullcontext()
-    )
 
 
 def similarity_dtype(x: Tensor, exact: bool = False) -> torch.dtype:

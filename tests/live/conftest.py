@@ -7,6 +7,7 @@ still pays.
 from __future__ import annotations
 
 import base64
+import functools
 import importlib.util
 import io
 import json
@@ -53,6 +54,18 @@ class WebUI:
         self.side = side
         """Width and height of the pictures: what gives the finest layers some thousand tokens."""
 
+    @functools.cached_property
+    def fields(self) -> set[str]:
+        """What a request for a picture may hold; the hosts differ in that."""
+        answer = self.get("/openapi.json")
+        schemas = answer.json()["components"]["schemas"] if answer.ok else {}
+        return set(schemas.get("StableDiffusionProcessingTxt2Img", {}).get("properties", ()))
+
+    @property
+    def is_forge(self) -> bool:
+        """Whether it is Forge, whose hires fix may load other modules of a model for its second pass."""
+        return "hr_additional_modules" in self.fields
+
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """POST to a route of WebUI's own."""
         import requests
@@ -76,6 +89,8 @@ class WebUI:
             "sampler_name": "Euler",
             **settings,
         }
+        if "enable_hr" in body and self.is_forge:
+            body["hr_additional_modules"] = ["Use same choices"]  # Forge's own default fails.
         if arguments is not None:
             body["alwayson_scripts"] = {"ToMe": {"args": arguments}}
         return body

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
@@ -103,7 +105,8 @@ class Panel:
 
 
 def go_to(page: Any, tab: str) -> None:
-    page.locator("#tabs > .tab-nav > button").get_by_text(tab, exact=True).click()
+    # Forge writes its tabs' names with capitals.
+    page.locator("#tabs > .tab-nav > button").get_by_text(re.compile(f"^\\s*{tab}\\s*$", re.IGNORECASE)).click()
 
 
 def choose(dropdown: Any, option: str) -> None:
@@ -118,6 +121,14 @@ def options_of(dropdown: Any) -> list[str]:
     names = [option.get_attribute("aria-label") for option in options.all()]
     dropdown.locator("input").blur()
     return names
+
+
+def await_option(dropdown: Any, option: str) -> None:
+    """Waits until a dropdown has an option: the page asks for the presets after it is there."""
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while option not in options_of(dropdown):
+        assert time.monotonic() < deadline, f"there is no option {option!r}"
+        dropdown.page.wait_for_timeout(200)
 
 
 def set_tab(page: Any, tab: str = "txt2img", **values: Any) -> None:
