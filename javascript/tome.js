@@ -1,23 +1,23 @@
 // Keeps the panel's preview and title in step with what is set, without a server call while a slider is moving.
 // Called by gradio: for the tab's size, when a control has another value or the page is there, after an answer.
-var toMeTabSize, toMeChanged, toMeAnswered;
+var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
 
 (function() {
     "use strict";
 
     const QUIET_MS = 250;
     const previews = {txt2img: {}, img2img: {}};
+    const tasks = {};
     const byId = id => gradioApp().querySelector("#" + id);
+    const read = (tab, name) => {
+        const input = byId(`${tab}_${name}`)?.querySelector("input[type=number]");
+        return input ? Number(input.value) : null;
+    };
 
     // The tab's width, height and steps, in place of the first three values given. What gradio gives goes on: after
     // the inputs come the outputs.
-    toMeTabSize = function(tab, given) {
-        const read = name => {
-            const input = byId(`${tab}_${name}`)?.querySelector("input[type=number]");
-            return input ? Number(input.value) : null;
-        };
-        return ["width", "height", "steps"].map((name, i) => read(name) ?? given[i]).concat(given.slice(3));
-    };
+    toMeTabSize = (tab, given) =>
+        ["width", "height", "steps"].map((name, i) => read(tab, name) ?? given[i]).concat(given.slice(3));
 
     // Before the first of these gradio has not connected the page's buttons.
     toMeChanged = tab => {
@@ -25,6 +25,37 @@ var toMeTabSize, toMeChanged, toMeAnswered;
         previews[tab].refresh?.();
     };
     toMeAnswered = tab => previews[tab].answered?.();
+
+    // Measures, or ends the measurement that is running.
+    toMeMeasure = tab => byId(`script_${tab}_tome_measure_${tasks[tab] ? "stop" : "start"}`).click();
+    toMeMeasuring = function(tab, given) {
+        const asked = {task: `task(tome-${Math.random().toString(36).slice(2)})`};
+        for (const name of ["width", "height", "batch_size", "cfg_scale"]) {
+            const value = read(tab, name);
+            if (value !== null) asked[name] = value;
+        }
+        // The host says which size hires fix ends with.
+        const hires = tab === "txt2img" && byId("txt2img_hr-checkbox")?.querySelector("input")?.checked;
+        const size = hires && [...byId("txtimg_hr_finalres")?.querySelectorAll(".resolution") ?? []].pop();
+        const sides = /(\d+)x(\d+)/.exec(size?.textContent ?? "");
+        if (sides) [asked.hires_width, asked.hires_height] = sides.slice(1).map(Number);
+        tasks[tab] = asked.task;
+        nameMeasure(tab, "Interrupt");
+        const lines = byId(`script_${tab}_tome_measure_lines`);
+        if (typeof requestProgress === "function") requestProgress(asked.task, lines, null, () => {});
+        return [JSON.stringify(asked), ...given.slice(1)];
+    };
+    toMeMeasuredTask = tab => tasks[tab];
+    toMeMeasured = tab => {
+        tasks[tab] = null;
+        nameMeasure(tab, "Measure");
+    };
+
+    function nameMeasure(tab, name) {
+        const button = byId(`script_${tab}_tome_measure`);
+        const text = [...button.childNodes].filter(node => node.nodeType === Node.TEXT_NODE && node.data.trim()).pop();
+        if (text) text.data = name;
+    }
 
     // The title folds and unfolds by keyboard too: gradio's can't be reached by it.
     function makeReachable(title) {

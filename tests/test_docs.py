@@ -162,7 +162,9 @@ def asked(alwayson_scripts: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("body", REQUESTS)
 def test_every_request_is_one_that_merges(body):
-    assert asked(json.loads(body)["alwayson_scripts"]) is not None
+    given = json.loads(body)
+    scripts = given["alwayson_scripts"] if "settings" not in given else {"ToMe": {"args": [given["settings"]]}}
+    assert asked(scripts) is not None
 
 
 def test_every_request_in_an_example_is_one_that_merges():

@@ -119,12 +119,15 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
 def _generate(host: Host, names: list[str]) -> Callable[..., tuple[Pictures, str]]:
     """What Generate does, from the values of the fields `names` and of the scripts' controls."""
 
+    from modules import call_queue
+
     def generate(progress: Any = gr.Progress(), *values: Any) -> tuple[Pictures, str]:  # noqa: B008 - gradio's way
         fields, args = dict(zip(names, values, strict=False)), [0, *values[len(names) :]]
         fields |= {name: int(fields[name]) for name in ("width", "height", "steps")}
         second_order = fields["sampler_name"] == "Heun"
         runs = 2 * fields["steps"] * (1 + second_order)
-        pictures, merged = compare(host, args, lambda run: progress((min(run, runs), runs), unit="steps"), **fields)
+        with call_queue.queue_lock:
+            pictures, merged = compare(host, args, lambda run: progress((min(run, runs), runs), unit="steps"), **fields)
         said = "".join(f"<p>{html.escape(line)}</p>" for line in merged.comments.splitlines())
         return pictures, f"{said}<p>{html.escape(merged.infotexts[0].splitlines()[-1])}</p>"
 

@@ -120,14 +120,25 @@ def test_the_requests_of_the_documentation(webui):
         arguments = json.loads(body)["alwayson_scripts"]["ToMe"]["args"]
         assert webui.make(arguments).parameters["ToMe late ratio"] == 0.3
     routes = re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", PAGE)
-    assert sorted(routes) == ["/tome/presets", "/tome/status"]
-    assert all(webui.get(route).ok for route in routes)
+    assert sorted(routes) == ["/tome/measure", "/tome/presets", "/tome/status"]
+    assert all(webui.get(route).ok for route in routes if route != "/tome/measure")
 
 
 def test_the_status_names_the_layers_of_the_loaded_model(webui):
     status = webui.get("/tome/status").json()
     assert status["version"]
     assert status["layers"] and min(layer["level"] for layer in status["layers"]) >= 1
+
+
+def test_measuring_answers_and_refuses_what_is_wrong(webui):
+    requests = pytest.importorskip("requests")
+    asked = {"width": webui.side, "height": webui.side, "settings": {"ratio": 0.9}}
+    answer = requests.post(f"{webui.url}/tome/measure", json=asked, timeout=1200)
+    (result,) = answer.json()
+    assert f"{webui.side}x{webui.side}" in result["line"] and result["times_faster"] > 0
+    assert 0 < result["attention_share"] < 1
+    wrong = requests.post(f"{webui.url}/tome/measure", json={"width": 1}, timeout=60)
+    assert wrong.status_code == 422 and "[16, 16384]" in wrong.json()["detail"]
 
 
 def test_img2img_merges(webui, baseline):

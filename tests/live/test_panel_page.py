@@ -94,6 +94,7 @@ def test_choosing_a_preset_sets_the_fields_and_leaves_the_switch(panel, on):
     panel.expect({"ratio": 0.75, "late_ratio": 0.6, "schedule": "linear", "max_downsample": "2", "method": "tokens"})
     expect(panel.element("late_ratio")).to_be_visible()
     expect(panel.message).to_contain_text("For drafts")
+    expect(panel.message).to_contain_text(re.compile(r"At this size: .* tokens each\.|At this size: .*× "))
     if on:
         expect(panel.title).to_contain_text("ToMe: 75 % → 60 % of tokens, level 2")
     expect(panel.switch).to_be_checked(checked=on)
@@ -101,6 +102,18 @@ def test_choosing_a_preset_sets_the_fields_and_leaves_the_switch(panel, on):
     panel.expect({**DEFAULTS, "apply_to": "hires pass"})
     if on:
         expect(panel.preview).to_contain_text("hires pass only")
+
+
+def test_measure_gives_a_line_and_a_second_press_interrupts_it(side, panel):
+    set_tab(panel.page, width=side, height=side)
+    button, lines = panel.element("measure"), panel.element("measure_lines")
+    for says in ("interrupted", f" at {side}x{side}"):
+        button.click()
+        expect(button).to_have_text("Interrupt")
+        if says == "interrupted":
+            button.click()
+        expect(lines).to_contain_text(says)
+        expect(button).to_have_text("Measure")
 
 
 @pytest.mark.parametrize("text", ["{}", "<img src=x onerror=\"document.title='run'\"> {}", "🐈 {}", "../../{}"])

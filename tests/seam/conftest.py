@@ -71,11 +71,15 @@ def host_modules() -> dict[str, ModuleType]:
             "opts": options,
             "OptionInfo": lambda *args, **kwargs: None,
             "cmd_opts": SimpleNamespace(api_auth=None),
+            "data_path": "",
         },
         "ui_components": {"FormRow": gr.Row, "ToolButton": gr.Button, "InputAccordion": input_accordion},
         "sd_models": {"model_data": SimpleNamespace(sd_model=None)},
         "sd_unet": {"current_unet": None},
         "processing": {"opt_f": 8},
+        "call_queue": {"queue_lock": contextlib.nullcontext()},
+        "progress": {},
+        "sd_samplers_common": {"InterruptedException": type("InterruptedException", (BaseException,), {})},
         "devices": {"device": torch.device("cpu")},
     }
     made = {f"modules.{name}": module(f"modules.{name}", **parts[name]) for name in parts}

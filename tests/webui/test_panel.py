@@ -39,7 +39,7 @@ def test_fields_in_the_order_that_programs_rely_on(controls):
 
 
 def test_every_field_has_its_element(components):
-    assert {"enabled", *PANEL, *LAST, "preview", "refresh", "preset"} <= set(components)
+    assert {"enabled", *PANEL, *LAST, "preview", "refresh", "preset", "measure"} <= set(components)
 
 
 def test_ranges_and_defaults_are_the_field_lists(controls):
@@ -79,7 +79,7 @@ def test_ui_config_holds_the_scripts_controls_and_no_other(components, controls)
 
 
 def test_every_control_explains_itself(components):
-    buttons = [f"preset_{name}" for name in ("save", "delete", "reload", "export", "import")]
+    buttons = [f"preset_{name}" for name in ("save", "delete", "reload", "export", "import")] + ["measure"]
     assert all(" " in components[name].webui_tooltip for name in (*PANEL, *LAST, *buttons))
 
 

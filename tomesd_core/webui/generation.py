@@ -17,6 +17,7 @@ from .log import log
 
 ERROR_KEY = "ToMe error"
 COMMENT = "ToMe: "
+LEFT_TO_BUILT_IN = "WebUI's own token merging is on, and the settings say not to overrule it"
 
 ON_P = f"{__name__}.generation"
 """The attribute of `p` that holds its `Generation`. It is named after this module, so that a second copy of the
@@ -32,7 +33,8 @@ class Generation:
     map_place: tuple[int, int] | None = None
     """Step and layer of the merge map."""
     parameters: set[str] = dataclasses.field(default_factory=set)
-    comments: set[str] = dataclasses.field(default_factory=set)
+    comments: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Each as it stands on `p`, by its line without the time that it may end with."""
     maps: Sequence[MergeMap] = ()
     """The maps of the batch that was sampled last, one a picture."""
     drawn_maps: dict[int, Image.Image] = dataclasses.field(default_factory=dict)
@@ -80,7 +82,7 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             _write(p, {str(PANEL_FIELDS[name].infotext): values[name] for name in values if name not in unused})
             generation = _begun(p)
             generation.settings, generation.map_place = asked
-            p.get_token_merging_ratio = _no_built_in_merging
+            p.get_token_merging_ratio = no_built_in_merging
     line = namesakes.warning(p, is_asked=of(p) is not None)
     if line:
         say(p, line)
@@ -97,10 +99,12 @@ def leave_unmerged(p: Any, why: str) -> None:
     log.warning(line)
 
 
-def say(p: Any, line: str) -> None:
-    """Shows a line under the picture."""
-    _begun(p).comments.add(COMMENT + line)
-    p.comment(COMMENT + line)
+def say(p: Any, line: str, time: str = "") -> None:
+    """Shows a line under the picture; where an earlier batch said the same with another `time`, in its place."""
+    comments = _begun(p).comments
+    p.comments.pop(comments.get(line), None)
+    comments[line] = COMMENT + line + time
+    p.comment(comments[line])
 
 
 def erase(p: Any) -> None:
@@ -108,13 +112,18 @@ def erase(p: Any) -> None:
     generation: Generation | None = vars(p).pop(ON_P, None)
     if generation is not None:
         _take_back(p, generation)
-        p.comments = _without(p.comments, generation.comments)
+        p.comments = _without(p.comments, generation.comments.values())
 
 
 def built_in_is_on(p: Any) -> bool:
     """Whether WebUI's own token merging would be on, whatever stands in the place of p's method."""
     ratio = type(p).get_token_merging_ratio
     return bool(ratio(p) or (_has_hires_pass(p) and ratio(p, for_hr=True)))
+
+
+def is_left_to_built_in(p: Any) -> bool:
+    """Whether the settings page says to leave p's generation to WebUI's own token merging."""
+    return built_in_is_on(p) and not options.option(options.OVERRULE_BUILT_IN, True)
 
 
 def _begun(p: Any) -> Generation:
@@ -135,7 +144,7 @@ def _write(p: Any, parameters: dict[str, Any]) -> None:
 def _take_back(p: Any, generation: Generation) -> None:
     """Takes the parameters off p, and gives it WebUI's own token merging again."""
     p.extra_generation_params = _without(p.extra_generation_params, generation.parameters)
-    if vars(p).get("get_token_merging_ratio") is _no_built_in_merging:
+    if vars(p).get("get_token_merging_ratio") is no_built_in_merging:
         del p.get_token_merging_ratio
 
 
@@ -148,15 +157,13 @@ def _why_not(p: Any, settings: MergeSettings) -> str | None:
     if settings.apply_to == "hires pass" and not _has_hires_pass(p):
         where = "a picture without hires fix" if hasattr(p, "enable_hr") else "img2img"
         return f"apply to is {settings.apply_to!r}, and {where} has none"
-    if built_in_is_on(p) and not options.option(options.OVERRULE_BUILT_IN, True):
-        return "WebUI's own token merging is on, and the settings say not to overrule it"
-    return None
+    return LEFT_TO_BUILT_IN if is_left_to_built_in(p) else None
 
 
 def _has_hires_pass(p: Any) -> bool:
     return bool(getattr(p, "enable_hr", False))
 
 
-def _no_built_in_merging(for_hr: bool = False) -> float:
+def no_built_in_merging(for_hr: bool = False) -> float:
     """In place of `p.get_token_merging_ratio`: never merge twice."""
     return 0

@@ -5,18 +5,24 @@ A host is asked for what it has; no version is compared. The rest of `webui/` do
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from itertools import accumulate
 from operator import attrgetter
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import gradio as gr
-from modules import sd_models, sd_unet
+from modules import sd_models, sd_unet, shared
 from torch import nn
 
 from ..unet import Layer, find_layers
 from .log import harmless
+
+T = TypeVar("T")
 
 UNET_PLACES = ("model.diffusion_model", "forge_objects.unet.model.diffusion_model")
 """Where the loaded model has its UNet; in Forge it is in a patcher, whose clones share it."""
@@ -79,13 +85,55 @@ def first_items(conds: Any) -> list[int]:
     return [0, *accumulate(len(parts) for parts in conds.batch)][:-1]
 
 
-def listen(event: Any, function: Any = None, inputs: Any = None, outputs: Any = (), js: str | None = None) -> Any:
+def run_as_generation(function: Callable[[], T]) -> T:
+    """The function's result, from the thread in which the page's generations run: in Forge that is its main thread."""
+    main_thread = getattr(sys.modules.get("modules.txt2img"), "main_thread", None)
+    if main_thread is None:
+        return function()
+    future: Future[T] = Future()
+
+    def run() -> None:
+        # Forge would print an exception, and lose it.
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    main_thread.run_and_wait_result(run)
+    return future.result()
+
+
+@contextlib.contextmanager
+def last_parameters_kept() -> Iterator[None]:
+    """Puts the parameters of the last generation back, which the host writes to a file, and its bars on the console."""
+    file = Path(shared.data_path, "params.txt")
+    before = file.read_bytes() if file.exists() else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            file.write_bytes(before)
+        else:
+            file.unlink(missing_ok=True)
+        if hasattr(shared, "total_tqdm"):
+            shared.total_tqdm.clear()
+
+
+def listen(
+    event: Any,
+    function: Any = None,
+    inputs: Any = None,
+    outputs: Any = (),
+    js: str | None = None,
+    queue: bool | None = False,
+) -> Any:
     """Connects an event of a component or of the page to a function, to JavaScript, or to both.
 
-    A function that fails changes nothing on the page. Gradio 3 calls the JavaScript `_js`, and gradio 4 `js`.
+    A function that fails changes nothing on the page. What takes long goes through gradio's `queue` (None: where the
+    page has one). Gradio 3 calls the JavaScript `_js`, and gradio 4 `js`.
     """
 
     name = "js" if "js" in inspect.signature(event).parameters else "_js"
-    options = {"inputs": inputs, "outputs": list(outputs), "show_progress": "hidden", "queue": False, name: js}
+    options = {"inputs": inputs, "outputs": list(outputs), "show_progress": "hidden", "queue": queue, name: js}
     unchanged = [gr.update() for _ in outputs] if len(outputs) > 1 else gr.update()
     return event(function and harmless("a part of the panel", function, unchanged), **options)

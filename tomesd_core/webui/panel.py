@@ -8,12 +8,13 @@ from typing import Any
 
 import gradio as gr
 from gradio.context import Context
-from modules import devices, processing, ui_components
+from modules import ui_components
 
 from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
 from . import generation, host, presets, preview
 from .arguments import ENABLED, MAP_FIELDS, read_arguments, useful_fields
 from .log import failed
+from .measure_row import MeasureRow
 from .preset_row import PresetRow
 
 TAB_SIZE = {"width": 512, "height": 512, "steps": 20}
@@ -53,6 +54,7 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
                     fields[name] = _control(PANEL_FIELDS[name], elem_id(name), visible=name in useful)
         with ui_components.FormRow():
             map_fields = {name: _control(setting, elem_id(name)) for name, setting in MAP_FIELDS.items()}
+        measure_row = MeasureRow(tab, elem_id)
         # The page's script presses it when something has changed and no slider is moving, and reads the first three
         # inputs off the page: width, height and steps belong to the tab.
         refresh = gr.Button("Refresh", visible=False, elem_id=elem_id("refresh"))
@@ -66,7 +68,8 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
         host.listen(event, js=f"() => toMeChanged('{tab}')")
     host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], list(fields.values()))
-    preset_row.connect(list(fields.values()))
+    preset_row.connect(list(fields.values()), sizes, read_size)
+    measure_row.connect(list(controls.values()))
     return controls
 
 
@@ -97,8 +100,7 @@ def _preview(width: Any, height: Any, steps: Any, *args: Any) -> str:
     """The preview's HTML. The page's script takes the panel's title from it."""
     try:
         settings, _ = read_arguments([True, *args[1:]], None, presets.get) or (MergeSettings(), None)
-        latent = int(height) // processing.opt_f, int(width) // processing.opt_f
-        line = preview.describe(settings, host.loaded_layers(), latent, devices.device.type)
+        line = preview.of_loaded_model(settings, width, height)
         chart = preview.chart(preview.ratios_over_steps(settings, min(max(int(steps), 1), 150)))
         title = preview.title(settings if args[0] else None)
     except (SettingsError, TypeError, ValueError, OverflowError) as error:

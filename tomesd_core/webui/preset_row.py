@@ -13,7 +13,7 @@ from gradio.context import Context
 from modules import ui_components
 
 from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
-from . import host, presets
+from . import host, presets, preview
 from .arguments import panel_values, useful_fields
 from .log import failed
 
@@ -53,11 +53,14 @@ class PresetRow:
         for component in (self._preset, *self._buttons.values(), self._upload, self._message, self._file):
             component.do_not_save_to_config = True
 
-    def connect(self, fields: Sequence[Any]) -> None:
-        """Lets the row set `fields`, the panel's, and save what they are set to."""
+    def connect(self, fields: Sequence[Any], sizes: Sequence[Any], read_size: str) -> None:
+        """Lets the row set `fields`, the panel's, and save what they are set to.
+
+        JavaScript's `read_size` reads `sizes` off the page: the tab's width, height and steps.
+        """
         preset, changed = self._preset, [self._message, self._preset]
         click = {name: button.click for name, button in self._buttons.items()}
-        _connect(preset.select, _choose, [preset], [self._message, *fields])
+        _connect(preset.select, _choose, [*sizes, preset], [self._message, *fields], read_size)
         _connect(click["save"], _save, [preset, *fields], changed)
         _connect(click["delete"], _delete, [preset], changed)
         # The page as it was made holds the presets that there were then.
@@ -67,7 +70,9 @@ class PresetRow:
         _connect(self._upload.upload, _import, [self._upload], changed)
 
 
-def _connect(event: Any, function: Callable[..., Sequence[Any]], inputs: list[Any], outputs: list[Any]) -> None:
+def _connect(
+    event: Any, function: Callable[..., Sequence[Any]], inputs: list[Any], outputs: list[Any], js: str | None = None
+) -> None:
     """Connects an event whose first output shows what `function` has to say, or why it can't."""
 
     def answer(*values: Any) -> Sequence[Any]:
@@ -77,14 +82,15 @@ def _connect(event: Any, function: Callable[..., Sequence[Any]], inputs: list[An
             line = str(error) if isinstance(error, SettingsError) else failed("this button", error)
         return [html.escape(line), *(gr.update() for _ in outputs[1:])]
 
-    host.listen(event, answer, inputs, outputs)
+    host.listen(event, answer, inputs, outputs, js)
 
 
-def _choose(name: str) -> list[Any]:
+def _choose(width: Any, height: Any, steps: Any, name: str) -> list[Any]:
     settings = presets.get(name)
     useful = useful_fields(settings.schedule)
     updates = [gr.update(value=value, visible=field in useful) for field, value in panel_values(settings).items()]
-    return [html.escape(presets.BUILT_IN.get(name, ("", ""))[1]), *updates]
+    what_for, merges = presets.BUILT_IN.get(name, ("", ""))[1], preview.of_loaded_model(settings, width, height)
+    return [html.escape(f"{what_for} At this size: {merges}.".strip()), *updates]
 
 
 def _save(name: str, *values: Any) -> list[Any]:

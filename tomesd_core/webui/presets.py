@@ -30,13 +30,16 @@ VERSION, MAX_NAME, LOCK_SECONDS = 1, 100, 10.0
 
 BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
     "Quality": ({"ratio": 0.75, "late_ratio": 0.6}, "Stays closest to the picture without merging; a little faster."),
-    "Balanced": ({}, "Clearly faster, with small changes in detail; a good start."),
+    "Balanced": ({}, "Faster, with small changes in detail; a good start."),
     "Fast": (
         {"ratio": 0.75, "late_ratio": 0.6, "max_downsample": 2, "method": "tokens"},
-        "For drafts: merges queries too, and in coarser layers.",
+        "For drafts: moves details more. Merges queries too, and in coarser layers.",
     ),
     "Hires only": ({"apply_to": "hires pass"}, "Speeds up the second pass of hires fix, where most of the time goes."),
-    "Paper (60 %)": ({"ratio": 0.6, "schedule": "constant", "method": "paper"}, "The paper's own method and ratio."),
+    "Paper (60 %)": (
+        {"ratio": 0.6, "schedule": "constant", "method": "paper"},
+        "The paper's own method and ratio; moves pictures the most.",
+    ),
 }
 """The read-only presets by name: what differs from the defaults, and what each is for."""
 

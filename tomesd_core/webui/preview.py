@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+from modules import devices, processing
 
 from ..plan import coarsest_level, removed_or_why_not, why_left_out
 from ..schedule import progress_of
 from ..settings import HIGHEST_RATIO, PASSES, MergeSettings
 from ..unet import Layer
+from . import host
 
 WIDTH, HEIGHT = 120, 28
 
@@ -29,6 +33,12 @@ def _merged(settings: MergeSettings) -> str:
 def ratios_over_steps(settings: MergeSettings, steps: int) -> list[float]:
     """The ratio in each of `steps` steps."""
     return [settings.ratio_at(progress_of(step, steps)) for step in range(max(steps, 1))]
+
+
+def of_loaded_model(settings: MergeSettings, width: Any, height: Any) -> str:
+    """`describe`, of the loaded model at a size in pixels."""
+    latent = int(height) // processing.opt_f, int(width) // processing.opt_f
+    return describe(settings, host.loaded_layers(), latent, devices.device.type)
 
 
 def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tuple[int, int], device_type: str) -> str:

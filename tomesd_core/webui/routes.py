@@ -1,17 +1,19 @@
-"""`GET /tome/presets` and `GET /tome/status`."""
+"""`GET /tome/presets`, `GET /tome/status` and `POST /tome/measure`."""
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Body, Depends, FastAPI, HTTPException
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import shared
 
+from ..settings import SettingsError
 from ..version import VERSION
-from . import generation, host, presets, sampling
+from . import generation, host, measure, presets, sampling
 from .arguments import panel_values
 from .log import failed
 
@@ -21,6 +23,7 @@ def add_routes(demo: Any, app: FastAPI) -> None:
     login = [Depends(check) for check in _logins(app)]
     for path, answer in (("/tome/presets", get_presets), ("/tome/status", get_status)):
         app.get(path, dependencies=login)(_answering(path, answer))
+    app.post("/tome/measure", dependencies=login)(post_measure)
 
 
 def _answering(path: str, answer: Callable[[], Any]) -> Callable[[], Any]:
@@ -51,6 +54,17 @@ def get_status() -> dict[str, Any]:
         "settings": None if settings is None else panel_values(settings),
         "summary": generation.last.summary,
     }
+
+
+def post_measure(given: dict[str, Any] = Body({})) -> list[dict[str, Any]]:  # noqa: B008 - FastAPI's way
+    """What `measure.measure` gives: a result a size."""
+    try:
+        return [dataclasses.asdict(result) for result in measure.measure(given)]
+    except SettingsError as error:
+        raise HTTPException(422, str(error)) from error
+    except Exception as error:
+        line = str(error) if isinstance(error, measure.MeasureError) else failed("POST /tome/measure", error)
+        raise HTTPException(500, line) from error
 
 
 def _logins(app: Any) -> list[Callable[..., None]]:

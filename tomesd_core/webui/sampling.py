@@ -17,7 +17,7 @@ from ..merge_map import MapRecorder, MergeMap
 from ..report import Report
 from ..settings import MergeSettings
 from ..token_map import TokenMap
-from . import generation, host, options
+from . import generation, host, options, timing
 from .generation import Generation
 from .log import failed, harmless, log
 
@@ -34,6 +34,7 @@ def settings_in_use() -> MergeSettings | None:
 def bind(p: Any, first_batch: bool = True) -> None:
     """Binds merging to the coming `p.sample`, whichever way it ends: done, failed, interrupted or skipped."""
     _unwrap(p)
+    timing.arm(p)
     prepared = generation.of(p)
     if prepared is None or prepared.settings is None:
         return
@@ -48,6 +49,7 @@ def bind(p: Any, first_batch: bool = True) -> None:
 
 def on_denoise(params: Any) -> None:
     """WebUI's denoiser is about to run the UNet: sees that the right one is hooked, and knows its step."""
+    timing.begin()
     if _running is not None:
         try:
             _running.follow(params)
@@ -99,10 +101,11 @@ class _MergedSample:
         summary = sampling.summary()
         if generation.built_in_is_on(self._p):
             summary += "; WebUI's own token merging is left out"
-        generation.last.settings, generation.last.summary = self._generation.settings, summary
-        generation.say(self._p, summary)
+        time = timing.told(self._p) if any(report.merged_layers for report in sampling.reports) else ""
+        generation.last.settings, generation.last.summary = self._generation.settings, summary + time
+        generation.say(self._p, summary, time)
         if self._in_log:
-            log.info(summary)
+            log.info(summary + time)
         if options.option(options.LOG_LAYERS, False):
             for report in sampling.reports:
                 log.info(str(report))
@@ -177,7 +180,7 @@ class Sampling:
         # Another extension's generation may run inside this one. WebUI before 1.8 doesn't say whose the call is.
         is_ours = params.denoiser is denoiser if hasattr(params, "denoiser") else _sampled(self._p) is self._p
         unet = host.loaded_unet()
-        if self.settings is None or not is_ours or unet is None or not _merges_in(self.settings, is_hires):
+        if self.settings is None or not is_ours or unet is None or not merges_in(self.settings, is_hires):
             self.unhook()
             return
         if self._merging is None or not self._merging.attached or self._unet is not unet or self._is_hires != is_hires:
@@ -258,5 +261,5 @@ class PictureRecorder(MapRecorder):
         return ", of one tile" if is_tile else ""
 
 
-def _merges_in(settings: MergeSettings, is_hires: bool) -> bool:
+def merges_in(settings: MergeSettings, is_hires: bool) -> bool:
     return settings.apply_to in ("both passes", "hires pass" if is_hires else "first pass")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,6 +186,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     """Generates batch after batch. An exception in a script is reported; one in sampling ends it all, with no
     `postprocess`."""
     fix_seed(p)
+    p.sd_model_name = sd_models.model_data.sd_model.sd_checkpoint_info.model_name
     p.call("process")
     infotexts, output_images = [], []
     with torch.no_grad():
@@ -201,6 +203,8 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
             p.call("before_process_batch", **batch)
             p.call("process_batch", **batch)
             p.setup_conds()
+            if n == 0 and shared.data_path:
+                Path(shared.data_path, "params.txt").write_text(create_infotext(p, 0), encoding="utf-8")
             # Whatever other extensions have put in its place.
             samples = p.sample(conditioning=p.c, unconditional_conditioning=p.uc)
             p.call("post_sample", SimpleNamespace(samples=samples))

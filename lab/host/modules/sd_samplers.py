@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 from modules import script_callbacks, sd_models, shared
+from modules.sd_samplers_common import InterruptedException
 from modules.shared import opts, state
 from torch import Tensor
 
 from lab.demo import samplers
-
-
-class InterruptedException(BaseException):
-    """Somebody pressed Interrupt or Skip."""
 
 
 class CFGDenoiser(torch.nn.Module):

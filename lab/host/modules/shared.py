@@ -11,6 +11,8 @@ from modules import devices
 
 cmd_opts = SimpleNamespace(api_auth=None)
 device = devices.device
+data_path = ""
+"""Where `params.txt` is written; nowhere by default."""
 
 
 class State:
@@ -19,10 +21,15 @@ class State:
     def __init__(self) -> None:
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, job: str = "") -> None:
         """Begins a generation: everything is set back."""
+        self.job, self.job_count = job, -1
         self.skipped = self.interrupted = self.stopping_generation = False
         self.job_no = self.sampling_step = self.sampling_steps = 0
+
+    def end(self) -> None:
+        """The generation is over."""
+        self.job, self.job_count = "", 0
 
     def skip(self) -> None:
         """Ends this batch; the next one begins."""

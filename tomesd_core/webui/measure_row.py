@@ -1,0 +1,57 @@
+"""The panel's Measure button, and the lines that it gives."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+from modules import ui_components
+
+from ..settings import SettingsError
+from . import host, measure
+from .arguments import CONTROLS
+from .log import failed
+
+TIP = "Times steps with and without merging, with these settings at this tab's size, for about ten seconds a size"
+
+
+class MeasureRow:
+    """The row's components; `connect` ties them to the panel's controls, once those are there."""
+
+    def __init__(self, tab: str, elem_id: Callable[[str], str]) -> None:
+        self._tab = tab
+        with ui_components.FormRow():
+            self._button = gr.Button("Measure", elem_id=elem_id("measure"), tooltip=TIP)
+        self._lines = gr.HTML(elem_id=elem_id("measure_lines"), elem_classes=["tome-message"])
+        # The page's script presses one of them, and says which task and of what size.
+        self._start, self._stop = (
+            gr.Button(name, visible=False, elem_id=elem_id(f"measure_{name}")) for name in ("start", "stop")
+        )
+        self._asked = gr.Textbox("{}", visible=False, elem_id=elem_id("measure_asked"))
+        for component in (self._button, self._lines, self._start, self._stop, self._asked):
+            component.do_not_save_to_config = True
+
+    def connect(self, controls: Sequence[Any]) -> None:
+        """Lets the button measure what the panel's `controls` are set to, in the order of the script's arguments."""
+        tab = self._tab
+        host.listen(self._button.click, js=f"() => toMeMeasure('{tab}')")
+        ask = f"(...given) => toMeMeasuring('{tab}', given)"
+        measured = host.listen(self._start.click, _measure, [self._asked, *controls], [self._lines], ask, queue=None)
+        host.listen(measured.then, js=f"() => toMeMeasured('{tab}')")
+        host.listen(self._stop.click, measure.stop, [self._asked], js=f"() => toMeMeasuredTask('{tab}')")
+
+
+def _measure(asked: str, *values: Any) -> str:
+    try:
+        given = json.loads(asked)
+        task = given.pop("task", "")
+        settings = dict(zip(CONTROLS, values, strict=True))
+        lines = [result.line for result in measure.measure({**given, "settings": settings}, task)]
+    except (SettingsError, measure.MeasureError) as error:
+        lines = [str(error)]
+    except Exception as error:
+        lines = [failed("measuring", error)]
+    return "<br>".join(map(html.escape, lines))
