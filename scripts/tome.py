@@ -102,6 +102,7 @@ class ToMe(scripts.Script):
 # "Reload custom script bodies" executes this file again without clearing the callbacks.
 script_callbacks.remove_current_script_callbacks()
 script_callbacks.on_before_ui(log.harmless("adding the plot's axes", axes.add_axes))
+script_callbacks.on_before_ui(log.harmless("languages", _module("webui.host").leave_languages_to_others))
 script_callbacks.on_ui_settings(log.harmless("adding the settings", options.add_options))
 script_callbacks.on_app_started(log.harmless("adding the routes", routes.add_routes))
 script_callbacks.on_app_started(log.harmless("looking for scripts of the same title", namesakes.log_namesakes))

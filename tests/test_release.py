@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-RUN_OR_READ = ("scripts", "tomesd_core", "javascript", "docs", "install.py", "style.css", "metadata.ini", "README.md")
+RUN_OR_READ = (
+    "scripts",
+    "tomesd_core",
+    "javascript",
+    "localizations",
+    "docs",
+    "install.py",
+    "style.css",
+    "metadata.ini",
+    "README.md",
+)
 """What WebUI runs, and what its users read."""
 
 

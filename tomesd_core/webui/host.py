@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
-from modules import sd_models, sd_unet, shared
+from modules import scripts, sd_models, sd_unet, shared
 from torch import nn
 
 from ..unet import Layer, find_layers
 from .log import harmless
 
 T = TypeVar("T")
+
+EXTENSION = Path(__file__).resolve().parents[2]
 
 UNET_PLACES = ("model.diffusion_model", "forge_objects.unet.model.diffusion_model")
 """Where the loaded model has its UNet; in Forge it is in a patcher, whose clones share it."""
@@ -117,6 +119,16 @@ def last_parameters_kept() -> Iterator[None]:
             file.unlink(missing_ok=True)
         if hasattr(shared, "total_tqdm"):
             shared.total_tqdm.clear()
+
+
+def leave_languages_to_others() -> None:
+    """WebUI before 1.7 takes one file a language: another's, which translates more than ours, is that one."""
+    languages = getattr(sys.modules.get("modules.localization"), "localizations", {})
+    for language, path in languages.items():
+        if isinstance(path, str) and Path(path).resolve().is_relative_to(EXTENSION):
+            files = scripts.list_scripts("localizations", ".json")
+            others = [file.path for file in files if Path(file.filename).stem == language and file.path != path]
+            languages[language] = others[-1] if others else path
 
 
 def listen(

@@ -90,7 +90,8 @@ def _choose(width: Any, height: Any, steps: Any, name: str) -> list[Any]:
     useful = useful_fields(settings.schedule)
     updates = [gr.update(value=value, visible=field in useful) for field, value in panel_values(settings).items()]
     what_for, merges = presets.BUILT_IN.get(name, ("", ""))[1], preview.of_loaded_model(settings, width, height)
-    return [html.escape(f"{what_for} At this size: {merges}.".strip()), *updates]
+    # Each in an element of its own: WebUI's languages replace whole texts.
+    return [f"<span>{html.escape(what_for)}</span> <span>{html.escape(f'At this size: {merges}.')}</span>", *updates]
 
 
 def _save(name: str, *values: Any) -> list[Any]:
