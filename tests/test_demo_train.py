@@ -160,10 +160,9 @@ def test_pictures_come_from_the_two_packages(tmp_path):
         train.load_pictures(tmp_path, picked="apple fruit")
 
 
-def test_a_package_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="emoji-datasource"):
-        train.npm_pack(train.NAMES, tmp_path / "new")
+def test_a_package_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="emoji-datasource"):
+        train.load_pictures(tmp_path)
 
 
 def test_export_writes_what_load_reads(pictures, tmp_path):

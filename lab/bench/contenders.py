@@ -156,18 +156,14 @@ def why_left_out(name: str, ratio: float, tokens: int, dtype: torch.dtype) -> st
         require("tomesd")
     except MissingPackage:
         return f"tomesd is left out, since it is not installed: {INSTALL['tomesd']}"
-    needed = similarity_bytes(tokens, dtype)
+    # Similarities of every src (three quarters) and every dst (the rest), at batch 2.
+    needed = 2 * (tokens - tokens // 4) * (tokens // 4) * torch.finfo(dtype).bits // 8
     if needed > PEER_BYTES:
         return (
             f"tomesd is left out at {tokens} tokens: its similarities alone take {needed / 1e9:.1f} GB, "
             f"above {PEER_BYTES / 1e9:.0f} GB"
         )
     return f"tomesd is left out above its highest ratio, {TOMESD_MOST}" if ratio > TOMESD_MOST else None
-
-
-def similarity_bytes(tokens: int, dtype: torch.dtype) -> int:
-    """What `tomesd`'s similarities of every src (three quarters) and every dst (the rest) take, at batch 2."""
-    return 2 * (tokens - tokens // 4) * (tokens // 4) * torch.finfo(dtype).bits // 8
 
 
 def peer_versions() -> str:

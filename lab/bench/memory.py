@@ -34,7 +34,8 @@ COLUMNS = {
     "ratio": ("ratio", output.number(2)),
     "contender": ("contender", str),
     "bytes": ("MB", output.number(1, 1e-6)),
-    **output.compared("x less", has_quartiles=False),
+    "gain": ("x less", output.number(3)),
+    **output.OVER_OTHERS,
 }
 
 

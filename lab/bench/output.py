@@ -73,11 +73,14 @@ def number(digits: int, factor: float = 1) -> Callable[[object], str]:
     return lambda value: f"{value * factor:.{digits}f}"
 
 
-def compared(gain: str, has_quartiles: bool = True) -> dict[str, tuple[str, Callable[[object], str]]]:
-    """The columns of how a contender stands to others."""
-    quartiles = {"gain_low": ("25 %", number(3)), "gain_high": ("75 %", number(3))} if has_quartiles else {}
-    over = {"over_tomesd_corner": "/corner", "over_tomesd_random": "/random", "over_limit": "/limit"}
-    return {"gain": (gain, number(3)), **quartiles, **{name: (title, number(3)) for name, title in over.items()}}
+def spread(name: str, title: str, digits: int = 3, factor: float = 1) -> Columns:
+    """The columns of a median and its quartiles."""
+    titles = {name: title, f"{name}_low": "25 %", f"{name}_high": "75 %"}
+    return {name: (title, number(digits, factor)) for name, title in titles.items()}
+
+
+OVER = {"over_tomesd_corner": "/corner", "over_tomesd_random": "/random", "over_limit": "/limit"}
+OVER_OTHERS: Columns = {name: (title, number(3)) for name, title in OVER.items()}
 
 
 class Results:
@@ -101,28 +104,15 @@ class Results:
 
 def table(columns: Columns, rows: Sequence[Row]) -> str:
     """The rows under their titles in Markdown, every column as wide as it must be, numbers to the right."""
-    cells = _cells(columns, rows)
-    widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(columns))]
-    is_text = _hold_text(columns, rows)
-    titles, *lines = [
-        "| "
-        + " | ".join(f"{one:{'<' if left else '>'}{w}}" for one, w, left in zip(line, widths, is_text, strict=True))
-        for line in cells
-    ]
-    rule = "| " + " | ".join("-" * w if left else "-" * (w - 1) + ":" for w, left in zip(widths, is_text, strict=True))
-    return "\n".join(f"{line} |" for line in (titles, rule, *lines))
-
-
-def _cells(columns: Columns, rows: Sequence[Row]) -> list[list[str]]:
-    """What is written in each place of the table, from the titles down."""
-    values = [["-" if row.get(key) is None else write(row[key]) for key, (_, write) in columns.items()] for row in rows]
-    return [[title for title, _ in columns.values()], *values]
-
-
-def _hold_text(columns: Columns, rows: Sequence[Row]) -> list[bool]:
-    """By column: whether it holds words, which stand to the left, or numbers."""
-    known = [[row[key] for row in rows if row.get(key) is not None] for key in columns]
-    return [bool(values) and all(isinstance(value, str) for value in values) for values in known]
+    shown: list[list[str]] = []
+    for key, (title, write) in columns.items():
+        values = [row.get(key) for row in rows]
+        cells = [title, *("-" if value is None else write(value) for value in values)]
+        width = max(3, *map(len, cells))
+        is_text = {type(value) for value in values if value is not None} == {str}
+        cells.insert(1, "-" * width if is_text else "-" * (width - 1) + ":")
+        shown.append([f"{cell:{'<' if is_text else '>'}{width}}" for cell in cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*shown, strict=True))
 
 
 def write_csv(path: Path, rows: Sequence[Row], machine: Machine) -> None:

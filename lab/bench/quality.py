@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench quality`."""
     add_shared(parser, rounds=False)
     parser.add_argument("--samples", type=whole_number, metavar="N", help="pictures a row, from 2 up")
-    parser.add_argument("--steps", type=_plms_steps, metavar="N", help="of PLMS, where a table doesn't say")
+    parser.add_argument("--steps", type=whole_number, metavar="N", help="of PLMS, where a table doesn't say")
     parser.add_argument("--scale", type=float, metavar="S", help="of classifier-free guidance")
     parser.add_argument("--tables", choices=TABLES, nargs="+", metavar="TABLE", help=f"some of: {', '.join(TABLES)}")
     parser.add_argument("--processes", type=whole_number, metavar="N", help="side by side, of --threads each")
@@ -74,6 +74,9 @@ def run(args: argparse.Namespace) -> None:
     fill_in(args, USUAL, QUICK, TINY)
     if args.samples < 2:
         raise ValueError(f"samples must be at least 2, got {args.samples}: a spread needs so many")
+    if 1000 % args.steps:
+        # ldm takes every (1000 // steps)th: others give it more steps than were asked for.
+        raise ValueError(f"steps must divide 1000, got {args.steps}")
     require("skimage.metrics")
     if args.processes is None:
         args.processes = max(1, output.cores() // args.threads) if args.device.type == "cpu" else 1
@@ -152,14 +155,6 @@ class Judge:
                 values["ssim"] = distances.mean(distances.ssim(made.pictures, twins), self._drawn)
             self._judged[variant] = made, values
         return self._judged[variant]
-
-
-def _plms_steps(text: str) -> int:
-    steps = whole_number(text)
-    if 1000 % steps:
-        # ldm takes every (1000 // steps)th: others give it more steps than were asked for.
-        raise argparse.ArgumentTypeError(f"steps must divide 1000, got {steps}")
-    return steps
 
 
 def _gains(path: Path) -> Gains:

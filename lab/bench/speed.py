@@ -34,10 +34,9 @@ COLUMNS = {
     "size": ("size", str),
     "ratio": ("ratio", output.number(2)),
     "contender": ("contender", str),
-    "seconds": ("s/step", output.number(3)),
-    "seconds_low": ("25 %", output.number(3)),
-    "seconds_high": ("75 %", output.number(3)),
-    **output.compared("x faster"),
+    **output.spread("seconds", "s/step"),
+    **output.spread("gain", "x faster"),
+    **output.OVER_OTHERS,
 }
 
 
@@ -46,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser)
     add_unet(parser)
     parser.add_argument("--reuse-steps", type=whole_number, metavar="N", help="for how many steps our matching is kept")
-    parser.add_argument(
-        "--presets", choices=FORMER, nargs="+", help="time these, and nothing but them and what they were"
-    )
+    parser.add_argument("--presets", choices=FORMER, nargs="+", help="time these and what they were, nothing else")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,9 +3,10 @@
     python -m lab.demo.train --data DIR --out DIR --steps 3000       (again with --resume, to go on)
     python -m lab.demo.train --data DIR --out DIR --export           (into weights/)
 
-The pictures are the npm package ``@lobehub/fluent-emoji-3d``, their names come from ``emoji-datasource`` (both MIT);
-where they are not in the ``--data`` folder yet, ``npm pack`` fetches them. Whatever is random in a step is drawn from
-the seed and the step's number, so a run that was interrupted goes on as if it had not been.
+The pictures are the npm package ``@lobehub/fluent-emoji-3d``, their names come from ``emoji-datasource`` (both MIT):
+``npm pack @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource@16.0.0`` in the ``--data`` folder fetches them. Whatever is
+random in a step is drawn from the seed and the step's number, so a run that was interrupted goes on as if it had not
+been.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import tarfile
 import time
 from collections.abc import Sequence
@@ -33,8 +33,7 @@ from torch import Tensor, nn
 
 from .model import WEIGHTS, FeatureNet, TinyModel, on_white, split_words
 
-PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
-NAMES = "emoji-datasource@16.0.0"
+PICTURES, NAMES = "lobehub-fluent-emoji-3d-1.1.0.tgz", "emoji-datasource-16.0.0.tgz"
 
 #: The pictures trained on: emoji-datasource's short names, with a caption of our own where its name is not what one
 #: would type. Things that are told apart at 32×32; no flags, no people, no signs with writing on them.
@@ -74,33 +73,16 @@ class Pictures:
         return sorted({word for caption in self.captions for word in split_words(caption)})
 
 
-def npm_pack(package: str, folder: Path) -> Path:
-    """The tarball of ``package`` (``name@version``) in ``folder``; fetched with ``npm pack`` when it is not there.
-
-    Raises `RuntimeError` when npm is missing or fails.
-    """
-    tarball = folder / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
-    if not tarball.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            # The npm on Windows is a .cmd file, which only a shell finds.
-            subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True, shell=os.name == "nt")
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or str(error).encode()
-            raise RuntimeError(f"npm pack {package} failed: {reason.decode(errors='replace').strip()}") from error
-    return tarball
-
-
 def load_pictures(folder: Path, size: int = 32, margin: int = 1, picked: str = PICKED) -> Pictures:
     """The ``picked`` emoji on white, ``size`` pixels wide and high, ``margin`` of them white on each side.
 
-    Raises `ValueError` when two of them have the same caption.
+    Raises `FileNotFoundError` without the two packages, `ValueError` when two pictures have the same caption.
     """
-    with tarfile.open(npm_pack(NAMES, folder)) as tar:
+    with tarfile.open(folder / NAMES) as tar:
         known = json.load(tar.extractfile("package/emoji.json"))  # type: ignore[arg-type]
     by_name = {name: emoji for emoji in known for name in emoji["short_names"]}
     captions, tensors = [], []
-    with tarfile.open(npm_pack(PICTURES, folder)) as tar:
+    with tarfile.open(folder / PICTURES) as tar:
         files = {Path(member.name).stem: member for member in tar.getmembers() if "/assets/" in member.name}
         for entry in picked.split():
             name, _, caption = entry.partition("=")
@@ -366,13 +348,11 @@ def export(training: Training, folder: Path, log: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lab.demo.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the two npm packages; fetched when missing")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the two npm packages")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
     parser.add_argument("--steps", type=int, default=3000, help="optimiser steps in all (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--batch", type=int, default=Recipe.batch)
-    parser.add_argument("--lr", type=float, default=Recipe.lr)
     parser.add_argument("--export", action="store_true", help="train nothing; write the averaged weights to weights/")
     args = parser.parse_args(arguments)
 
@@ -386,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         if checkpoint.is_file():
             parser.error(f"{args.out} holds a checkpoint already: give --resume, or another --out")
-        training = Training(pictures, Recipe(seed=args.seed, batch=args.batch, lr=args.lr))
+        training = Training(pictures, Recipe(seed=args.seed))
     if args.export:
         export(training, WEIGHTS, args.out / "train.log")
         print(f"step {training.step} written to {WEIGHTS}")

@@ -7,7 +7,7 @@ without the unprompted half are left out.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from collections import namedtuple
 from itertools import islice
 from typing import Any
 
@@ -91,14 +91,8 @@ class CFGDenoiser(torch.nn.Module):
         return denoised
 
 
-@dataclass(frozen=True)
-class SamplerData:
-    """A sampler's function and what is to be known of it."""
-
-    function: Any
-    is_over_timesteps: bool = False
-    options: dict[str, bool] = field(default_factory=dict)
-
+SamplerData = namedtuple("SamplerData", ["function", "is_over_timesteps", "options"], defaults=(False, {}))
+"""A sampler's function and what is to be known of it."""
 
 all_samplers_map = {
     "Euler": SamplerData(samplers.sample_euler),
