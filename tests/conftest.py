@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tomesd_core as tome
 
@@ -139,3 +141,27 @@ def hook_dicts() -> Callable[[nn.Module], dict[str, dict]]:
         for key, value in vars(module).items()
         if "hooks" in key and isinstance(value, dict)
     }
+
+
+class Operations(TorchDispatchMode):
+    """While it is open: the names of the operations that run, and the bytes of the largest tensor that one made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(str(func).removeprefix("aten."))
+        if func is torch.ops.aten.bitwise_xor.Tensor and isinstance(args[1], int):
+            func = torch.ops.aten.bitwise_xor.Scalar  # torch 2.1 names the wrong one of the two
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel() * tensor.element_size())
+        return made
+
+
+@pytest.fixture(scope="session")
+def operations() -> type[Operations]:
+    return Operations

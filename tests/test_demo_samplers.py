@@ -82,14 +82,3 @@ def test_timestep_samplers_keep_standard_normal_data_as_it_is(sampler, extra_cal
     assert (end - x).abs().max() < error * x.abs().max()
     assert model.calls == len(timesteps) - 1 + extra_calls
     assert seen == list(range(len(timesteps) - 1))
-
-
-def test_sigmas_and_timesteps_are_each_others_inverse():
-    denoiser = samplers.EpsDenoiser(GaussianModel())
-    t = torch.tensor([0.0, 0.5, 1.0, 17.25, 500.0, 998.5, 999.0])
-    torch.testing.assert_close(denoiser.sigma_to_t(denoiser.t_to_sigma(t)), t, atol=2e-2, rtol=0)
-    sigmas = denoiser.get_sigmas(7)
-    assert len(sigmas) == 8
-    assert sigmas[-1] == 0
-    assert (sigmas.diff() < 0).all()
-    torch.testing.assert_close(sigmas[0], denoiser.sigmas[-1])

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image, ImageChops
 
 from lab.demo.model import TinyModel
@@ -130,17 +129,6 @@ def test_img2img_walks_the_schedules_end(generate, recorded):
     assert recorded.steps == [(0, 4, 0), (1, 4, 0), (2, 4, 1), (3, 4, 2)]
 
 
-@pytest.mark.parametrize("sampler_name", ["Euler", "DDIM"])
-def test_what_is_not_masked_stays(generate, sampler_name):
-    picture, mask = generate().images[0], Image.new("L", (16, 16))
-    mask.paste(255, (8, 0, 16, 16))
-    fields = {"image_mask": mask, "sampler_name": sampler_name, "denoising_strength": 1.0, "steps": 4, "seed": 5}
-    made = generate("img2img", init_images=[picture], **fields).images[0]
-    kept, changed = ((0, 0, 8, 16), (8, 0, 16, 16))
-    assert largest_difference(picture.crop(kept), made.crop(kept)) <= 1
-    assert picture.crop(changed).tobytes() != made.crop(changed).tobytes()
-
-
 @pytest.mark.parametrize(
     ("sampler_name", "steps", "expected"),
     [
@@ -200,41 +188,6 @@ def test_interrupted_and_skipped(generate, recorded):
     assert recorded.events == BEFORE + BATCH[:4] + between + AFTER, "the second pass begins, and ends at once"
 
 
-def test_a_script_may_wrap_sample_on_the_instance(generate, recorded):
-    def wrap(p):
-        before = p.sample
-
-        def sample(*args, **kwargs):
-            recorded.events.append("begins")
-            try:
-                return before(*args, **kwargs)
-            finally:
-                del p.sample
-                recorded.events.append("ends")
-
-        p.sample = sample
-
-    recorded.actions["process_batch"] = wrap
-    generate(n_iter=2)
-    between = [*BATCH[:2], "begins", *BATCH[2:], "ends"]
-    assert recorded.events == BEFORE + 2 * (between + AFTER[:-1]) + ["postprocess"]
-
-
-def test_a_generation_inside_another(host, generate, recorded):
-    from modules import processing
-
-    expected = generate().images[0].tobytes()
-
-    def nest(_):
-        del recorded.actions["denoiser"]
-        processing.process_images(host.make_p(**{**REQUEST, "seed": 5}))
-
-    recorded.actions["denoiser"] = nest
-    assert generate().images[0].tobytes() == expected
-    assert recorded.events == BEFORE + BATCH[:4] + (BEFORE + BATCH + AFTER) + BATCH[4:] + AFTER
-    assert [step[0] for step in recorded.steps] == [0, 0, 1, 1]
-
-
 def test_copies_of_p_share_its_dicts_and_have_no_setup(host, recorded):
     from modules import processing
 
@@ -268,45 +221,6 @@ def test_refiner_swaps_the_model_between_two_steps(host, generate, recorded):
     assert recorded.models[1] is not recorded.models[2]
     generate()
     assert recorded.models == [kept] * 2, "the first one stayed in memory"
-
-
-def test_hires_fix_with_a_checkpoint_of_its_own(host, generate, recorded):
-    names = []
-    recorded.actions["denoiser"] = lambda _: names.append(host.sd_model.sd_checkpoint_info.model_name)
-    generate(enable_hr=True, hr_checkpoint_name="twin")
-    generate()
-    assert names == ["base"] * 2 + ["twin"] * 2 + ["base"] * 2
-
-
-def test_the_halves_of_guidance_in_one_call_or_in_two(host, generate):
-    sizes = []
-    unet = host.sd_model.model.diffusion_model
-    handle = unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    together = generate(batch_size=2)
-    apart = generate(batch_size=2, override_settings={"batch_cond_uncond": False})
-    generate(batch_size=2, prompt="cat AND apple :0.5")
-    handle.remove()
-    assert sizes == [4] * 2 + [2] * 4 + [6] * 2
-    assert largest_difference(together.images[1], apart.images[1]) <= 1
-
-
-@pytest.mark.parametrize("size", [(17, 33), (8, 8), (31, 9)])
-def test_odd_sizes(generate, size):
-    assert generate(width=size[0], height=size[1]).images[0].size == size
-
-
-def test_another_unet_and_webuis_own_token_merging(host, generate, recorded, monkeypatch):
-    pytest.importorskip("tomesd")
-    from modules import sd_unet
-
-    before, classes = generate().images[0].tobytes(), []
-    blocks = [module for module in host.sd_model.modules() if hasattr(module, "attn1")]
-    recorded.actions["denoiser"] = lambda _: classes.append({type(block).__name__ for block in blocks})
-    assert "Token merging ratio: 0.5" in generate(override_settings={"token_merging_ratio": 0.5}).infotexts[0]
-    assert generate().images[0].tobytes() == before
-    assert classes == [{"ToMeBlock"}] * 2 + [{"BasicTransformerBlock"}] * 2
-    monkeypatch.setattr(sd_unet, "current_unet", SimpleNamespace(forward=lambda x, *_, **__: torch.zeros_like(x)))
-    assert generate().images[0].tobytes() != before
 
 
 def test_refuses_where_webui_is(tmp_path):

@@ -184,11 +184,6 @@ def test_few_slots_that_touch_are_alike_in_hue(grid, ratio):
     assert pairs > 100 and alike / pairs < 0.15
 
 
-def test_the_same_map_is_drawn_alike_every_time():
-    slots = matched((16, 16))
-    assert torch.equal(draw(slots, (16, 16), plain(64, 64)), draw(slots.clone(), (16, 16), plain(64, 64)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_torchs_default_dtype_and_device_change_nothing(dtype):
     slots, picture = matched((8, 8)), plain(64, 80)

@@ -22,7 +22,7 @@ quick = settings(max_examples=120, deadline=None, derandomize=True)
 
 @st.composite
 def matchings(draw, windows=WINDOWS):
-    """A token map, the tokens that it was made of, and the options of its making."""
+    """A token map, the tokens that it was made of, their partition, and the ratio."""
     grid = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
     options = {
         "stride": draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
@@ -35,18 +35,9 @@ def matchings(draw, windows=WINDOWS):
     batch, channels = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     x = torch.randn(batch, math.prod(grid), channels, generator=generator)
-    return tome.match_tokens(x, grid, ratio, **options), x, grid, ratio, options
-
-
-def most_removed(grid, options, batch):
-    return make_partition(
-        grid,
-        options["stride"],
-        options["partition"],
-        options["step"],
-        options["window"],
-        1 if options["shared_draw"] else batch,
-    ).most_removed
+    items = 1 if options.pop("shared_draw") else batch
+    split = make_partition(grid, items=items, **options)
+    return tome.match_tokens(x, grid, ratio, shared_draw=items == 1, **options), x, split, ratio
 
 
 @quick
@@ -84,38 +75,27 @@ def test_unmerge_of_merge_is_the_identity_on_what_is_constant_over_slots(case):
 @quick
 @given(matchings(windows=NO_WINDOW))
 def test_over_the_whole_image_the_ratio_is_removed_as_far_as_there_are_sources(case):
-    token_map, x, grid, ratio, options = case
+    token_map, x, split, ratio = case
     tokens = x.shape[1]
     assert tokens_removed(tokens, ratio) == int(tokens * ratio)
-    most = most_removed(grid, options, x.shape[0])
-    stride = (1, 2) if options["partition"] == "alternating" else options["stride"]
-    cells = math.prod(side // cell for side, cell in zip(grid, stride, strict=True))
-    assert most == (tokens - cells if cells else 0)
-    assert token_map.merged_tokens == tokens - min(int(tokens * ratio), most)
+    # Over the whole image every source finds a destination, where there is one.
+    assert split.most_removed == (split.src.shape[1] if split.dst.numel() else 0)
+    assert token_map.merged_tokens == tokens - min(int(tokens * ratio), split.most_removed)
 
 
 @quick
 @given(matchings(windows=SOME_WINDOW))
 def test_in_windows_the_ratio_is_removed_as_far_as_sources_find_a_destination_up_to_rounding(case):
-    token_map, x, grid, ratio, options = case
+    token_map, x, split, ratio = case
     removed = x.shape[1] - token_map.merged_tokens
-    most = most_removed(grid, options, x.shape[0])
-    assert 0 <= removed <= most
-    assert abs(removed - min(int(x.shape[1] * ratio), most)) <= ROUNDING
+    assert 0 <= removed <= split.most_removed
+    assert abs(removed - min(int(x.shape[1] * ratio), split.most_removed)) <= ROUNDING
 
 
 @quick
 @given(matchings())
 def test_a_slot_holds_one_destination_and_what_fell_into_it_or_a_token_alone(case):
-    token_map, x, grid, _, options = case
-    split = make_partition(
-        grid,
-        options["stride"],
-        options["partition"],
-        options["step"],
-        options["window"],
-        1 if options["shared_draw"] else x.shape[0],
-    )
+    token_map, x, split, _ = case
     dst = split.dst.expand(x.shape[0], -1)
     is_dst = torch.zeros(x.shape[:2], dtype=torch.long).scatter_(1, dst, 1)
     dst_in_slot = torch.zeros_like(token_map.counts).scatter_add_(1, token_map.slots, is_dst)

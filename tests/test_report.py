@@ -16,19 +16,11 @@ def test_the_summary_names_layers_tokens_and_steps():
         layer("c", 2, 1024, 512, 20, 15),
         layer("d", 4, 256, 0, 20, 0, "level 4 is above max downsample 2"),
     ]
-    report = Report(layers, 20, 15, 0.5, [])
+    report = Report(layers, 20, 15, 0.5, ["no attention at level 8"])
     assert report.merged_layers == layers[:3]
-    assert "3 of 4 self-attention layers" in report.summary
-    assert "4096 -> 2048 tokens" in report.summary
-    assert "1024 -> 512 tokens" in report.summary
-    assert "15 of 20 steps" in report.summary
+    parts = "3 of 4 self-attention layers", "4096 -> 2048 tokens", "1024 -> 512 tokens", "15 of 20 steps"
+    assert all(part in report.summary for part in (*parts, "no attention at level 8"))
     assert "\n" not in report.summary
-
-
-def test_a_note_is_in_the_summary():
-    report = Report([layer("a", 2, 1024, 512, 20, 20)], 20, 20, 0.5, ["no attention at level 1"])
-    assert "no attention at level 1" in report.summary
-    assert "1024 -> 512" in report.summary
 
 
 def test_on_is_never_silently_nothing():
@@ -54,18 +46,12 @@ def test_a_note_does_not_hide_why_nothing_was_merged():
 
 
 def test_the_whole_report_names_every_layer_and_why_it_was_left_out():
-    layers = [
-        layer("input_blocks.1.1", 1, 4096, 2048, 20, 15),
-        layer("middle_block.1", 8, 64, 0, 20, 0, "level 8 is above max downsample 1"),
-    ]
+    why = "level 8 is above max downsample 1"
+    layers = [layer("input_blocks.1.1", 1, 4096, 2048, 20, 15), layer("middle_block.1", 8, 64, 0, 20, 0, why)]
     text = str(Report(layers, 20, 15, 0.5, []))
     first, second = (line for line in text.splitlines() if line.startswith(" "))
-    assert "input_blocks.1.1 (level 1)" in first
-    assert "4096 -> 2048" in first
-    assert "15 of 20" in first
-    assert "middle_block.1 (level 8)" in second
-    assert "not merged" in second
-    assert "level 8 is above max downsample 1" in second
+    assert all(part in first for part in ("input_blocks.1.1 (level 1)", "4096 -> 2048", "15 of 20"))
+    assert all(part in second for part in ("middle_block.1 (level 8)", "not merged", why))
 
 
 def test_a_report_can_be_read_before_during_and_after(make_unet, make_inputs, small_settings):

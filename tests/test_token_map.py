@@ -85,23 +85,6 @@ def test_a_token_alone_in_its_slot_keeps_its_bits():
     assert torch.equal(token_map.unmerge(token_map.merge(x))[alone], x[alone])
 
 
-def test_the_counts_are_the_tokens_of_each_slot():
-    token_map = random_map(items=3)
-    assert token_map.counts.dtype == torch.int64
-    assert token_map.counts.tolist() == [slots.bincount().tolist() for slots in token_map.slots]
-    assert token_map.tokens == 63
-    assert token_map.merged_tokens == 20
-
-
-def test_two_ways_to_the_mean_agree(monkeypatch):
-    token_map, x = random_map(tokens=500, merged=40), noise(2, 500, 7)
-    results = []
-    for devices in ({"cpu"}, set()):
-        monkeypatch.setattr(module, "BAG_DEVICES", devices)
-        results.append(token_map.merge(x))
-    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", [math.nan, math.inf])
 def test_what_is_not_finite_stays_in_its_slot(kind):
     token_map, x = random_map(), noise(2, 63, 4)
@@ -124,14 +107,6 @@ def test_both_give_the_same_bits_at_every_run_and_with_any_number_of_threads():
             assert torch.equal(again.unmerge(merged), token_map.unmerge(merged))
     finally:
         torch.set_num_threads(threads)
-
-
-def test_an_item_alone_has_the_bits_that_it_has_in_a_batch():
-    token_map, x = random_map(items=3), noise(3, 63, 16)
-    together = token_map.merge(x)
-    for item in range(3):
-        alone = tome.TokenMap(token_map.slots[item : item + 1], 20)
-        assert torch.equal(alone.merge(x[item : item + 1])[0], together[item])
 
 
 def test_the_gradients_are_right():

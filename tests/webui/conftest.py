@@ -98,6 +98,14 @@ def make_p(host) -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture
+def process(host) -> Callable[..., Any]:
+    """`process_images`, of which `make` makes its own `p`."""
+    from modules import processing
+
+    return processing.process_images
+
+
 @pytest.fixture(scope="module")
 def plain(make) -> list[bytes]:
     """The picture of `REQUEST` from the first checkpoint, made before anything was merged."""
