@@ -54,7 +54,7 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
     function nameMeasure(tab, name) {
         const button = byId(`script_${tab}_tome_measure`);
         const text = [...button.childNodes].filter(node => node.nodeType === Node.TEXT_NODE && node.data.trim()).pop();
-        if (text) text.data = name;
+        text?.replaceWith(name);  // WebUI's languages look at new nodes only.
     }
 
     // The title folds and unfolds by keyboard too: gradio's can't be reached by it.

@@ -28,7 +28,7 @@ def texts(host):
     said |= {what_for for _, what_for in running("webui.presets").BUILT_IN.values()}
     settings, describe = running("settings").MergeSettings(), running("webui.preview").describe
     said |= {describe(settings, layers, (8, 8), "cpu") for layers in (None, [])}
-    said |= {running("webui.preset_row")._export()[0], "interrupted"}
+    said |= {running("webui.preset_row")._export()[0], "Interrupt", "interrupted"}
     # A sign is no word, and the hidden numbers, which the page's script reads off the tab, keep gradio's own label.
     return {text for text in said - {None, "Number"} if any(map(str.isalpha, text))}
 
