@@ -11,7 +11,7 @@ from PIL import Image
 from ..merge_map import MergeMap
 from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
 from . import namesakes, options, presets
-from .arguments import panel_values, read_arguments, unused_fields
+from .arguments import panel_values, read_arguments, useful_fields
 from .axes import OVERRIDES
 from .log import log
 
@@ -77,9 +77,9 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         elif why_not := _why_not(p, asked.settings):
             leave_unmerged(p, why_not)
         else:
-            unused = unused_fields(asked.settings, has_hires_pass=_has_hires_pass(p))
+            useful = useful_fields(asked.settings.schedule, asked.settings.min_tokens, _has_hires_pass(p))
             values = panel_values(asked.settings)
-            _write(p, {str(PANEL_FIELDS[name].infotext): values[name] for name in values if name not in unused})
+            _write(p, {str(PANEL_FIELDS[name].infotext): values[name] for name in values if name in useful})
             generation = _begun(p)
             generation.settings, generation.map_place = asked
             p.get_token_merging_ratio = no_built_in_merging
