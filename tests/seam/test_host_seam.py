@@ -76,7 +76,7 @@ def test_a_map_is_of_the_prompted_part_whichever_half_comes_first(load):
     for parts in ([1, 0], [0, 1], None):
         options.clear()
         options.update({} if parts is None else {"cond_or_uncond": parts})
-        recorder = sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: options)
+        recorder = sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: ((2, 2), options))
         # Each item's first slot tells whose it is: 0 and 1 the prompted pictures', 2 and 3 the others.
         owners = [2, 3, 0, 1] if parts == [1, 0] else [0, 1, 2, 3]
         slots = torch.tensor([[owner, 0, 1, 2] for owner in owners])
@@ -87,7 +87,7 @@ def test_a_map_is_of_the_prompted_part_whichever_half_comes_first(load):
 
 def test_halves_that_come_as_passes_of_their_own(load):
     options = {}
-    recorder = load().sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: options)
+    recorder = load().sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: ((2, 2), options))
     for parts, owners in (([0], [0, 1]), ([1], [2, 3])):
         options["cond_or_uncond"] = parts
         recorder("layer", 0, (2, 2), TokenMap(torch.tensor([[owner, 0, 1, 2] for owner in owners]), 4))

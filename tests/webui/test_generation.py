@@ -504,6 +504,35 @@ def test_a_copy_of_p_makes_its_own_picture_unmerged(make, copying, attention, me
     assert "ToMe ratio: 0.5" in processed.infotexts[1] and "1024 -> 512 tokens" in processed.comments
 
 
+@pytest.mark.parametrize("when", ["before_process", "process", "postprocess_image"])
+@pytest.mark.parametrize("own_merging", [0.0, 0.4])
+def test_a_copy_of_p_made_at_any_time_claims_no_merging(make, add_script, attention, merged, when, own_merging):
+    """Before ours is bound to a batch and after it was; WebUI's own merging is on for the copy as for any picture."""
+    from modules import processing, shared
+
+    if own_merging:
+        pytest.importorskip("tomesd")
+    shared.opts.data["token_merging_ratio"] = own_merging
+    made = []
+
+    def make_one(p, *_, **__):
+        inner = copy(p)
+        inner.width, inner.height, inner.scripts = 16, 16, None
+        state = dict(vars(shared.state))
+        made.append(processing.process_images(inner))
+        vars(shared.state).update(state)
+
+    add_script(**{when: make_one})
+    processed = make(ON)
+    (inner,) = made
+    assert keys_of(inner) == {} and "ToMe" not in inner.comments
+    assert ("Token merging ratio: 0.4" in inner.infotexts[0]) == bool(own_merging)
+    assert pixels(processed) == merged
+    assert keys_of(processed)["ToMe ratio"] == 0.5 and "1024 -> 512 tokens" in processed.comments
+    assert "Token merging ratio" not in processed.infotexts[0]
+    assert HALF in attention.tokens
+
+
 @pytest.mark.parametrize("when", ["before it is sampled", "while it is sampled"])
 def test_a_copy_of_p_for_which_the_script_runs_merges_as_that_says(make, copying, attention, merged, when):
     made = copying(when, scripts=lambda p: p.scripts)

@@ -138,24 +138,39 @@ def test_img2img_and_a_picture_that_is_not_square(make):
 
 
 @pytest.fixture
-def tiled(host, monkeypatch):
-    """The UNet sees the latent in tiles, as Tiled Diffusion lets it: two halves of its longer side."""
+def tile(host, monkeypatch):
+    """Lets the UNet see the latent in two tiles of its longer side, as Tiled Diffusion does: halves, or overlapping."""
     whole = host.sd_model.apply_model
 
-    def apply_model(x, t, cond):
-        side = 2 if x.shape[2] > x.shape[3] else 3
-        return torch.cat([whole(tile, t, cond) for tile in x.chunk(2, dim=side)], dim=side)
+    def start(overlap=0):
+        def apply_model(x, t, cond):
+            side = 2 if x.shape[2] > x.shape[3] else 3
+            half, length = x.shape[side] // 2, x.shape[side]
+            first = whole(x.narrow(side, 0, half + overlap), t, cond)
+            second = whole(x.narrow(side, half - overlap, length - half + overlap), t, cond)
+            return torch.cat([first.narrow(side, 0, half), second.narrow(side, overlap, length - half)], dim=side)
 
-    monkeypatch.setattr(host.sd_model, "apply_model", apply_model)
+        monkeypatch.setattr(host.sd_model, "apply_model", apply_model)
+
+    return start
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 128), (128, 64)])
-def test_a_map_of_one_tile_says_so(make, tiled, width, height):
+def test_a_map_of_one_tile_says_so(make, tile, width, height):
+    tile()
     lines = [line(make(shown(1, layer, max_downsample=2), width=width, height=height)) for layer in range(1, 5)]
     assert [text.partition("64x64 tokens")[2] or text.partition("32x32 tokens")[2] for text in lines] == [
         "), of one tile"
     ] * 4
     assert len([text for text in lines if "32x32 tokens" in text]) == 1, "a layer of level 2 too"
+
+
+def test_a_tile_that_is_hardly_smaller_than_the_picture_is_one(make, tile):
+    """Its grid at level 2 is the whole picture's: 65 and 66 tokens both give 33."""
+    tile(overlap=32)
+    lines = [line(make(shown(1, layer, max_downsample=2), width=64, height=66)) for layer in range(1, 5)]
+    assert [text.split(", ")[-1] for text in lines] == ["of one tile"] * 4
+    assert len([text for text in lines if "32x33 tokens" in text]) == 1
 
 
 def test_a_map_of_the_whole_picture_says_nothing_of_tiles(make):

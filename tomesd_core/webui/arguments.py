@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ MAP_FIELDS = {
 }
 """What is shown of a generation, not what is made: in no preset, no picture's parameters and no plot."""
 
-CONTROLS = ("enabled", *PANEL_FIELDS, *MAP_FIELDS)
+CONTROLS: dict[str, Setting] = {"enabled": ENABLED, **PANEL_FIELDS, **MAP_FIELDS}
 """The script's arguments by name, in order."""
 
 
@@ -55,19 +56,21 @@ def read_arguments(
 
     Raises `SettingsError` for a value that its field can't have, an unknown name and an unknown preset.
     """
-    named = args[0] if args and isinstance(args[0], Mapping) else None
-    values: dict[str, Any] = dict(zip(CONTROLS, args, strict=False)) if named is None else {}
-    for mapping in (named, overrides):
-        if mapping is not None:
-            values = _merged(values, mapping, preset)
-    if not ENABLED.check("enabled", values.get("enabled", ENABLED.default)):
+    values = {name: setting.default for name, setting in CONTROLS.items()}
+    if args and isinstance(args[0], Mapping):
+        values = _changed(values, args[0], preset)
+    else:
+        values.update(zip(CONTROLS, args, strict=False))
+    if overrides is not None:
+        values = _changed(values, overrides, preset)
+    if not ENABLED.check("enabled", values["enabled"]):
         return None
-    settings = MergeSettings(**{name: values[name] for name in PANEL_FIELDS if name in values})
-    step, layer = (field.check(name, values.get(name, field.default)) for name, field in MAP_FIELDS.items())
+    settings = MergeSettings(**{name: values[name] for name in PANEL_FIELDS})
+    step, layer = (field.check(name, values[name]) for name, field in MAP_FIELDS.items())
     return Asked(settings, (step, layer) if step else None)
 
 
-def _merged(
+def _changed(
     values: Mapping[str, Any], named: Mapping[str, Any], preset: Callable[[str], MergeSettings]
 ) -> dict[str, Any]:
     """`values` with those of `named` in their place."""
@@ -76,11 +79,27 @@ def _merged(
     if unknown:
         raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(known)}")
     chosen = panel_values(preset(named["preset"])) if "preset" in named else {}
-    merged = {**values, **chosen, "enabled": True, **named}
+    changed = {**values, **chosen, "enabled": True, **named}
     # Who gives a late ratio wants it reached.
-    if "late_ratio" in named and "schedule" not in named and merged.get("schedule", "constant") == "constant":
-        merged["schedule"] = "linear"
-    return merged
+    if "late_ratio" in named and "schedule" not in named and changed["schedule"] == "constant":
+        changed["schedule"] = "linear"
+    return changed
+
+
+def from_text(setting: Setting, text: Any) -> Any:
+    """A field's value from its text, or `text` itself where that is none of the field's; nothing is checked."""
+    if setting.kind == "flag":
+        return {"true": True, "false": False}.get(str(text).lower(), text)
+    if isinstance(text, str):
+        with contextlib.suppress(ValueError):
+            return type_of_text(setting)(text)
+    return text
+
+
+def type_of_text(setting: Setting) -> type:
+    """What reads a text as the field's value. A flag stays text."""
+    types = {"number": float, "integer": int, "flag": str}
+    return types.get(setting.kind) or type(setting.choices[0])
 
 
 def panel_values(settings: MergeSettings) -> dict[str, Any]:
@@ -88,18 +107,12 @@ def panel_values(settings: MergeSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in PANEL_FIELDS}
 
 
-def unused_fields(settings: MergeSettings, has_hires_pass: bool) -> set[str]:
-    """The panel's fields that have no effect on a generation with these settings, by name."""
-    unused = {
-        "late_ratio": settings.schedule == "constant",
-        "switch_at": settings.schedule != "step",
-        "min_tokens": not settings.min_tokens,
+def useful_fields(schedule: str, min_tokens: int = 1, has_hires_pass: bool = True) -> set[str]:
+    """The controls that have an effect; by default those that a person needs to see with this schedule."""
+    useless = {
+        "late_ratio": schedule == "constant",
+        "switch_at": schedule != "step",
+        "min_tokens": not min_tokens,
         "apply_to": not has_hires_pass,
     }
-    return {name for name, has_none in unused.items() if has_none}
-
-
-def useful_fields(schedule: str) -> set[str]:
-    """The panel's fields that a person needs to see with this schedule."""
-    settings = MergeSettings(schedule=schedule, min_tokens=1)
-    return set(PANEL_FIELDS) - unused_fields(settings, has_hires_pass=True)
+    return {name for name in CONTROLS if not useless.get(name)}

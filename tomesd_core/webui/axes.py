@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from modules import scripts
 
 from ..settings import PANEL_FIELDS, Setting
 from . import presets
-from .arguments import ENABLED
+from .arguments import ENABLED, from_text, type_of_text
 from .log import log
 
 OVERRIDES = f"{__name__}.overrides"
@@ -21,8 +22,8 @@ so that a second copy of the extension, whose modules have other names, doesn't 
 def add_axes() -> None:
     """Appends the axes to the plot's list, unless they are there: Reload UI makes the list anew, but not every time."""
     # By its file: what the module is called differs between WebUI's versions.
-    grids = [script.module for script in scripts.scripts_data if Path(script.path).name == "xyz_grid.py"]
-    grids = [grid for grid in grids if hasattr(grid, "AxisOption") and hasattr(grid, "axis_options")]
+    files = [script.module for script in scripts.scripts_data if Path(script.path).name == "xyz_grid.py"]
+    grids = [grid for grid in files if hasattr(grid, "AxisOption") and hasattr(grid, "axis_options")]
     if not grids:
         log.warning("WebUI's X/Y/Z plot is not among its scripts (xyz_grid.py): it has no ToMe axes")
     for grid in grids:
@@ -34,40 +35,32 @@ def _axes(axis_option: Callable[..., Any]) -> list[Any]:
     preset = axis_option(
         "[ToMe] Preset",
         str,
-        lambda p, x, xs: _override(p, "preset", x),
-        confirm=_refuse(presets.get),
+        partial(_override, "preset", str),
+        confirm=partial(_refuse, presets.get),
         choices=lambda: list(presets.read()[0]),
     )
-    axes = [_axis(axis_option, name, setting) for name, setting in PANEL_FIELDS.items()]
+    axes = [_axis(axis_option, name, setting, setting.label) for name, setting in PANEL_FIELDS.items()]
     return [_axis(axis_option, "enabled", ENABLED, "Enabled"), preset, *axes]
 
 
-def _axis(axis_option: Callable[..., Any], name: str, setting: Setting, label: str | None = None) -> Any:
+def _axis(axis_option: Callable[..., Any], name: str, setting: Setting, label: str) -> Any:
+    value_of = partial(from_text, setting)
     choices = ("True", "False") if setting.kind == "flag" else setting.choices
-    is_text = bool(choices) and isinstance(choices[0], str)
-
-    def value_of(x: Any) -> Any:
-        return {"true": True, "false": False}.get(x.lower(), x) if setting.kind == "flag" else x
-
     return axis_option(
-        f"[ToMe] {label or setting.label}",
-        str if is_text else float if setting.kind == "number" else int,
-        lambda p, x, xs: _override(p, name, value_of(x)),
-        confirm=_refuse(lambda x: setting.check(name, value_of(x))),
+        f"[ToMe] {label}",
+        type_of_text(setting),
+        partial(_override, name, value_of),
+        confirm=partial(_refuse, lambda x: setting.check(name, value_of(x))),
         choices=(lambda: [str(choice) for choice in choices]) if choices else None,
     )
 
 
-def _refuse(check: Callable[[Any], Any]) -> Callable[[Any, Sequence[Any]], None]:
-    """A plot's `confirm`: wrong values are refused before the first picture is made."""
-
-    def confirm(p: Any, xs: Sequence[Any]) -> None:
-        for x in xs:
-            check(x)
-
-    return confirm
+def _refuse(check: Callable[[Any], Any], p: Any, xs: Sequence[Any]) -> None:
+    """Refuses wrong values before the first picture is made."""
+    for x in xs:
+        check(x)
 
 
-def _override(p: Any, name: str, value: Any) -> None:
+def _override(name: str, value_of: Callable[[Any], Any], p: Any, x: Any, xs: Sequence[Any]) -> None:
     # A new mapping each time: a cell's p is a shallow copy.
-    setattr(p, OVERRIDES, {**getattr(p, OVERRIDES, {}), name: value})
+    setattr(p, OVERRIDES, {**getattr(p, OVERRIDES, {}), name: value_of(x)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from PIL import Image
 
 from ..merge_map import MergeMap
 from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
-from . import namesakes, options, presets
-from .arguments import panel_values, read_arguments, unused_fields
+from . import host, namesakes, options, presets
+from .arguments import panel_values, read_arguments, useful_fields
 from .axes import OVERRIDES
 from .log import log
 
@@ -28,6 +29,8 @@ extension, whose modules have other names, has one of its own."""
 class Generation:
     """What was decided about a generation, and what was written on its `p`. Copies of `p` share it."""
 
+    p: weakref.ref[Any]
+    """The one that it was begun for."""
     settings: MergeSettings | None = None
     """None where it doesn't merge."""
     map_place: tuple[int, int] | None = None
@@ -39,6 +42,18 @@ class Generation:
     """The maps of the batch that was sampled last, one a picture."""
     drawn_maps: dict[int, Image.Image] = dataclasses.field(default_factory=dict)
     """The maps drawn over their pictures, by the picture's number."""
+
+    def token_merging_ratio(self, for_hr: bool = False) -> float:
+        """In place of `p.get_token_merging_ratio`: never merge twice.
+
+        A copy of p makes a picture of its own, unmerged unless it is prepared too: what it took along is erased when
+        WebUI asks for this, before its first batch.
+        """
+        p = host.p_in("process_images", otherwise=self.p())
+        if p is self.p() or of(p) is not self:
+            return 0
+        erase(p)
+        return float(type(p).get_token_merging_ratio(p, for_hr))
 
 
 @dataclasses.dataclass
@@ -77,14 +92,13 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         elif why_not := _why_not(p, asked.settings):
             leave_unmerged(p, why_not)
         else:
-            unused = unused_fields(asked.settings, has_hires_pass=_has_hires_pass(p))
+            useful = useful_fields(asked.settings.schedule, asked.settings.min_tokens, has_hires_pass(p))
             values = panel_values(asked.settings)
-            _write(p, {str(PANEL_FIELDS[name].infotext): values[name] for name in values if name not in unused})
+            _write(p, {str(PANEL_FIELDS[name].infotext): values[name] for name in values if name in useful})
             generation = _begun(p)
             generation.settings, generation.map_place = asked
-            p.get_token_merging_ratio = no_built_in_merging
-    line = namesakes.warning(p, is_asked=of(p) is not None)
-    if line:
+            p.get_token_merging_ratio = generation.token_merging_ratio
+    if line := namesakes.warning(p, is_asked=of(p) is not None):
         say(p, line)
 
 
@@ -118,7 +132,12 @@ def erase(p: Any) -> None:
 def built_in_is_on(p: Any) -> bool:
     """Whether WebUI's own token merging would be on, whatever stands in the place of p's method."""
     ratio = type(p).get_token_merging_ratio
-    return bool(ratio(p) or (_has_hires_pass(p) and ratio(p, for_hr=True)))
+    return bool(ratio(p) or (has_hires_pass(p) and ratio(p, for_hr=True)))
+
+
+def has_hires_pass(p: Any) -> bool:
+    """Whether hires fix is on."""
+    return bool(getattr(p, "enable_hr", False))
 
 
 def is_left_to_built_in(p: Any) -> bool:
@@ -130,7 +149,7 @@ def _begun(p: Any) -> Generation:
     """The generation of p; from its first line on, p has parameters and comments of its own: copies of p share them."""
     generation = of(p)
     if generation is None:
-        generation = Generation()
+        generation = Generation(weakref.ref(p))
         setattr(p, ON_P, generation)
         p.extra_generation_params, p.comments = dict(p.extra_generation_params), dict(p.comments)
     return generation
@@ -144,7 +163,7 @@ def _write(p: Any, parameters: dict[str, Any]) -> None:
 def _take_back(p: Any, generation: Generation) -> None:
     """Takes the parameters off p, and gives it WebUI's own token merging again."""
     p.extra_generation_params = _without(p.extra_generation_params, generation.parameters)
-    if vars(p).get("get_token_merging_ratio") is no_built_in_merging:
+    if vars(p).get("get_token_merging_ratio") == generation.token_merging_ratio:
         del p.get_token_merging_ratio
 
 
@@ -154,16 +173,7 @@ def _without(mapping: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 def _why_not(p: Any, settings: MergeSettings) -> str | None:
     """Why a generation with right settings can't merge, as far as can be told before its model is loaded; or None."""
-    if settings.apply_to == "hires pass" and not _has_hires_pass(p):
+    if settings.apply_to == "hires pass" and not has_hires_pass(p):
         where = "a picture without hires fix" if hasattr(p, "enable_hr") else "img2img"
         return f"apply to is {settings.apply_to!r}, and {where} has none"
     return LEFT_TO_BUILT_IN if is_left_to_built_in(p) else None
-
-
-def _has_hires_pass(p: Any) -> bool:
-    return bool(getattr(p, "enable_hr", False))
-
-
-def no_built_in_merging(for_hr: bool = False) -> float:
-    """In place of `p.get_token_merging_ratio`: never merge twice."""
-    return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import accumulate
@@ -49,6 +50,18 @@ def loaded_layers() -> list[Layer] | None:
     """The self-attention layers of the loaded UNet, or None where no model is loaded."""
     unet = loaded_unet()
     return None if unet is None else find_layers(unet)
+
+
+def p_in(function: str, otherwise: Any) -> Any:
+    """The `p` of WebUI's innermost running `function`; `otherwise` where none of the name runs.
+
+    What stands on a `p` isn't told on which object it is called, and `copy(p)` takes it along: other extensions make
+    pictures of their own from such copies. Only the function that calls it knows.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return otherwise if frame is None else frame.f_locals.get("p", otherwise)
 
 
 def hypertile_of(attention: nn.Module) -> str | None:
@@ -148,4 +161,4 @@ def listen(
     name = "js" if "js" in inspect.signature(event).parameters else "_js"
     options = {"inputs": inputs, "outputs": list(outputs), "show_progress": "hidden", "queue": queue, name: js}
     unchanged = [gr.update() for _ in outputs] if len(outputs) > 1 else gr.update()
-    return event(function and harmless("a part of the panel", function, unchanged), **options)
+    return event(function and harmless("a part of the panel", function, lambda line: unchanged), **options)

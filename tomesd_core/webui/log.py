@@ -31,15 +31,16 @@ def failed(what: str, error: Exception) -> str:
     return line
 
 
-def harmless(what: str, function: Callable[..., Any], otherwise: Any = None) -> Callable[..., Any]:
-    """`function`; where it fails it gives `otherwise`, and the log says once that `what` failed."""
+def harmless(
+    what: str, function: Callable[..., Any], otherwise: Callable[[str], Any] = lambda line: None
+) -> Callable[..., Any]:
+    """`function`; where it fails, the log says once that `what` failed, and it gives what `otherwise` makes of that."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            failed(what, error)
-            return otherwise
+            return otherwise(failed(what, error))
 
     return call

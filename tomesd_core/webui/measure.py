@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import uuid
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median
@@ -127,7 +128,6 @@ def _of_size(
     p.cached_c, p.cached_uc = [None, None], [None, None]
     if generation.is_left_to_built_in(p):
         return Result(f"no faster at {name}: {generation.LEFT_TO_BUILT_IN}")
-    p.get_token_merging_ratio = generation.no_built_in_merging
     run = _Run(p, settings, lambda: task in _stopped)
     sample = p.sample
 
@@ -162,7 +162,9 @@ class _Run(Sampling):
     """
 
     def __init__(self, p: Any, settings: MergeSettings, is_stopped: Callable[[], bool]) -> None:
-        super().__init__(p, Generation(settings))
+        prepared = Generation(weakref.ref(p), settings)
+        super().__init__(p, prepared)
+        p.get_token_merging_ratio = prepared.token_merging_ratio
         self._is_stopped = is_stopped
         self._seconds: list[float] = []
         """Of the UNet's passes in each step."""

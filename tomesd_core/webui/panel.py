@@ -12,7 +12,7 @@ from modules import ui_components
 
 from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
 from . import generation, host, presets, preview
-from .arguments import ENABLED, MAP_FIELDS, read_arguments, useful_fields
+from .arguments import CONTROLS, ENABLED, MAP_FIELDS, read_arguments, useful_fields
 from .log import failed
 from .measure_row import MeasureRow
 from .preset_row import PresetRow
@@ -40,20 +40,17 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
 
 def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     useful = useful_fields(PANEL_FIELDS["schedule"].default)
-    fields: dict[str, Any] = {}
+    names, fields = list(PANEL_FIELDS), {}
     with (
         ui_components.InputAccordion(ENABLED.default, label=ENABLED.label, elem_id=elem_id("enabled")) as enabled,
         gr.Column(elem_classes=["tome-panel"]),
     ):
         shown = gr.HTML(elem_id=elem_id("preview"), elem_classes=["tome-preview"])
         preset_row = PresetRow(elem_id)
-        names = list(PANEL_FIELDS)
-        for pair in (names[first : first + 2] for first in range(0, len(names), 2)):
+        for row in (*(names[first : first + 2] for first in range(0, len(names), 2)), MAP_FIELDS):
             with ui_components.FormRow():
-                for name in pair:
-                    fields[name] = _control(PANEL_FIELDS[name], elem_id(name), visible=name in useful)
-        with ui_components.FormRow():
-            map_fields = {name: _control(setting, elem_id(name)) for name, setting in MAP_FIELDS.items()}
+                for name in row:
+                    fields[name] = _control(CONTROLS[name], elem_id(name), visible=name in useful)
         measure_row = MeasureRow(tab, elem_id)
         # The page's script presses it when something has changed and no slider is moving, and reads the first three
         # inputs off the page: width, height and steps belong to the tab.
@@ -61,22 +58,20 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         sizes = [gr.Number(value, visible=False, elem_id=elem_id(name)) for name, value in TAB_SIZE.items()]
     for component in (*sizes, shown, refresh):
         component.do_not_save_to_config = True
-    controls = {"enabled": enabled, **fields, **map_fields}
+    controls, saved = {"enabled": enabled, **fields}, [fields[name] for name in PANEL_FIELDS]
     read_size = f"(...given) => toMeTabSize('{tab}', given)"
     preview_made = host.listen(refresh.click, _preview, [*sizes, *controls.values()], [shown], js=read_size)
     host.listen(preview_made.then, js=f"() => toMeAnswered('{tab}')")
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
         host.listen(event, js=f"() => toMeChanged('{tab}')")
-    host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], list(fields.values()))
-    preset_row.connect(list(fields.values()), sizes, read_size)
+    host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], saved)
+    preset_row.connect(saved, sizes, read_size)
     measure_row.connect(list(controls.values()))
     return controls
 
 
 def _bare_controls(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
-    enabled = gr.Checkbox(ENABLED.default, label=ENABLED.label, elem_id=elem_id("enabled"))
-    settings = {**PANEL_FIELDS, **MAP_FIELDS}
-    return {"enabled": enabled, **{name: _control(setting, elem_id(name)) for name, setting in settings.items()}}
+    return {name: _control(setting, elem_id(name)) for name, setting in CONTROLS.items()}
 
 
 def _control(setting: Setting, elem_id: str, visible: bool = True) -> Any:
@@ -101,7 +96,7 @@ def _preview(width: Any, height: Any, steps: Any, *args: Any) -> str:
     try:
         settings, _ = read_arguments([True, *args[1:]], None, presets.get) or (MergeSettings(), None)
         line = preview.of_loaded_model(settings, width, height)
-        chart = preview.chart(preview.ratios_over_steps(settings, min(max(int(steps), 1), 150)))
+        chart = preview.chart(settings, min(max(int(steps), 1), 150))
         title = preview.title(settings if args[0] else None)
     except (SettingsError, TypeError, ValueError, OverflowError) as error:
         line, chart, title = str(error), "", preview.title(None)

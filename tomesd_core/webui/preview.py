@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +31,6 @@ def _merged(settings: MergeSettings) -> str:
     return "keys" if settings.method == "keys" else "tokens"
 
 
-def ratios_over_steps(settings: MergeSettings, steps: int) -> list[float]:
-    """The ratio in each of `steps` steps."""
-    return [settings.ratio_at(progress_of(step, steps)) for step in range(max(steps, 1))]
-
-
 def of_loaded_model(settings: MergeSettings, width: Any, height: Any) -> str:
     """`describe`, of the loaded model at a size in pixels."""
     latent = int(height) // processing.opt_f, int(width) // processing.opt_f
@@ -48,11 +44,8 @@ def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tu
     if not layers:
         return "this model has no self-attention layers that can be merged"
     coarsest = coarsest_level(settings, layers)
-    changes: dict[str, int] = {}
-    for layer in layers:
-        change = _change(settings, layer, latent, coarsest, device_type)
-        if change is not None:
-            changes[change] = changes.get(change, 0) + 1
+    each = (_change(settings, layer, latent, coarsest, device_type) for layer in layers)
+    changes = Counter(change for change in each if change is not None)
     if not changes:
         return f"0 of {len(layers)} self-attention layers: nothing would be merged"
     what = _merged(settings)
@@ -75,24 +68,22 @@ def _change(
     tokens = math.prod(math.ceil(side / (layer.level or 1)) for side in latent)
     if not layer.is_self_attention or why_left_out(settings, layer.level, tokens, coarsest):
         return None
-    left = []
-    for progress in (0.0, 1.0):
-        removed = removed_or_why_not(settings, tokens, layer.channels, settings.ratio_at(progress), device_type)
-        left.append(tokens if isinstance(removed, str) else tokens - removed)
-    if left == [tokens, tokens]:
-        return None
-    return f"{tokens} → {' to '.join(str(count) for count in dict.fromkeys(left))}"
+    ratios = settings.ratio_at(0.0), settings.ratio_at(1.0)
+    removed = [removed_or_why_not(settings, tokens, layer.channels, ratio, device_type) for ratio in ratios]
+    left = dict.fromkeys(tokens if isinstance(count, str) else tokens - count for count in removed)
+    return None if set(left) == {tokens} else f"{tokens} → {' to '.join(map(str, left))}"
 
 
-def chart(ratios: Sequence[float], highest: float = HIGHEST_RATIO) -> str:
+def chart(settings: MergeSettings, steps: int) -> str:
     """An SVG of the ratio over the steps, a bar a step; drawn in the text's colour, so it fits any theme."""
-    width = WIDTH / len(ratios)
+    ratios = [settings.ratio_at(progress_of(step, steps)) for step in range(steps)]
+    width = WIDTH / steps
     bars = "".join(
-        f'<rect x="{number * width:.2f}" y="{HEIGHT - HEIGHT * ratio / highest:.2f}" '
-        f'width="{max(width * 0.85, 0.5):.2f}" height="{HEIGHT * ratio / highest:.2f}"/>'
+        f'<rect x="{number * width:.2f}" y="{HEIGHT - HEIGHT * ratio / HIGHEST_RATIO:.2f}" '
+        f'width="{max(width * 0.85, 0.5):.2f}" height="{HEIGHT * ratio / HIGHEST_RATIO:.2f}"/>'
         for number, ratio in enumerate(ratios)
     )
-    label = f"ratio over {len(ratios)} steps: {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    label = f"ratio over {steps} steps: {ratios[0]:.2f} to {ratios[-1]:.2f}"
     return (
         f'<svg class="tome-chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
         f"<title>{label}</title>{bars}</svg>"

@@ -15,25 +15,19 @@ from ..settings import SettingsError
 from ..version import VERSION
 from . import generation, host, measure, presets, sampling
 from .arguments import panel_values
-from .log import failed
+from .log import failed, harmless
 
 
 def add_routes(demo: Any, app: FastAPI) -> None:
     """Adds the routes to WebUI's app, behind the login that WebUI was started with."""
     login = [Depends(check) for check in _logins(app)]
     for path, answer in (("/tome/presets", get_presets), ("/tome/status", get_status)):
-        app.get(path, dependencies=login)(_answering(path, answer))
+        app.get(path, dependencies=login)(harmless(f"GET {path}", answer, _refuse))
     app.post("/tome/measure", dependencies=login)(post_measure)
 
 
-def _answering(path: str, answer: Callable[[], Any]) -> Callable[[], Any]:
-    def respond() -> Any:
-        try:
-            return answer()
-        except Exception as error:
-            raise HTTPException(500, failed(f"GET {path}", error)) from error
-
-    return respond
+def _refuse(line: str) -> None:
+    raise HTTPException(500, line)
 
 
 def get_presets() -> list[dict[str, Any]]:

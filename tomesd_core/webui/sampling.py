@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,9 +18,10 @@ from ..settings import MergeSettings
 from ..token_map import TokenMap
 from . import generation, host, options, timing
 from .generation import Generation
-from .log import failed, harmless, log
+from .log import harmless, log
 
-Options = Callable[[], Mapping[str, Any]]
+UNetInput = tuple[Sequence[int], Mapping[str, Any]]
+"""What a call of the UNet is given: the latent's rows and columns, and in Forge `transformer_options`."""
 
 _running: Sampling | None = None
 
@@ -51,16 +51,11 @@ def on_denoise(params: Any) -> None:
     """WebUI's denoiser is about to run the UNet: sees that the right one is hooked, and knows its step."""
     timing.begin()
     if _running is not None:
-        try:
-            _running.follow(params)
-        except Exception as error:
-            _running.settings = None
-            _running.unhook()
-            failed("merging", error)
+        harmless("merging", _running.follow, lambda line: stop())(params)
 
 
 def stop() -> None:
-    """Takes merging off whatever it is on, for good: the script is being unloaded."""
+    """Takes merging off whatever it is on, for good: the script is being unloaded, or has failed."""
     if _running is not None:
         _running.settings = None
         _running.unhook()
@@ -79,9 +74,9 @@ class _MergedSample:
         functools.update_wrapper(self, self._before, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        sampled = _sampled(self._p)
-        if sampled is not self._p:
-            return self._of_copy(sampled)(*args, **kwargs)
+        p = host.p_in("process_images_inner", otherwise=self._p)
+        if p is not self._p:
+            return self._of_copy(p)(*args, **kwargs)
         # Another extension may have wrapped this one, and may put it back after it was taken off.
         if self._was_called or generation.of(self._p) is not self._generation:
             return self._before(*args, **kwargs)
@@ -120,18 +115,6 @@ class _MergedSample:
         return self.own or types.MethodType(type(p).sample, p)
 
 
-def _sampled(p: Any) -> Any:
-    """The `p` that WebUI is sampling, or this one where WebUI doesn't do it.
-
-    A `sample` on an instance isn't told on which object it is called, and `copy(p)` takes it along: other extensions
-    make pictures of their own from such copies. Only the function that calls it knows.
-    """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "process_images_inner":
-        frame = frame.f_back
-    return p if frame is None else frame.f_locals.get("p", p)
-
-
 def _unwrap(p: Any) -> None:
     """Takes our wrapper off `p.sample`, if it is the outermost one, and puts back what was there."""
     sample = vars(p).get("sample")
@@ -159,8 +142,7 @@ class Sampling:
         self._unet: nn.Module | None = None
         self._handle: RemovableHandle | None = None
         self._is_hires = False
-        self._options: Mapping[str, Any] = {}
-        """What Forge tells the UNet in each of its calls, `transformer_options`."""
+        self._given: UNetInput = ((), {})
         self._outer: Sampling | None = None
 
     def __enter__(self) -> Sampling:
@@ -178,7 +160,10 @@ class Sampling:
         denoiser = self._p.sampler.model_wrap_cfg
         is_hires = bool(getattr(self._p, "is_hr_pass", False))
         # Another extension's generation may run inside this one. WebUI before 1.8 doesn't say whose the call is.
-        is_ours = params.denoiser is denoiser if hasattr(params, "denoiser") else _sampled(self._p) is self._p
+        if hasattr(params, "denoiser"):
+            is_ours = params.denoiser is denoiser
+        else:
+            is_ours = host.p_in("process_images_inner", otherwise=self._p) is self._p
         unet = host.loaded_unet()
         if self.settings is None or not is_ours or unet is None or not merges_in(self.settings, is_hires):
             self.unhook()
@@ -196,28 +181,27 @@ class Sampling:
         if self._map_place and is_hires not in self._recorders:
             first_items = host.first_items(self._p.sampler.sampler_extra_args["cond"])
             self._recorders[is_hires] = PictureRecorder(
-                self._map_place, first_items, tuple(shape[-2:]), lambda: self._options
+                self._map_place, first_items, tuple(shape[-2:]), lambda: self._given
             )
         self._merging = attach(unet, self.settings, host.hypertile_of, self._recorders.get(is_hires))
-        self._handle = unet.register_forward_pre_hook(self._note_options, with_kwargs=True)
+        self._handle = unet.register_forward_pre_hook(self._note_input, with_kwargs=True)
         self._unet, self._is_hires = unet, is_hires
 
-    def _note_options(self, unet: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("transformer_options")
-        self._options = given if isinstance(given, dict) else {}
+    def _note_input(self, unet: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        x, options = args[0] if args else kwargs.get("x"), kwargs.get("transformer_options")
+        self._given = getattr(x, "shape", ())[-2:], options if isinstance(options, dict) else {}
 
     def unhook(self) -> None:
         """Leaves nothing on the model, and keeps no reference to it."""
-        merging, options = self._merging, self._options
+        merging, (_, options) = self._merging, self._given
         if merging is None or self._handle is None:
             return
         merging.detach()
         self._handle.remove()
         self._merging = self._unet = self._handle = None
-        self._options = {}
+        self._given = (), {}
         report = merging.report()
-        has_two = bool(getattr(self._p, "enable_hr", False))
-        where = f"{'hires' if self._is_hires else 'first'} pass: " if has_two else ""
+        where = f"{'hires' if self._is_hires else 'first'} pass: " if generation.has_hires_pass(self._p) else ""
         why = None if report.merged_layers else host.why_layers_did_not_run(options)
         self._summaries[f"{where}{report.summary}{f': {why}' if why else ''}"] += 1
         self.reports.append(report)
@@ -229,10 +213,9 @@ class Sampling:
 
     def maps(self) -> tuple[list[MergeMap], str]:
         """The merge map of each picture, from the last pass that merged, and in a line what they are; or none."""
-        levels = {layer.name: layer.level for report in self.reports for layer in report.layers}
-        for _, recorder in sorted(self._recorders.items(), reverse=True):
+        for recorder in reversed(self._recorders.values()):
             if maps := recorder.maps(recorder.pictures):
-                return maps, f"{maps[0]}{recorder.what_of(maps[0], levels.get(maps[0].layer_name))}"
+                return maps, f"{maps[0]}{recorder.what_of(maps[0])}"
         return [], ""
 
 
@@ -240,25 +223,28 @@ class PictureRecorder(MapRecorder):
     """Keeps what one pass merged in each picture's prompted half; a refiner goes on with it."""
 
     def __init__(
-        self, place: tuple[int, int], first_items: list[int], latent: tuple[int, ...], options: Options
+        self, place: tuple[int, int], first_items: list[int], latent: Sequence[int], given: Callable[[], UNetInput]
     ) -> None:
+        """`latent` is the whole pictures' (rows, columns); `given` is asked what the UNet's running call was given."""
         super().__init__(*place)
-        self._first_items, self._latent, self._options_of_call = first_items, latent, options
+        self._first_items, self._latent, self._given = first_items, latent, given
         self.pictures = first_items
         """Where the pictures are among the items that are kept."""
+        self._of_tiles: set[tuple[str, tuple[int, int]]] = set()
 
     def __call__(self, layer_name: str, step: int, grid: tuple[int, int], token_map: TokenMap) -> None:
-        items = host.prompted_items(self._options_of_call(), len(token_map.slots))
+        latent, options = self._given()
+        if any(side < whole for side, whole in zip(latent, self._latent, strict=False)):
+            self._of_tiles.add((layer_name, grid))
+        items = host.prompted_items(options, len(token_map.slots))
         if items is not None:
             self.pictures = list(range(len(self._first_items)))
             token_map = TokenMap(token_map.slots[list(items)], token_map.merged_tokens)
         super().__call__(layer_name, step, grid, token_map)
 
-    def what_of(self, merge_map: MergeMap, level: int | None) -> str:
+    def what_of(self, merge_map: MergeMap) -> str:
         """What a map shows where it isn't the whole picture: another extension may give the UNet tiles, one a call."""
-        sides = zip(merge_map.grid, self._latent, strict=True)
-        is_tile = level is not None and any(tokens * level < whole for tokens, whole in sides)
-        return ", of one tile" if is_tile else ""
+        return ", of one tile" if (merge_map.layer_name, merge_map.grid) in self._of_tiles else ""
 
 
 def merges_in(settings: MergeSettings, is_hires: bool) -> bool:
