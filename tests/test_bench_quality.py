@@ -200,8 +200,14 @@ def test_keys_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path
     pytest.importorskip("tomesd")
     gains = {KEYS: (1.0, 4.0), CORNER: (0.71, 2.21), RANDOM: (0.6, 1.8), UNMERGED: (1.0, 1.0)}
     path = write_gains(tmp_path / "speed.csv", gains)
-    printed = bench("--tiny", "--steps", 1, "--tables", "what", "--speed", path)
-    rows = read(tmp_path / "quality-time.csv")
+    layer = tmp_path / "layer.csv"
+    layer.write_text(
+        path.read_text().replace("size", "grid").replace("64x64", "8x8").replace("0.75,keys,4", "0.75,keys,7")
+    )
+    printed = bench("--tiny", "--steps", 1, "--tables", "what", "--speed", path, layer)
+    of_layer = read(tmp_path / "quality-time-layer-8x8.csv")
+    assert [row["ratio"] for row in of_layer if row["row"] == KEYS] == ["0.03", "0.09", "0.12"]
+    rows = read(tmp_path / "quality-time-speed-64x64.csv")
     # 1.21, 1.71 and 1.91 times faster is the faster of the two; keys is so at 0.0525, 0.1775 and 0.2275.
     assert [(row["row"], row["ratio"]) for row in rows[1:]] == [
         *((KEYS, "0.06"), (CORNER, "0.25"), (RANDOM, "0.25")),
@@ -220,22 +226,19 @@ def test_keys_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path
 
 def test_where_keys_is_never_as_fast_there_is_no_table(bench: Callable, tmp_path: Path) -> None:
     path = write_gains(tmp_path / "speed.csv", {KEYS: (0.5, 0.6), CORNER: (1.0, 2.0)})
-    assert "time is left out" in bench("--tiny", "--steps", 1, "--tables", "defaults", "--speed", path)
+    assert "time-speed-64x64 is left out" in bench("--tiny", "--steps", 1, "--tables", "defaults", "--speed", path)
     assert not [*tmp_path.glob("quality-time*")]
 
 
 def test_what_is_wrong_is_said(bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other, sizes = tmp_path / "other.csv", tmp_path / "sizes.csv"
+    other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n", encoding="utf-8")
-    lines = [f"{size},{ratio},keys,1" for size in "ab" for ratio in (0, 0.5)]
-    sizes.write_text("\n".join(["size,ratio,contender,gain", *lines]), encoding="utf-8")
     one = write_gains(tmp_path / "one.csv", {CORNER: (1.0, 2.0)})
     for arguments, why in (
         (["--tiny", "--samples", 1], "samples must be at least 2"),
         (["--tiny", "--steps", 3], "steps must divide 1000"),
         (["--tiny", "--speed", tmp_path / "none.csv"], "there is no file"),
-        (["--tiny", "--speed", other], "not a CSV of `bench speed`"),
-        (["--tiny", "--speed", sizes], "must hold one size"),
+        (["--tiny", "--speed", other], "not a CSV of `bench speed` or `bench layer`"),
         (["--tiny", "--speed", one], "must hold keys at two ratios"),
     ):
         assert why in bench(*arguments, status=2)
@@ -294,7 +297,7 @@ def test_presets_are_held_against_what_they_were() -> None:
 def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> None:
     curve = {0.0: 1.0, 0.1: 0.9, 0.5: 1.7, 0.9375: 4.0}
     peers = {CORNER: {0.0: 0.92, 0.5: 1.5}, RANDOM: {0.0: 0.7, 0.5: 1.61, 0.6: 5.0}}
-    table = ablations.at_equal_time({KEYS: curve, **peers})
+    table = ablations.at_equal_time("", {KEYS: curve, **peers})
     found = [(row.name, row.variant.ratio) for row in table.rows]
     assert found == [
         (UNMERGED, 0),
@@ -306,7 +309,7 @@ def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> Non
     ]
     assert [row.reference for row in table.rows[1:]] == [None, *[table.rows[1]] * 2, None, *[table.rows[4]] * 2]
     # Where one of the peers alone was timed, it decides; and something is always merged.
-    alone = ablations.at_equal_time({KEYS: curve, RANDOM: {0.5: 0.5, 0.6: 2.0}})
+    alone = ablations.at_equal_time("", {KEYS: curve, RANDOM: {0.5: 0.5, 0.6: 2.0}})
     found = [(row.name, row.variant.ratio) for row in alone.rows[1:]]
     # 2 times: at 0.5 + 0.4375 * 0.3 / 2.3 = 0.557.
     assert found == [(KEYS, 0.01), (RANDOM, 0.5), (KEYS, 0.56), (RANDOM, 0.6)]

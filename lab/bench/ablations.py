@@ -110,6 +110,8 @@ class Table:
     rows: Sequence[Row]
     over: str | None = None
     """`ratio`, `pairs` or `steps`: the rows of one name are a curve over it."""
+    gains: Gains | None = None
+    """How fast its contenders are, where it is a table at equal time."""
 
     def without(self, contenders: set[str]) -> Table:
         """The table without these contenders' rows."""
@@ -265,7 +267,7 @@ def times_faster(variant: Variant, gains: Gains) -> float | None:
     return _between(known, ratio) if is_timed and _is_measured(known, ratio) else None
 
 
-def at_equal_time(gains: Gains) -> Table:
+def at_equal_time(what: str, gains: Gains) -> Table:
     """`tomesd` at each of its ratios beside the method keys at the ratio that takes no longer than either kind of it.
 
     Of keys it is the lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where there is none, and
@@ -282,7 +284,7 @@ def at_equal_time(gains: Gains) -> Table:
         fast = [percent for percent in percents if _between(keys, percent / 100) >= needed]
         if fast:
             rows += _beside(_at(KEYS, fast[0] / 100), *(_at(peer, ratio) for peer in peers))
-    return Table("Time: keys and tomesd at equal time of the UNet", rows, over="ratio")
+    return Table(f"Time: keys and tomesd at equal time, {what}", rows, over="ratio", gains=gains)
 
 
 def _is_measured(points: Mapping[float, float], x: float) -> bool:

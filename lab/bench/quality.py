@@ -5,7 +5,8 @@ unmerged twin, made in as many steps; "pairs" is the share of query-key pairs le
 distance of all of a row's pictures to the training pictures, on features of a small classifier of the same pictures
 (not Inception: it compares with no published FID); "named" is the share of pictures that this classifier takes for
 their prompt's. Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only the
-new ones. --speed adds a table at equal time, and what a row's ratio brings in times faster.
+new ones. --speed adds a table at equal time for each size in its files, and what a row's ratio brings in times faster,
+by the first of them.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, metavar="S", help="of classifier-free guidance")
     parser.add_argument("--tables", choices=TABLES, nargs="+", metavar="TABLE", help=f"some of: {', '.join(TABLES)}")
     parser.add_argument("--processes", type=whole_number, metavar="N", help="side by side, of --threads each")
-    parser.add_argument("--speed", type=Path, metavar="FILE.csv", help="of `bench speed`: adds a table at equal time")
+    files = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE.csv"}
+    parser.add_argument("--speed", **files, help="of `bench speed` and `bench layer`: adds tables at equal time")
     parser.add_argument("--tiny", action="store_true", help="an untrained model: tries it, and measures nothing")
 
 
@@ -84,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     studio = Studio(args.tiny, args.steps, args.scale, args.attention, args.dtype, args.device)
     album = Album(args.out / "quality", studio)
     judge = Judge(album, args.samples)
-    gains = {} if args.speed is None else _gains(args.speed)
+    gains = {f"{file.stem} {size}": of_size for file in args.speed for size, of_size in _gains(file).items()}
+    first = next(iter(gains.values()), {})
     tables, notes = _that_can_run(args, gains, studio)
     chunks = _chunks_by_table(album, tables, args.samples)
     every_chunk = [chunk for some in chunks.values() for chunk in some]
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
             for _ in chunks[name]:
                 variant = next(made)
                 tick(f"{name}: {variant.contender}, {variant.ratio:g}")
-            rows = [{"table": name, **row} for row in judge.rows(table, gains)]
+            rows = [{"table": name, **row} for row in judge.rows(table, table.gains or first)]
             sections.append((_heading(table), rows))
             csv_path, plot_path = (args.out / f"quality-{name}{ending}" for ending in (".csv", ".png"))
             # After every table: what is done is there to be read while the rest is made.
@@ -157,30 +160,32 @@ class Judge:
         return self._judged[variant]
 
 
-def _gains(path: Path) -> Gains:
-    """What is in a CSV of `bench speed`. Raises `ValueError` for another file, and for one of several sizes."""
+def _gains(path: Path) -> dict[str, Gains]:
+    """By size, what is in a CSV of `bench speed` or `bench layer`. Raises `ValueError` for another file."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {"size", "ratio", "contender", "gain"} <= set(rows[0]):
-        raise ValueError(f"{path} is not a CSV of `bench speed`")
-    if len({row["size"] for row in rows}) > 1:
-        raise ValueError(f"{path} must hold one size")
-    found: dict[str, dict[float, float]] = {}
+    size = next((column for column in ("size", "grid") if rows and column in rows[0]), None)
+    if size is None or not {"ratio", "contender", "gain"} <= set(rows[0]):
+        raise ValueError(f"{path} is not a CSV of `bench speed` or `bench layer`")
+    found: dict[str, dict[str, dict[float, float]]] = {}
     for row in rows:
-        if row["ratio"]:
-            found.setdefault(row["contender"], {})[float(row["ratio"])] = float(row["gain"])
-    if len(found.get(KEYS, {})) < 2:
+        # Presets have no ratio, and what was matched alone no gain.
+        if row["ratio"] and row["gain"]:
+            by_ratio = found.setdefault(row[size], {}).setdefault(row["contender"], {})
+            by_ratio[float(row["ratio"])] = float(row["gain"])
+    if not found or any(len(gains.get(KEYS, {})) < 2 for gains in found.values()):
         raise ValueError(f"{path} must hold {KEYS} at two ratios or more")
     return found
 
 
-def _that_can_run(args: argparse.Namespace, gains: Gains, studio: Studio) -> tuple[dict[str, Table], list[str]]:
+def _that_can_run(
+    args: argparse.Namespace, gains: Mapping[str, Gains], studio: Studio
+) -> tuple[dict[str, Table], list[str]]:
     """The chosen tables, and those at equal time, without the rows of peers that are missing; and notes that say so."""
     tables = {name: table for name, table in TABLES.items() if name in args.tables}
-    if gains:
-        tables["time"] = at_equal_time(gains)
+    tables |= {f"time {what}".replace(" ", "-"): at_equal_time(what, of_size) for what, of_size in gains.items()}
     side = studio.model().image_shape[-1]
     why_not = {peer: why_left_out(peer, 0.0, side * side, args.torch_dtype) for peer in (CORNER, RANDOM)}
     needed = {row.variant.contender for table in tables.values() for row in table.rows}
