@@ -66,6 +66,11 @@ class WebUI:
         """Whether it is Forge, whose hires fix may load other modules of a model for its second pass."""
         return "hr_additional_modules" in self.fields
 
+    @functools.cached_property
+    def checks_for_nan(self) -> bool:
+        """Whether it refuses a picture of NaN. Forge and its kin, which can be told to run on a CPU, don't."""
+        return "always_cpu" not in self.get("/sdapi/v1/cmd-flags").json()
+
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """POST to a route of WebUI's own."""
         import requests

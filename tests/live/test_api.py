@@ -155,8 +155,8 @@ def test_a_batch_holds_the_pictures_that_are_made_alone(webui):
 
 
 def test_a_request_that_fails_while_sampling_leaves_nothing_behind(webui):
-    if webui.is_forge:
-        pytest.skip("Forge makes a picture of NaN")
+    if not webui.checks_for_nan:
+        pytest.skip("this host makes a picture of NaN")
     # The second step gets what such a guidance made of the first: WebUI's check for NaN raises in the middle.
     answer = webui.post("txt2img", webui.request([True], cfg_scale=1e38))
     assert answer.status_code >= 400, answer.text[:300]

@@ -24,7 +24,8 @@ def texts(host):
         if name.startswith(start) and name.removeprefix(start) not in (*NOT_SHOWN, "enabled", "enabled-checkbox"):
             said |= {getattr(block, "label", None), block.webui_tooltip}
             said |= {block.value} if type(block).__name__ == "Button" else set()
-    said |= {info.label for key, info in shared.opts.data_labels.items() if key.startswith("tome_")}
+    section = running("webui.options").SECTION
+    said |= {info.label for info in shared.opts.data_labels.values() if info.section == section}
     said |= {what_for for _, what_for in running("webui.presets").BUILT_IN.values()}
     settings, describe = running("settings").MergeSettings(), running("webui.preview").describe
     said |= {describe(settings, layers, (8, 8), "cpu") for layers in (None, [])}

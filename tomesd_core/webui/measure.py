@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from modules import call_queue, devices, processing, progress, shared
+from modules import call_queue, devices, processing, progress, scripts, shared
 from modules.sd_samplers_common import InterruptedException
 from torch import nn
 
@@ -122,6 +122,8 @@ def _of_size(
     )
     # WebUI knows Euler without a scheduler's name up to 1.8, and later corrects it with a warning.
     p.scheduler = "Automatic"
+    # No other extension's script runs; reForge needs to be told by which runner none does.
+    p.scripts, p.script_args = scripts.ScriptRunner(), ()
     p.batch_size, p.cfg_scale = values["batch_size"], values["cfg_scale"]
     # The next picture finds what the last one has left: networks, embeddings, encoded prompts.
     p.disable_extra_networks = p.do_not_reload_embeddings = True

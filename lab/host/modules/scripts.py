@@ -92,7 +92,9 @@ def load_scripts() -> None:
                 errors.report(f"Error loading script: {path}")
             finally:
                 sys.path, current_basedir = syspath, host
-    scripts_txt2img, scripts_img2img = ScriptRunner(is_img2img=False), ScriptRunner(is_img2img=True)
+    scripts_txt2img, scripts_img2img = ScriptRunner(), ScriptRunner()
+    scripts_txt2img.initialize_scripts(is_img2img=False)
+    scripts_img2img.initialize_scripts(is_img2img=True)
 
 
 def reload_script_body_only() -> None:
@@ -104,16 +106,20 @@ def reload_script_body_only() -> None:
 class ScriptRunner:
     """One tab's scripts; a generation calls them by methods of the names that theirs have."""
 
-    def __init__(self, is_img2img: bool):
+    def __init__(self) -> None:
         self.scripts: list[Script] = []
+        self.alwayson_scripts: list[Script] = []
+        self.inputs: list[Any] = []
+        self.infotext_fields: list[tuple[Any, Any]] = []
+
+    def initialize_scripts(self, is_img2img: bool) -> None:
+        """Makes one of each."""
         for data in scripts_data:
             if data.script_class is not None:
                 script = data.script_class()
                 script.filename, script.is_img2img, script.name = data.path, is_img2img, script.title().lower()
                 self.scripts.append(script)
         self.alwayson_scripts = list(self.scripts)
-        self.inputs: list[Any] = []
-        self.infotext_fields: list[tuple[Any, Any]] = []
 
     def setup_ui(self) -> None:
         """Builds the scripts' controls where the caller is in the page, and notes which arguments are whose."""
