@@ -35,7 +35,6 @@ from tomesd_core.webui.arguments import MAP_FIELDS
 from tomesd_core.webui.presets import BUILT_IN
 
 from ..demo.model import TinyModel
-from ..host import Host
 from .options import Size, picture_size, whole_number
 from .packages import require
 from .timing import progress
@@ -110,7 +109,7 @@ class StandIn:
 
     pixels = 8
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Any) -> None:
         from modules import devices, processing, sd_samplers, shared
 
         self._host, self._processing, self._state, self._nans = host, processing, shared.state, devices.NansException
@@ -239,6 +238,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the generations, says which went wrong, then the sums. The status is 1 where anything did."""
+    from ..host import Host  # It needs gradio, which no other subcommand does.
+
     standing_in = Host({"tiny": lambda: TinyModel.random(channel_mult=[1, 1])}) if not args.url else None
     with standing_in or contextlib.nullcontext(), progress(args.count) as tick:
         server = StandIn(standing_in) if standing_in else WebUI(args.url, args.pid)
