@@ -1,8 +1,7 @@
 """The benchmark's command line. A subcommand is a module of this package, named in `SUBCOMMANDS`.
 
 Such a module has a docstring whose first line is its help, `add_arguments(parser)`, and `run(args)`, which raises
-`packages.MissingPackage`, `FileNotFoundError` and `ValueError` for what the person can put right. It may return an exit
-status.
+`packages.MissingPackage`, `FileNotFoundError` and `ValueError` for what the person can mend; it may return a status.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -55,11 +55,8 @@ class RefusedError(ValueError):
     """The server answered that it can't do what it was asked."""
 
 
-class Answer(NamedTuple):
-    """What came of a request: the pictures, without a grid of them, and the first one's parameters."""
-
-    images: list[Image.Image]
-    infotext: str
+Answer = namedtuple("Answer", ["images", "infotext"])
+"""What came of a request: PIL pictures, without a grid of them, and the first one's parameters as text."""
 
 
 class WebUI:
@@ -70,8 +67,7 @@ class WebUI:
 
     def __init__(self, url: str, pid: int | None) -> None:
         self._url = url.rstrip("/")
-        known = [sampler["name"] for sampler in self._ask("GET", "/sdapi/v1/samplers")]
-        self.samplers = [name for name in SAMPLERS if name in known]
+        self.samplers = [one["name"] for one in self._ask("GET", "/sdapi/v1/samplers") if one["name"] in SAMPLERS]
         self.presets = [preset["name"] for preset in self._ask("GET", "/tome/presets")]
         port = urlsplit(url).port
         listening = (one for one in require("psutil").net_connections("tcp") if one.status == "LISTEN")
@@ -271,8 +267,7 @@ def soak(server: Server, some: Iterator[Request], count: int, warmup: int, tick:
             print(f"{number}: {problem}\n   {request}", file=sys.stderr)
         if request is fixed and server.pid and number >= min(warmup, count // 2):
             memory.append(require("psutil").Process(server.pid).memory_info().rss)
-    print(f"generations: {count}, in {time.monotonic() - began:.0f} s")
-    print(f"pictures lost: {sums['lost']}")
+    print(f"generations: {count}, in {time.monotonic() - began:.0f} s\npictures lost: {sums['lost']}")
     print(f"unclean: {sums['unclean']} of {sums['compared']} that were compared")
     print(f"refused rightly: {sums['wrong'] - sums['not refused']} of {sums['wrong']}")
     grown = _growth(memory)
@@ -313,6 +308,6 @@ def _growth(readings: Sequence[int]) -> float:
         print("memory growth: not measured, the process isn't known: give --pid")
         return 0.0
     tenth = math.ceil(len(readings) / 10)
-    before, after = (statistics.median(some) for some in (readings[:tenth], readings[-tenth:]))
+    before, after = statistics.median(readings[:tenth]), statistics.median(readings[-tenth:])
     print(f"memory growth: {after / before - 1:+.1%} ({before / 1e6:.0f} to {after / 1e6:.0f} MB)")
     return after / before - 1

@@ -1,8 +1,7 @@
 """Samplers as flat functions, after crowsonkb/k-diffusion: what makes `x` [B, C, H, W] a picture, step by step.
 
-Those over sigmas take a model that returns the denoised picture, and falling `sigmas` that end in 0; those over
-timesteps (DDIM, PLMS) one that returns the predicted noise, and `timesteps` that rise: [n], of which n - 1 are
-evaluated.
+Those over sigmas take a model that returns the denoised picture, and falling `sigmas` that end in 0; DDIM and PLMS one
+that returns the predicted noise, and `timesteps` that rise: [n], of which n - 1 are evaluated.
 """
 
 from __future__ import annotations
