@@ -43,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench memory`."""
     add_shared(parser)
     add_unet(parser)
-    parser.add_argument(
-        "--tokens", type=whole_number, nargs="+", metavar="SIDE", help="sides of grids for matching alone"
-    )
+    parser.add_argument("--tokens", type=whole_number, nargs="+", metavar="SIDE", help="of grids for matching alone")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -69,9 +69,8 @@ class WebUI:
         self._url = url.rstrip("/")
         self.samplers = [one["name"] for one in self._ask("GET", "/sdapi/v1/samplers") if one["name"] in SAMPLERS]
         self.presets = [preset["name"] for preset in self._ask("GET", "/tome/presets")]
-        port = urlsplit(url).port
         listening = (one for one in require("psutil").net_connections("tcp") if one.status == "LISTEN")
-        self.pid = pid or next((one.pid for one in listening if one.laddr.port == port), None)
+        self.pid = pid or next((one.pid for one in listening if one.laddr.port == urlsplit(url).port), None)
         """The process whose memory is read; None where none of this machine is known."""
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -224,11 +223,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", nargs="?", help="of a running WebUI; left out, the stand-in runs in this process")
     parser.add_argument("--count", type=whole_number, default=1000, metavar="N", help="generations (1000)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
-    parser.add_argument(
-        "--sizes", type=picture_size, nargs="+", default=SIZES, metavar="WxH", help="the first is fixed"
-    )
+    parser.add_argument("--sizes", type=picture_size, nargs="+", default=SIZES, metavar="WxH", help="of the pictures")
     parser.add_argument("--steps", type=whole_number, default=2, metavar="N", help="of the fixed picture (2)")
-    parser.add_argument("--warmup", type=whole_number, default=100, metavar="N", help="at most half of --count (100)")
+    parser.add_argument("--warmup", type=whole_number, default=200, metavar="N", help="at most half of --count (200)")
     parser.add_argument("--pid", type=int, help="WebUI's process (default: the one that listens at the URL's port)")
 
 
@@ -270,8 +267,7 @@ def soak(server: Server, some: Iterator[Request], count: int, warmup: int, tick:
     print(f"generations: {count}, in {time.monotonic() - began:.0f} s\npictures lost: {sums['lost']}")
     print(f"unclean: {sums['unclean']} of {sums['compared']} that were compared")
     print(f"refused rightly: {sums['wrong'] - sums['not refused']} of {sums['wrong']}")
-    grown = _growth(memory)
-    return int(sums["lost"] + sums["unclean"] + sums["not refused"] > 0 or grown > MOST_GROWTH)
+    return int(_growth(memory) > MOST_GROWTH or sums["lost"] + sums["unclean"] + sums["not refused"] > 0)
 
 
 def _made(server: Server, request: Request) -> Answer:
