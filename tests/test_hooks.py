@@ -658,6 +658,26 @@ def test_extra_arguments_pass_through(unet, whole, make_inputs, blocks_of, monke
     assert second[4]["scale"] == 7
 
 
+def test_each_method_leaves_arguments_by_other_names(unet, whole, make_inputs, blocks_of, monkeypatch, method):
+    block, extra, given = blocks_of(unet)[FIRST], object(), []
+    usual = type(block.attn1).forward
+
+    def forward(self, x, context=None, mask=None, **named):
+        given.append(named)
+        return usual(self, x, context, mask)
+
+    def body(x, context=None):
+        block.attn1(block.norm1(x), scale=extra)
+        return x
+
+    monkeypatch.setattr(type(block.attn1), "forward", forward)
+    monkeypatch.setattr(block, "_forward", body)
+    with tome.attach(unet, whole(method=method)) as merging:
+        unet(*make_inputs())
+    assert {layer.name: layer for layer in merging.report().layers}[FIRST].merged_calls == 1
+    assert {"scale": extra} in given
+
+
 # When: steps, schedules, and the draw.
 
 
