@@ -130,7 +130,7 @@ def test_there_are_commands_examples_and_requests_to_test():
 def test_every_command_can_be_given(command):
     prefix = next(prefix for prefix in PREFIXES if command.startswith(f"{prefix} "))
     arguments = shlex.split(command.removeprefix(prefix), comments=True)
-    PARSERS[PREFIXES[prefix]]().parse_args(arguments)
+    assert PARSERS[PREFIXES[prefix]]().parse_args(arguments), "argparse ends the process where it can't"
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -148,7 +148,7 @@ def test_every_option_of_the_bench_that_is_named_is_there(name):
 
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_every_example_in_python_compiles(code):
-    compile(code, "example", "exec")
+    assert compile(code, "example", "exec").co_names, "an example that does nothing"
 
 
 def preset(name: str) -> MergeSettings:

@@ -248,4 +248,5 @@ class PictureRecorder(MapRecorder):
 
 
 def merges_in(settings: MergeSettings, is_hires: bool) -> bool:
+    """Whether the first pass, or the hires pass, merges by `apply_to`."""
     return settings.apply_to in ("both passes", "hires pass" if is_hires else "first pass")
