@@ -58,7 +58,7 @@ def make_page(load):
 @pytest.mark.parametrize(
     "broken",
     [
-        ("webui.preset_row", "_connect"),
+        ("webui.panel", "MeasureRow"),
         ("webui.presets", "read"),
         ("webui.host", "listen"),
         ("webui.panel", "PresetRow"),
@@ -102,20 +102,23 @@ def answers(page, name):
         targets = [target[0] if isinstance(target, (list, tuple)) else target for target in dependency["targets"]]
         function = list(functions)[number].fn
         if element._id in targets and function is not None:
-            yield function(*[page.blocks[number].value for number in dependency["inputs"]]), len(dependency["outputs"])
+            answer = function(*[page.blocks[number].value for number in dependency["inputs"]])
+            outputs = len(dependency["outputs"])
+            yield answer if outputs > 1 else [answer], outputs
 
 
 @pytest.mark.parametrize(
-    ("broken", "name"),
+    ("broken", "name", "what"),
     [
-        (("webui.preset_row", "useful_fields"), "preset"),
-        (("webui.presets", "save"), "preset_save"),
-        (("webui.presets", "delete"), "preset_delete"),
-        (("webui.presets", "export"), "preset_export"),
+        (("webui.preset_row", "useful_fields"), "preset", "this button"),
+        (("webui.presets", "save"), "preset_save", "this button"),
+        (("webui.presets", "delete"), "preset_delete", "this button"),
+        (("webui.presets", "export"), "preset_export", "this button"),
+        (("webui.measure", "measure"), "measure_start", "measuring"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )
-def test_a_failing_button_changes_nothing_and_says_so(make_page, log_lines, broken, name):
+def test_a_failing_button_changes_nothing_and_says_so(make_page, log_lines, broken, name, what):
     script, page, _ = make_page()
     module, attribute = broken
     setattr(script._module(module), attribute, fail)
@@ -125,9 +128,23 @@ def test_a_failing_button_changes_nothing_and_says_so(make_page, log_lines, brok
     for _ in range(2):
         ((answer, outputs),) = answers(page, name)
         assert len(answer) == outputs
-        assert "this button failed (LookupError: on purpose)" in answer[0]
+        assert f"{what} failed (LookupError: on purpose)" in answer[0]
         assert list(answer[1:]) == [gr.update()] * (outputs - 1)
-    assert_said_once(log_lines, "this button failed")
+    assert_said_once(log_lines, f"{what} failed")
+
+
+@pytest.mark.parametrize("error", ["SettingsError", "NoResultError"])
+def test_what_is_wrong_is_shown_as_text_and_not_logged(make_page, log_lines, monkeypatch, error):
+    script, page, _ = make_page()
+    log = script._module("webui.log")
+
+    def fail(*_):
+        raise getattr(log, error)("ratio must be < 1")
+
+    monkeypatch.setattr(script._module("webui.measure"), "measure", fail)
+    (((answer,), _),) = answers(page, "measure_start")
+    assert answer == "ratio must be &lt; 1"
+    assert log_lines == []
 
 
 @pytest.mark.parametrize(
@@ -138,7 +155,7 @@ def test_a_failing_preview_changes_nothing(make_page, log_lines, broken, name):
     setattr(script.panel, broken, fail)
     for _ in range(2):
         ((answer, outputs),) = answers(page, name)
-        assert answer == gr.update() if outputs == 1 else answer == [gr.update()] * outputs
+        assert list(answer) == [gr.update()] * outputs
     assert len(log_lines) == 1 and "a part of the panel failed" in log_lines[0] and ADVICE in log_lines[0]
 
 

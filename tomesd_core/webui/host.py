@@ -6,6 +6,7 @@ A host is asked for what it has; no version is compared. The rest of `webui/` do
 from __future__ import annotations
 
 import contextlib
+import html
 import inspect
 import sys
 import types
@@ -21,7 +22,7 @@ from modules import scripts, sd_models, sd_unet, shared
 from torch import nn
 
 from ..unet import Layer, find_layers
-from .log import harmless
+from .log import EXPECTED, harmless
 
 T = TypeVar("T")
 
@@ -151,14 +152,20 @@ def listen(
     outputs: Any = (),
     js: str | None = None,
     queue: bool | None = False,
+    what: str = "",
 ) -> Any:
     """Connects an event of a component or of the page to a function, to JavaScript, or to both.
 
-    A function that fails changes nothing on the page. What takes long goes through gradio's `queue` (None: where the
-    page has one). Gradio 3 calls the JavaScript `_js`, and gradio 4 `js`.
+    A function that fails changes nothing on the page, but that with `what`, its name for people, the first output says
+    why. What takes long goes through gradio's `queue` (None: where the page has one). Gradio 3 calls the JavaScript
+    `_js`, and gradio 4 `js`.
     """
+
+    def unchanged(line: str) -> Any:
+        updates = [html.escape(line) if what else gr.update(), *(gr.update() for _ in outputs[1:])]
+        return updates if len(outputs) > 1 else updates[0]
 
     name = "js" if "js" in inspect.signature(event).parameters else "_js"
     options = {"inputs": inputs, "outputs": list(outputs), "show_progress": "hidden", "queue": queue, name: js}
-    unchanged = [gr.update() for _ in outputs] if len(outputs) > 1 else gr.update()
-    return event(function and harmless("a part of the panel", function, lambda line: unchanged), **options)
+    guarded = function and harmless(what or "a part of the panel", function, unchanged, EXPECTED if what else ())
+    return event(guarded, **options)

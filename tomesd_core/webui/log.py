@@ -7,9 +7,19 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from ..settings import SettingsError
+
 log = logging.getLogger("ToMe")
 
 _failures: set[str] = set()
+
+
+class NoResultError(Exception):
+    """There is no result. The message says why, in one line for people."""
+
+
+EXPECTED = SettingsError, NoResultError
+"""The errors whose message is all that a person needs."""
 
 
 def set_up() -> None:
@@ -32,14 +42,22 @@ def failed(what: str, error: Exception) -> str:
 
 
 def harmless(
-    what: str, function: Callable[..., Any], otherwise: Callable[[str], Any] = lambda line: None
+    what: str,
+    function: Callable[..., Any],
+    otherwise: Callable[[str], Any] = lambda line: None,
+    expected: tuple[type[Exception], ...] = (),
 ) -> Callable[..., Any]:
-    """`function`; where it fails, the log says once that `what` failed, and it gives what `otherwise` makes of that."""
+    """`function`; where it fails, the log says once that `what` failed, and it gives what `otherwise` makes of that.
+
+    Of an `expected` error `otherwise` is given the message, and the log says nothing.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
+        except expected as error:
+            return otherwise(str(error))
         except Exception as error:
             return otherwise(failed(what, error))
 

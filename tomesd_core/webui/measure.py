@@ -21,7 +21,7 @@ from ..settings import MergeSettings, Setting, SettingsError
 from . import generation, host, presets
 from .arguments import read_arguments
 from .generation import Generation
-from .log import failed
+from .log import NoResultError, failed
 from .sampling import Sampling, merges_in
 from .timing import now
 
@@ -44,10 +44,6 @@ _stopped: set[str] = set()
 """The tasks that are to end."""
 
 
-class MeasureError(Exception):
-    """There is no result; the message says why, in one line."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What one size gave."""
@@ -68,7 +64,7 @@ def measure(given: Mapping[str, Any], task: str = "") -> list[Result]:
     """Measures the size and, with hires fix, its second pass's, when its turn has come in the host's queue.
 
     `given` has any of `FIELDS`, and `settings`, an object as for the script's argument. The host shows the progress of
-    `task`. Raises `SettingsError` for a wrong value, and `MeasureError` where it was interrupted or failed.
+    `task`. Raises `SettingsError` for a wrong value, and `NoResultError` where it was interrupted or failed.
     """
     values, settings = _read(given)
     task = task or f"task({uuid.uuid4().hex})"
@@ -145,10 +141,10 @@ def _of_size(
             processing.process_images(p)
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-            raise MeasureError(f"too little memory to measure at {name}") from error
-        raise MeasureError(failed(f"measuring at {name}", error)) from error
+            raise NoResultError(f"too little memory to measure at {name}") from error
+        raise NoResultError(failed(f"measuring at {name}", error)) from error
     if shared.state.interrupted or shared.state.skipped or task in _stopped:
-        raise MeasureError("interrupted")
+        raise NoResultError("interrupted")
     return run.result(name)
 
 
@@ -236,7 +232,7 @@ class _Run(Sampling):
     def result(self, size: str) -> Result:
         """What came out, once the sampling has ended."""
         if self.settings is None:
-            raise MeasureError(f"measuring at {size} failed: the log says why")
+            raise NoResultError(f"measuring at {size} failed: the log says why")
         if not any(report.merged_layers for report in self.reports):
             why = next(iter(self._summaries), "this model has no self-attention layers that can be merged")
             return Result(f"no faster at {size}: {why}")

@@ -10,10 +10,8 @@ from typing import Any
 import gradio as gr
 from modules import ui_components
 
-from ..settings import SettingsError
 from . import host, measure
 from .arguments import CONTROLS
-from .log import failed
 
 TIP = "Times steps with and without merging, with these settings at this tab's size, for about ten seconds a size"
 
@@ -39,19 +37,14 @@ class MeasureRow:
         tab = self._tab
         host.listen(self._button.click, js=f"() => toMeMeasure('{tab}')")
         ask = f"(...given) => toMeMeasuring('{tab}', given)"
-        measured = host.listen(self._start.click, _measure, [self._asked, *controls], [self._lines], ask, queue=None)
+        inputs, outputs = [self._asked, *controls], [self._lines]
+        measured = host.listen(self._start.click, _measure, inputs, outputs, ask, queue=None, what="measuring")
         host.listen(measured.then, js=f"() => toMeMeasured('{tab}')")
         host.listen(self._stop.click, measure.stop, [self._asked], js=f"() => toMeMeasuredTask('{tab}')")
 
 
 def _measure(asked: str, *values: Any) -> str:
-    try:
-        given = json.loads(asked)
-        task = given.pop("task", "")
-        settings = dict(zip(CONTROLS, values, strict=True))
-        lines = [result.line for result in measure.measure({**given, "settings": settings}, task)]
-    except (SettingsError, measure.MeasureError) as error:
-        lines = [str(error)]
-    except Exception as error:
-        lines = [failed("measuring", error)]
-    return "<br>".join(map(html.escape, lines))
+    given = json.loads(asked)
+    task = given.pop("task", "")
+    results = measure.measure({**given, "settings": dict(zip(CONTROLS, values, strict=True))}, task)
+    return "<br>".join(html.escape(result.line) for result in results)

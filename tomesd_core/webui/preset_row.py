@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ import gradio as gr
 from gradio.context import Context
 from modules import ui_components
 
-from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
+from ..settings import PANEL_FIELDS, MergeSettings
 from . import host, presets, preview
 from .arguments import panel_values, useful_fields
-from .log import failed
 
 BUTTONS = {
     "save": ("💾", "Save the settings under the name in the preset field"),
@@ -60,29 +60,15 @@ class PresetRow:
         """
         preset, changed = self._preset, [self._message, self._preset]
         click = {name: button.click for name, button in self._buttons.items()}
-        _connect(preset.select, _choose, [*sizes, preset], [self._message, *fields], read_size)
-        _connect(click["save"], _save, [preset, *fields], changed)
-        _connect(click["delete"], _delete, [preset], changed)
+        connect = partial(host.listen, what="this button")
+        connect(preset.select, _choose, [*sizes, preset], [self._message, *fields], read_size)
+        connect(click["save"], _save, [preset, *fields], changed)
+        connect(click["delete"], _delete, [preset], changed)
         # The page as it was made holds the presets that there were then.
         for event in (click["reload"], Context.root_block.load):
-            _connect(event, _reload, [], changed)
-        _connect(click["export"], _export, [], [self._message, self._file])
-        _connect(self._upload.upload, _import, [self._upload], changed)
-
-
-def _connect(
-    event: Any, function: Callable[..., Sequence[Any]], inputs: list[Any], outputs: list[Any], js: str | None = None
-) -> None:
-    """Connects an event whose first output shows what `function` has to say, or why it can't."""
-
-    def answer(*values: Any) -> Sequence[Any]:
-        try:
-            return function(*values)
-        except Exception as error:
-            line = str(error) if isinstance(error, SettingsError) else failed("this button", error)
-        return [html.escape(line), *(gr.update() for _ in outputs[1:])]
-
-    host.listen(event, answer, inputs, outputs, js)
+            connect(event, _reload, [], changed)
+        connect(click["export"], _export, [], [self._message, self._file])
+        connect(self._upload.upload, _import, [self._upload], changed)
 
 
 def _choose(width: Any, height: Any, steps: Any, name: str) -> list[Any]:

@@ -15,7 +15,7 @@ from ..settings import SettingsError
 from ..version import VERSION
 from . import generation, host, measure, presets, sampling
 from .arguments import panel_values
-from .log import failed, harmless
+from .log import EXPECTED, failed, harmless
 
 
 def add_routes(demo: Any, app: FastAPI) -> None:
@@ -54,11 +54,10 @@ def post_measure(given: dict[str, Any] = Body({})) -> list[dict[str, Any]]:  # n
     """What `measure.measure` gives: a result a size."""
     try:
         return [dataclasses.asdict(result) for result in measure.measure(given)]
-    except SettingsError as error:
-        raise HTTPException(422, str(error)) from error
+    except EXPECTED as error:
+        raise HTTPException(422 if isinstance(error, SettingsError) else 500, str(error)) from error
     except Exception as error:
-        line = str(error) if isinstance(error, measure.MeasureError) else failed("POST /tome/measure", error)
-        raise HTTPException(500, line) from error
+        raise HTTPException(500, failed("POST /tome/measure", error)) from error
 
 
 def _logins(app: Any) -> list[Callable[..., None]]:
