@@ -162,10 +162,10 @@ def test_keys_are_such_as_every_webui_reads_back():
 
 @pytest.mark.parametrize("apply_to", ["both passes", "first pass", "hires pass"])
 def test_apply_to_chooses_the_passes_of_hires_fix_and_each_has_its_own_schedule(make, attention, apply_to):
-    linear = arguments(0.7, 0.1, "linear", apply_to=apply_to)
+    linear = arguments(0.7, 0.2, "linear", apply_to=apply_to)
     processed = make(linear, hr_second_pass_steps=3, sampler_name="Euler a", **HIRES)
-    first = [0.7, 0.1] if apply_to != "hires pass" else [0.0] * 2
-    second = [0.7, 0.4, 0.1] if apply_to != "first pass" else [0.0] * 3
+    first = [0.7, 0.2] if apply_to != "hires pass" else [0.0] * 2
+    second = [0.7, 0.45, 0.2] if apply_to != "first pass" else [0.0] * 3
     assert attention.tokens == [*map(left, first), *(left(ratio, HIRES_TOKENS) for ratio in second)]
     assert ("first pass: 3 of 4" in processed.comments) == any(first)
     assert ("hires pass: 3 of 4" in processed.comments) == any(second)
@@ -204,33 +204,33 @@ def test_hires_pass_without_hires_fix_merges_nothing_and_says_so(make, attention
     ("sampler_name", "evaluations"), [("Euler", 4), ("Euler a", 4), ("Heun", 7), ("DPM++ 2M", 4), ("PLMS", 4)]
 )
 def test_linear_goes_from_the_first_evaluation_to_the_last(make, attention, sampler_name, evaluations):
-    processed = make(arguments(0.7, 0.1, "linear"), steps=4, sampler_name=sampler_name)
+    processed = make(arguments(0.7, 0.2, "linear"), steps=4, sampler_name=sampler_name)
     tokens = attention.tokens
     assert len(tokens) == evaluations
-    assert f"1024 -> {left(0.7)} to {left(0.1)} tokens, {evaluations} of {evaluations} steps" in processed.comments
-    assert (tokens[0], tokens[-1]) == (left(0.7), left(0.1))
+    assert f"1024 -> {left(0.7)} to {left(0.2)} tokens, {evaluations} of {evaluations} steps" in processed.comments
+    assert (tokens[0], tokens[-1]) == (left(0.7), left(0.2))
     assert tokens == sorted(tokens)
 
 
 @pytest.mark.parametrize(("sampler_name", "steps"), [("DDIM", 4), ("DDIM", 7), ("PLMS", 7)])
 def test_samplers_that_do_not_keep_to_their_total(make, attention, sampler_name, steps):
-    make(arguments(0.7, 0.1, "linear"), steps=steps, sampler_name=sampler_name)
+    make(arguments(0.7, 0.2, "linear"), steps=steps, sampler_name=sampler_name)
     tokens = attention.tokens
     assert tokens[0] == left(0.7)
     assert tokens == sorted(tokens)
-    assert left(0.3) <= tokens[-1] <= left(0.1)
+    assert left(0.4) <= tokens[-1] <= left(0.2)
 
 
 def test_a_shortened_run_has_the_whole_schedule(make, attention):
     request = {"init_images": [Image.new("RGB", (32, 32), "red")], "denoising_strength": 0.5, "steps": 6}
-    make(arguments(0.7, 0.1, "linear"), "img2img", **request)
-    assert attention.tokens == [left(ratio) for ratio in (0.7, 0.5, 0.3, 0.1)]
+    make(arguments(0.6, 0.3, "linear"), "img2img", **request)
+    assert attention.tokens == [left(ratio) for ratio in (0.6, 0.5, 0.4, 0.3)]
 
 
 def test_every_batch_begins_anew_and_a_single_step_is_early(make, attention):
-    make(arguments(0.7, 0.1, "linear"), n_iter=2)
-    make(arguments(0.7, 0.1, "step"), steps=1)
-    assert attention.tokens == [left(0.7), left(0.1)] * 2 + [left(0.7)]
+    make(arguments(0.7, 0.2, "linear"), n_iter=2)
+    make(arguments(0.7, 0.2, "step"), steps=1)
+    assert attention.tokens == [left(0.7), left(0.2)] * 2 + [left(0.7)]
 
 
 # However it ends
@@ -531,6 +531,24 @@ def test_a_copy_of_p_made_at_any_time_claims_no_merging(make, add_script, attent
     assert keys_of(processed)["ToMe ratio"] == 0.5 and "1024 -> 512 tokens" in processed.comments
     assert "Token merging ratio" not in processed.infotexts[0]
     assert HALF in attention.tokens
+
+
+@pytest.mark.parametrize("when", ["before it is sampled", "while it is sampled"])
+def test_a_copy_of_a_p_with_a_wrong_value_has_nothing_of_it(make, copying, when):
+    """WebUI's own merging goes on in both: ours, which leaves it out elsewhere, has nothing to merge here."""
+    from modules import shared
+
+    pytest.importorskip("tomesd")
+    shared.opts.data["token_merging_ratio"] = 0.4
+    made = copying(when)
+    without = make()
+    processed = make([True, 9])
+    (own_of_without, inner) = made
+    assert keys_of(inner) == {} and "ToMe" not in inner.comments
+    assert pixels(inner) == pixels(own_of_without)
+    assert list(keys_of(processed)) == ["ToMe error"]
+    assert pixels(processed) == pixels(without)
+    assert all("Token merging ratio: 0.4" in one.infotexts[0] for one in (without, processed, inner))
 
 
 @pytest.mark.parametrize("when", ["before it is sampled", "while it is sampled"])

@@ -49,10 +49,14 @@ class Generation:
         A copy of p makes a picture of its own, unmerged unless it is prepared too: what it took along is erased when
         WebUI asks for this, before its first batch.
         """
-        p = host.p_in("process_images", otherwise=self.p())
-        if p is self.p() or of(p) is not self:
+        own = self.p()
+        p = host.p_in("process_images", otherwise=own)
+        if p is not own and of(p) is self:
+            erase(p)
+        elif own is None or self.settings is not None:
             return 0
-        erase(p)
+        else:
+            p = own
         return float(type(p).get_token_merging_ratio(p, for_hr))
 
 
@@ -86,6 +90,8 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
     except SettingsError as error:
         leave_unmerged(p, str(error))
         _write(p, {ERROR_KEY: str(error)})
+        # Copies of p are to be told; another copy of the extension may merge, and has its own there.
+        vars(p).setdefault("get_token_merging_ratio", _begun(p).token_merging_ratio)
     else:
         if asked is None:
             last.settings = last.summary = None
@@ -105,8 +111,8 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
 def leave_unmerged(p: Any, why: str) -> None:
     """Says that p's generation doesn't merge although it was asked to, and takes back what claims that it does."""
     generation = _begun(p)
-    _take_back(p, generation)
     generation.settings = None
+    p.extra_generation_params = _without(p.extra_generation_params, generation.parameters)
     line = f"nothing merged: {why}"
     last.settings, last.summary = None, line
     say(p, line)
@@ -125,8 +131,10 @@ def erase(p: Any) -> None:
     """Takes what was written for a generation off p, which loops use again; not off a p that it is a copy of."""
     generation: Generation | None = vars(p).pop(ON_P, None)
     if generation is not None:
-        _take_back(p, generation)
+        p.extra_generation_params = _without(p.extra_generation_params, generation.parameters)
         p.comments = _without(p.comments, generation.comments.values())
+        if vars(p).get("get_token_merging_ratio") == generation.token_merging_ratio:
+            del p.get_token_merging_ratio
 
 
 def built_in_is_on(p: Any) -> bool:
@@ -158,13 +166,6 @@ def _begun(p: Any) -> Generation:
 def _write(p: Any, parameters: dict[str, Any]) -> None:
     _begun(p).parameters.update(parameters)
     p.extra_generation_params.update(parameters)
-
-
-def _take_back(p: Any, generation: Generation) -> None:
-    """Takes the parameters off p, and gives it WebUI's own token merging again."""
-    p.extra_generation_params = _without(p.extra_generation_params, generation.parameters)
-    if vars(p).get("get_token_merging_ratio") == generation.token_merging_ratio:
-        del p.get_token_merging_ratio
 
 
 def _without(mapping: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
