@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from .settings import MergeSettings
 from .unet import Layer, finest_level
 
-LEAST_GAIN = {"cpu": 128.0}
+LEAST_GAIN = {"keys": 512.0, "tokens": 512.0, "paper": 256.0}
 OTHER_LEAST_GAIN = 1024.0
-"""How many tokens fewer each token must attend to, per device type. See `pays`."""
+"""How many tokens fewer each token must attend to: by method on CPUs, and on other devices. See `pays`."""
 
 LEAST_SIZE = 2**15
 """Tokens times channels under which the hooks' own time is not small against the attention's."""
@@ -23,17 +23,18 @@ def pairs_left(ratio: float, method: str) -> float:
     return 1 - ratio if method == "keys" else (1 - ratio) ** 2
 
 
-def pays(tokens: int, channels: int, ratio: float, device_type: str, method: str = "paper") -> bool:
+def pays(tokens: int, channels: int, ratio: float, device_type: str, method: str) -> bool:
     """Whether merging `ratio` of a layer's `tokens` of `channels` saves more time than it takes.
 
     Attention over N tokens takes N² C operations; matching, merging and weighing take a number that grows with N C. So
-    what decides is N times the share of the pairs that are saved: the tokens that each token need not attend to. `bench
-    layer --tokens 16 32 64 --ratios 0.05 0.1 0.2` shows both sides: on two CPU cores a layer ran 0.63 to 1.03 times as
-    fast merged as unmerged where this number is 25 to 100, and 1.02 to 1.53 times as fast from 195 on. The threshold of
-    other devices is an estimate: their attention is faster, and starting a kernel costs them more.
+    what decides is N times the share of the pairs that are saved: the tokens that each token need not attend to. From
+    `LEAST_GAIN` on no layer was slower merged on two CPU cores with SDP attention (`docs/speed.md`). A slower attention
+    pays earlier, but which one runs isn't asked. The threshold of other devices is an estimate: their attention is
+    faster, and starting a kernel costs them more.
     """
     gain = tokens * (1 - pairs_left(ratio, method))
-    return gain >= LEAST_GAIN.get(device_type, OTHER_LEAST_GAIN) and tokens * channels >= LEAST_SIZE
+    least_gain = LEAST_GAIN[method] if device_type == "cpu" else OTHER_LEAST_GAIN
+    return gain >= least_gain and tokens * channels >= LEAST_SIZE
 
 
 def tokens_removed(tokens: int, ratio: float, rounded: bool = False) -> int:
