@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes what pictures are missing, prints the tables, writes `quality-TABLE.csv`, `.png`, and `quality.md`."""
+    """Makes what pictures are missing, prints the tables, writes `quality.md`, and each one's CSV and plots."""
     fill_in(args, USUAL, QUICK, TINY)
     if args.samples < 2:
         raise ValueError(f"samples must be at least 2, got {args.samples}: a spread needs so many")
@@ -103,11 +103,13 @@ def run(args: argparse.Namespace) -> None:
                 tick(f"{name}: {variant.contender}, {variant.ratio:g}")
             rows = [{"table": name, **row} for row in judge.rows(table, table.gains or first)]
             sections.append((_heading(table), rows))
-            csv_path, plot_path = (args.out / f"quality-{name}{ending}" for ending in (".csv", ".png"))
             # After every table: what is done is there to be read while the rest is made.
-            output.write_csv(csv_path, rows, machine)
-            output.plot(plot_path, _panels(table, rows), machine)
-            written += [csv_path, plot_path]
+            written.append(args.out / f"quality-{name}.csv")
+            output.write_csv(written[-1], rows, machine)
+            for ending, panels in (("", _panels(table, rows)), ("-speed", _over_speed(table, rows))):
+                if panels:
+                    written.append(args.out / f"quality-{name}{ending}.png")
+                    output.plot(written[-1], panels, machine)
             _write_markdown(written[0], sections, machine, [*NOTES, *notes])
     shown = "\n\n".join(f"{heading}\n{output.table(*_shown(rows))}" for heading, rows in sections)
     output.show(f"{shown}\n", machine, [*NOTES, *notes], written)
@@ -253,26 +255,24 @@ def _panels(table: Table, rows: Sequence[output.Row]) -> list[output.Panel]:
     """A plot of each measure: a line a name, or a point a row; the unmerged pictures are a line."""
     unmerged = {row["steps"]: row for row in rows if row["contender"] == UNMERGED}
     merged = [row for row in rows if row["contender"] != UNMERGED]
-    measured = {name: METRICS[name].title for name in ("psnr", "ssim", "frechet")}
-    if table.over:
-        merged.sort(key=lambda row: row[table.over])
-        measured["seconds"] = "s/picture"
+    merged.sort(key=lambda row: row[table.over] if table.over else 0)
     panels = []
-    for name, title in measured.items():
-        panel = output.Panel(table.title.partition(":")[0], table.over or "", title)
+    for name in ("psnr", "ssim", "frechet"):
+        title, up = table.title.partition(":")[0], METRICS[name].title
+        panels.append(output.Panel(title, table.over or "", up, reference=UNMERGED))
         for row in merged:
             x, line = (row[table.over], row["row"]) if table.over else (row["row"], "merged")
-            panel.add(line, x, row[name], row.get(f"{name}_interval"))
-            panel.add(UNMERGED, x, unmerged[row["steps"]][name])
-        panel.reference = UNMERGED
-        panels.append(panel)
-    known = sorted((row for row in merged if row["faster"]), key=lambda row: row["faster"])
-    if table.over and known:
-        over_speed = output.Panel("Distance over speed", "times faster than unmerged", METRICS["psnr"].title)
-        for row in known:
-            over_speed.add(row["row"], row["faster"], row["psnr"], row["psnr_interval"])
-        panels.insert(0, over_speed)
+            panels[-1].add(line, x, row[name], row[f"{name}_interval"])
+            panels[-1].add(UNMERGED, x, unmerged[row["steps"]][name])
     return panels
+
+
+def _over_speed(table: Table, rows: Sequence[output.Row]) -> list[output.Panel]:
+    """A plot of the distance over the speed, a line a name, of a table whose speed is known."""
+    panel = output.Panel("Distance over speed", "times faster than unmerged", METRICS["psnr"].title)
+    for row in sorted((row for row in rows if row["faster"]), key=lambda row: row["faster"]):
+        panel.add(row["row"], row["faster"], row["psnr"], row["psnr_interval"])
+    return [panel] if table.over and panel.lines else []
 
 
 def _write_markdown(

@@ -69,7 +69,7 @@ class WebUI:
     @functools.cached_property
     def checks_for_nan(self) -> bool:
         """Whether it refuses a picture of NaN. Forge and its kin, which can be told to run on a CPU, don't."""
-        return "always_cpu" not in self.get("/sdapi/v1/cmd-flags").json()
+        return '"always_cpu"' not in self.get("/sdapi/v1/cmd-flags").text
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """POST to a route of WebUI's own."""
