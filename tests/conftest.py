@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -165,3 +166,15 @@ class Operations(TorchDispatchMode):
 @pytest.fixture(scope="session")
 def operations() -> type[Operations]:
     return Operations
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """What the extension logs."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = logging.getLogger("ToMe")
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,15 +125,3 @@ def load(modules: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         return module
 
     return execute
-
-
-@pytest.fixture
-def log_lines() -> Iterator[list[str]]:
-    """What the extension logs."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    log = logging.getLogger("ToMe")
-    log.addHandler(handler)
-    yield lines
-    log.removeHandler(handler)

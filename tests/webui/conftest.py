@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import logging
 import os
 import traceback
 import weakref
@@ -163,18 +162,6 @@ def attention(host) -> Iterator[SimpleNamespace]:
     handle = nn.modules.module.register_module_forward_pre_hook(before)
     yield seen
     handle.remove()
-
-
-@pytest.fixture
-def log_lines() -> Iterator[list[str]]:
-    """What the extension logs."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    log = logging.getLogger("ToMe")
-    log.addHandler(handler)
-    yield lines
-    log.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")
