@@ -92,7 +92,7 @@ class _Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Arguments:
+class _Inputs:
     """What a call of `attn1` is given."""
 
     args: tuple[Any, ...]
@@ -109,23 +109,23 @@ class _Arguments:
         context = self.get("context")
         return context is None or context is self.get("x")
 
-    def each(self, change: Callable[[Any], Any]) -> _Arguments:
+    def each(self, change: Callable[[Any], Any]) -> _Inputs:
         """All of them changed."""
-        return _Arguments(tuple(map(change, self.args)), {name: change(value) for name, value in self.kwargs.items()})
+        return _Inputs(tuple(map(change, self.args)), {name: change(value) for name, value in self.kwargs.items()})
 
-    def replaced(self, place: int, name: str, value: Any) -> _Arguments:
+    def replaced(self, place: int, name: str, value: Any) -> _Inputs:
         """One of them replaced, or given: by position where it came so, else by its name."""
         if place < len(self.args):
-            return _Arguments((*self.args[:place], value, *self.args[place + 1 :]), self.kwargs)
-        return _Arguments(self.args, {**self.kwargs, name: value})
+            return _Inputs((*self.args[:place], value, *self.args[place + 1 :]), self.kwargs)
+        return _Inputs(self.args, {**self.kwargs, name: value})
 
 
 @dataclasses.dataclass
 class _Call:
     """One call of `attn1` that is running."""
 
-    given: _Arguments | None = None
-    """Its arguments as they came, as `_weak` makes them; None for a call that is left alone."""
+    inputs: _Inputs | None = None
+    """As they came, as `_weak` makes them; None for a call that is left alone."""
     tokens: int = 0
     token_map: TokenMap | None = None
     """By which its output is unmerged, if it is."""
@@ -144,7 +144,7 @@ class _LayerPass:
 
 
 @dataclasses.dataclass
-class _Kept:
+class _KeptMatching:
     """A matching, kept for the steps that reuse it, with the last map made from it."""
 
     matching: Matching
@@ -167,7 +167,7 @@ class _Sampling(threading.local):
         self.is_checkpointed = False
         self.places: dict[_GridHook, _Place] = {}
         self.layers: defaultdict[_LayerHooks, _LayerPass] = defaultdict(_LayerPass)
-        self.kept: dict[tuple[Any, ...], _Kept] = {}
+        self.matchings: dict[tuple[Any, ...], _KeptMatching] = {}
         self.kept_tokens = 0
 
 
@@ -255,7 +255,7 @@ class Merging:
         # A step that doesn't come after the last one belongs to another run. Without `set_step` a pass may be any part
         # of a step, so nothing is kept from one to the next.
         if sampling.counts_passes or number <= before or number // every != before // every:
-            sampling.kept.clear()
+            sampling.matchings.clear()
             sampling.kept_tokens = 0
         number = max(number, 0)
         sampling.step = _Step(number, self.settings.ratio_at(progress_of(number, total)))
@@ -288,17 +288,17 @@ class Merging:
             return removed
         key = (layer, step.passes, state.matched_calls, grid, items, x.device)
         state.matched_calls += 1
-        kept = sampling.kept.get(key)
-        if kept is None:
+        matching = sampling.matchings.get(key)
+        if matching is None:
             draw, draws = step.number if settings.draws_anew else 0, 1 if settings.shared_draw else items
             partition = make_partition(grid, settings.cell, settings.partition, draw, settings.window, draws, x.device)
             if not partition.most_removed:
                 return f"its {grid[0]}x{grid[1]} grid is smaller than a {settings.cell[0]}x{settings.cell[1]} cell"
-            kept = _Kept(match(x, partition, settings.exact))
+            matching = _KeptMatching(match(x, partition, settings.exact))
             if settings.reuse_steps > 1 and sampling.kept_tokens + items * tokens <= KEPT_TOKENS:
-                sampling.kept[key] = kept
+                sampling.matchings[key] = matching
                 sampling.kept_tokens += items * tokens
-        return kept.map_of(removed)
+        return matching.map_of(removed)
 
 
 class _GridHook:
@@ -372,16 +372,16 @@ class _LayerHooks:
             return None
         self.report.calls += 1
         self.report.level = self._place.level
-        given = _Arguments(args, kwargs)
-        merged = self._why_left_alone(attention, given) or self._merged(call, attention, given)
+        inputs = _Inputs(args, kwargs)
+        merged = self._why_left_alone(attention, inputs) or self._merged(call, attention, inputs)
         if isinstance(merged, str):
             self.report.left_out = merged
             return None
         return merged.args, merged.kwargs
 
-    def _why_left_alone(self, attention: nn.Module, given: _Arguments) -> str | None:
+    def _why_left_alone(self, attention: nn.Module, inputs: _Inputs) -> str | None:
         """Why this call of attention is left alone, by all but its tokens; or None."""
-        merging, place, x = self._merging, self._place, given.get("x")
+        merging, place, x = self._merging, self._place, inputs.get("x")
         if place.why_not or merging.failure or self._odd_output:
             return place.why_not or merging.failure or self._odd_output
         if place.grid is None:
@@ -390,10 +390,10 @@ class _LayerHooks:
             return "its input is not a batch of tokens"
         if x.shape[1] != place.grid[0] * place.grid[1]:
             return f"its {x.shape[1]} tokens are not the grid's {place.grid[0]}x{place.grid[1]}"
-        if given.get("mask") is not None and given.attends_to_itself:
+        if inputs.get("mask") is not None and inputs.attends_to_itself:
             return "its attention is masked token by token"
-        value = given.get("value")
-        is_whole = given.attends_to_itself and (value is None or value is x)
+        value = inputs.get("value")
+        is_whole = inputs.attends_to_itself and (value is None or value is x)
         if merging.settings.method == "keys" and not is_whole:
             return "its keys and values are not its own tokens alone"
         self._was_checkpointed |= merging.sampling.is_checkpointed
@@ -402,9 +402,9 @@ class _LayerHooks:
         self.report.conflict = (merging.leave_out and merging.leave_out(attention)) or _left_to(attention)
         return self.report.conflict
 
-    def _merged(self, call: _Call, attention: nn.Module, given: _Arguments) -> _Arguments | str:
-        """What attention is given in place of its arguments, or why it is left alone."""
-        merging, report, state, x = self._merging, self.report, self._state, given.get("x")
+    def _merged(self, call: _Call, attention: nn.Module, inputs: _Inputs) -> _Inputs | str:
+        """What attention gets in place of its inputs, or why it is left alone."""
+        merging, report, state, x = self._merging, self.report, self._state, inputs.get("x")
         grid = self._place.grid or (0, 0)
         source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
         # A call with another tensor than norm1's output (part of the batch, say) is matched by what it was given.
@@ -412,25 +412,25 @@ class _LayerHooks:
         report.tokens = x.shape[1]
         try:
             token_map = merging.token_map(self, source, grid)
-            merged = token_map if isinstance(token_map, str) else self._arguments(call, attention, token_map, given)
+            merged = token_map if isinstance(token_map, str) else self._inputs(call, attention, token_map, inputs)
         except Exception as error:
             # A device without one of the operations, or without memory: the picture is worth more than its speed.
             merging.failure = f"matching failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             return merging.failure
         if isinstance(token_map, str) or isinstance(merged, str):
             return merged
-        call.given = given.each(_weak)
+        call.inputs = inputs.each(_weak)
         report.count_merged(token_map.merged_tokens)
         merging.count_merged_step()
         if merging.on_map is not None:
             merging.on_map(report.name, merging.sampling.step.number, grid, token_map)
         return merged
 
-    def _arguments(self, call: _Call, attention: nn.Module, token_map: TokenMap, given: _Arguments) -> _Arguments | str:
-        """The arguments with merged tokens, by the method; fills in what `call` needs for the way back."""
-        method, x = self._merging.settings.method, given.get("x")
+    def _inputs(self, call: _Call, attention: nn.Module, token_map: TokenMap, inputs: _Inputs) -> _Inputs | str:
+        """The inputs with merged tokens, by the method; fills in what `call` needs for the way back."""
+        method, x = self._merging.settings.method, inputs.get("x")
         # Keys that aren't the layer's own tokens stay as they are, and count as ever.
-        weighs = method != "paper" and given.attends_to_itself
+        weighs = method != "paper" and inputs.attends_to_itself
         heads = self._heads(attention, x) if weighs else None
         if weighs and heads is None:
             return "its attention has no scale that is known, to weigh merged keys by (the method paper needs none)"
@@ -439,7 +439,7 @@ class _LayerHooks:
         call.token_map = None if method == "keys" else token_map
         queries = x if method == "keys" else merged
         # A context or value that is the input itself is self-attention; one of its own is left whole.
-        changed = given.each(lambda value: merged if value is x else value)
+        changed = inputs.each(lambda value: merged if value is x else value)
         if heads is not None:
             call.weighed = Weighed(heads, token_map.counts)
             queries = heads.widen_input(queries)
@@ -470,7 +470,7 @@ class _LayerHooks:
     def _after(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         calls = self._state.calls
         call = calls.pop() if calls else _Call()
-        if call.given is None:
+        if call.inputs is None:
             return None
         token_map = call.token_map
         merged_shape = token_map and (len(token_map.slots), token_map.merged_tokens)
@@ -480,7 +480,7 @@ class _LayerHooks:
         if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == call.tokens:
             return None
         self._odd_output = "its attention gave something else than its tokens"
-        whole = call.given.each(lambda value: value())
+        whole = call.inputs.each(lambda value: value())
         return attention.forward(*whole.args, **whole.kwargs)
 
 

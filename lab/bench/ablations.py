@@ -168,9 +168,9 @@ def _few_steps() -> list[Row]:
     rows = []
     for steps in (4, 5, 8, 10, 20, 50):
         rows.append(Row(UNMERGED, Variant(UNMERGED, steps=steps)))
-        kept = (1, 2, 4)
+        reuses = (1, 2, 4)
         rows += _beside(
-            *(Row(f"kept for {every}", by_settings(shipped(method=KEYS, reuse_steps=every), steps)) for every in kept)
+            *(Row(f"kept for {every}", by_settings(shipped(method=KEYS, reuse_steps=every), steps)) for every in reuses)
         )
     return rows
 
@@ -263,8 +263,8 @@ def times_faster(variant: Variant, gains: Gains) -> float | None:
     """
     contender, ratio = variant.contender, variant.ratio
     is_timed = contender != UNMERGED and variant == _at(contender, ratio).variant
-    known = gains.get(contender, {})
-    return _between(known, ratio) if is_timed and _is_measured(known, ratio) else None
+    points = gains.get(contender, {})
+    return _between(points, ratio) if is_timed and _is_measured(points, ratio) else None
 
 
 def at_equal_time(what: str, gains: Gains) -> Table:

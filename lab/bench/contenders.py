@@ -136,14 +136,14 @@ def contenders(
 
     Ours merge by `settings`, but for the method and the ratio.
     """
-    found, notes = [], []
+    contenders, notes = [], []
     for name in names:
         note = why_left_out(name, ratio, tokens, dtype)
         if note is None:
-            found.append(Contender(name, functools.partial(put_on, name=name, ratio=ratio, settings=settings)))
+            contenders.append(Contender(name, functools.partial(put_on, name=name, ratio=ratio, settings=settings)))
         else:
             notes.append(note)
-    return found, notes
+    return contenders, notes
 
 
 def why_left_out(name: str, ratio: float, tokens: int, dtype: torch.dtype) -> str | None:
@@ -176,15 +176,15 @@ def peer_versions() -> str:
 
 def matchers(side: int, ratio: float, dtype: torch.dtype) -> tuple[list[Matcher], list[str]]:
     """What can match a grid of `side`×`side` tokens at batch 2, and notes on what is left out."""
-    found = [Matcher(name, functools.partial(_match_ours, exact=name == EXACT)) for name in (OURS, EXACT)]
+    every_matcher = [Matcher(name, functools.partial(_match_ours, exact=name == EXACT)) for name in (OURS, EXACT)]
     notes = []
     for name in (CORNER, RANDOM):
         note = why_left_out(name, ratio, side * side, dtype)
         if note is None:
-            found.append(Matcher(name, functools.partial(_match_tomesd, use_rand=name == RANDOM)))
+            every_matcher.append(Matcher(name, functools.partial(_match_tomesd, use_rand=name == RANDOM)))
         else:
             notes.append(note)
-    return found, notes
+    return every_matcher, notes
 
 
 def merged_layers(unet: nn.Module) -> list[Layer]:
@@ -213,16 +213,14 @@ def merging(unet: nn.Module, settings: MergeSettings, weighs: bool = True) -> It
         if not weighs:
             for layer in attached._layers:
                 # Of the benchmark alone: nobody has a use for it but to see what weighing brings, and what it takes.
-                layer._arguments = _keys_alone
+                layer._inputs = _keys_alone
         yield Running(attached.set_step, lambda: attached.report().summary)
 
 
-def _keys_alone(
-    call: hooks._Call, attention: nn.Module, token_map: TokenMap, given: hooks._Arguments
-) -> hooks._Arguments:
-    x = given.get("x")
+def _keys_alone(call: hooks._Call, attention: nn.Module, token_map: TokenMap, inputs: hooks._Inputs) -> hooks._Inputs:
+    x = inputs.get("x")
     call.tokens = x.shape[1]
-    return hooks._Arguments((x,), {"context": token_map.merge(x)})
+    return hooks._Inputs((x,), {"context": token_map.merge(x)})
 
 
 @contextlib.contextmanager
@@ -247,8 +245,8 @@ def _first_tokens(y: Tensor, ratio: float) -> Tensor:
     ours is: over an odd length attention is slower, and this would not be the limit.
     """
     items, tokens, channels = y.shape
-    kept = tokens - tokens_removed(tokens, ratio, rounded=True)
-    return y.view(-1, channels)[: items * kept].view(items, kept, channels)
+    count = tokens - tokens_removed(tokens, ratio, rounded=True)
+    return y.view(-1, channels)[: items * count].view(items, count, channels)
 
 
 @contextlib.contextmanager
@@ -279,7 +277,7 @@ def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def _attending_to(
-    unet: nn.Module, ratio: float, chosen: Callable[[Tensor, tuple[int, int], float], Tensor]
+    unet: nn.Module, ratio: float, choose: Callable[[Tensor, tuple[int, int], float], Tensor]
 ) -> Iterator[Running]:
     """All tokens attend to `chosen` of them, by the tokens, their grid and the ratio: [B, N, C] to [B, M, C]."""
     grids: dict[nn.Module, tuple[int, int]] = {}
@@ -290,16 +288,16 @@ def _attending_to(
     with contextlib.ExitStack() as handles:
         for layer in merged_layers(unet) if ratio else []:
 
-            def given(
+            def with_context(
                 module: nn.Module,
                 args: tuple[Tensor, ...],
                 kwargs: dict[str, object],
                 transformer: nn.Module = layer.transformer,
             ) -> tuple[object, object]:
-                return args, {**kwargs, "context": chosen(args[0], grids[transformer], ratio)}
+                return args, {**kwargs, "context": choose(args[0], grids[transformer], ratio)}
 
             handles.callback(layer.transformer.register_forward_pre_hook(see_grid).remove)
-            handles.callback(layer.block.attn1.register_forward_pre_hook(given, with_kwargs=True).remove)
+            handles.callback(layer.block.attn1.register_forward_pre_hook(with_context, with_kwargs=True).remove)
         yield Running()
 
 
@@ -313,9 +311,9 @@ _OTHERS: dict[str, Callable[[nn.Module, float], OnUnet]] = {
     UNMERGED: lambda unet, ratio: contextlib.nullcontext(Running()),
     CORNER: functools.partial(_tomesd, use_rand=False),
     RANDOM: functools.partial(_tomesd, use_rand=True),
-    TODO: functools.partial(_attending_to, chosen=_every_second),
+    TODO: functools.partial(_attending_to, choose=_every_second),
     # Keys and values that cost nothing: what no choice or merging of them can beat.
-    LIMIT_KEYS: functools.partial(_attending_to, chosen=lambda y, grid, ratio: _first_tokens(y, ratio)),
+    LIMIT_KEYS: functools.partial(_attending_to, choose=lambda y, grid, ratio: _first_tokens(y, ratio)),
     LIMIT: _limit,
 }
 """By name, the contenders that are not ours."""

@@ -58,15 +58,15 @@ def run(args: argparse.Namespace) -> None:
         running.begin_step(0, 1)
         return peak_bytes(case.step, args.device)
 
-    chosen = {side: matchers(side, MATCHING_RATIO, args.torch_dtype) for side in args.tokens}
-    matchings = sum(len(some) for some, _ in chosen.values()) * (args.rounds + 1)
+    by_side = {side: matchers(side, MATCHING_RATIO, args.torch_dtype) for side in args.tokens}
+    matchings = sum(len(some) for some, _ in by_side.values()) * (args.rounds + 1)
     with (
-        cases(args, functools.partial(everyone, args)) as found,
-        progress(count_runs(found, args.rounds) + matchings) as tick,
+        cases(args, functools.partial(everyone, args)) as all_cases,
+        progress(count_runs(all_cases, args.rounds) + matchings) as tick,
     ):
-        notes = measure(found, args, "bytes", step_peak, tick, save)
+        notes = measure(all_cases, args, "bytes", step_peak, tick, save)
         plots = panels(results.rows, args, "times less than unmerged", output.PAPER_GIGABYTES)
-        for side, (some, left_out) in chosen.items():
+        for side, (some, left_out) in by_side.items():
             notes += left_out
             save(_matching_rows(side, some, args, tick), "matching")
     results.show(COLUMNS, plots, notes)

@@ -23,8 +23,8 @@ Size = tuple[int, int]
 
 def picture_size(text: str) -> Size:
     """`512x768` as (width, height) in pixels; both must be multiples of 64, so that the UNet's levels divide."""
-    found = re.fullmatch(r"(\d+)[x×](\d+)", text)
-    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text)
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
     if not all(size) or any(side % 64 for side in size):
         raise argparse.ArgumentTypeError(f"a size is WIDTHxHEIGHT, both multiples of 64 pixels, got {text!r}")
     return size

@@ -63,8 +63,8 @@ def cores() -> int:
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
-            return found[1]
+        if model := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
+            return model[1]
     return platform.processor() or platform.machine()
 
 
@@ -104,15 +104,15 @@ class Results:
 
 def table(columns: Columns, rows: Sequence[Row]) -> str:
     """The rows under their titles in Markdown, every column as wide as it must be, numbers to the right."""
-    shown: list[list[str]] = []
+    columns_of_cells: list[list[str]] = []
     for key, (title, write) in columns.items():
         values = [row.get(key) for row in rows]
         cells = [title, *("-" if value is None else write(value) for value in values)]
         width = max(3, *map(len, cells))
         is_text = {type(value) for value in values if value is not None} == {str}
         cells.insert(1, "-" * width if is_text else "-" * (width - 1) + ":")
-        shown.append([f"{cell:{'<' if is_text else '>'}{width}}" for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*shown, strict=True))
+        columns_of_cells.append([f"{cell:{'<' if is_text else '>'}{width}}" for cell in cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns_of_cells, strict=True))
 
 
 def write_csv(path: Path, rows: Sequence[Row], machine: Machine) -> None:

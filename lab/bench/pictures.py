@@ -70,9 +70,9 @@ class Studio:
 
         All captions in turn, in an order that is drawn once: those that come after each other in the model are alike.
         """
-        known = len(self.model().captions)
-        order = torch.randperm(known, generator=torch.Generator().manual_seed(0)).tolist()
-        return [order[number % known] for number in range(count)]
+        captions = len(self.model().captions)
+        order = torch.randperm(captions, generator=torch.Generator().manual_seed(0)).tolist()
+        return [order[number % captions] for number in range(count)]
 
     def steps_of(self, variant: Variant) -> int:
         """In how many steps a variant's pictures are made."""
@@ -203,8 +203,8 @@ class Album:
         """The first `count` pictures of a variant, all of which must have been made."""
         chunks = []
         for first in range(0, count, CHUNK):
-            with np.load(self._path(variant, first)) as kept:
-                chunks.append({name: kept[name] for name in kept.files})
+            with np.load(self._path(variant, first)) as arrays:
+                chunks.append({name: arrays[name] for name in arrays.files})
         pictures = torch.from_numpy(np.concatenate([chunk["pictures"] for chunk in chunks])[:count])
         seconds = float(np.median([chunk["seconds"] for chunk in chunks])) / CHUNK
         return Made(pictures, seconds, str(chunks[0]["merged"]))

@@ -95,11 +95,11 @@ def run(args: argparse.Namespace) -> None:
     sections: list[tuple[str, list[output.Row]]] = []
     with (
         progress(len(every_chunk)) as tick,
-        contextlib.closing(album.make(every_chunk, args.processes, args.threads)) as made,
+        contextlib.closing(album.make(every_chunk, args.processes, args.threads)) as variants,
     ):
         for name, table in tables.items():
             for _ in chunks[name]:
-                variant = next(made)
+                variant = next(variants)
                 tick(f"{name}: {variant.contender}, {variant.ratio:g}")
             rows = [{"table": name, **row} for row in judge.rows(table, table.gains or first)]
             sections.append((_heading(table), rows))
@@ -111,8 +111,8 @@ def run(args: argparse.Namespace) -> None:
                     written.append(args.out / f"quality-{name}{ending}.png")
                     output.plot(written[-1], panels, machine)
             _write_markdown(written[0], sections, machine, [*NOTES, *notes])
-    shown = "\n\n".join(f"{heading}\n{output.table(*_shown(rows))}" for heading, rows in sections)
-    output.show(f"{shown}\n", machine, [*NOTES, *notes], written)
+    text = "\n\n".join(f"{heading}\n{output.table(*_shown(rows))}" for heading, rows in sections)
+    output.show(f"{text}\n", machine, [*NOTES, *notes], written)
 
 
 class Judge:
@@ -171,15 +171,15 @@ def _gains(path: Path) -> dict[str, Gains]:
     size = next((column for column in ("size", "grid") if rows and column in rows[0]), None)
     if size is None or not {"ratio", "contender", "gain"} <= set(rows[0]):
         raise ValueError(f"{path} is not a CSV of `bench speed` or `bench layer`")
-    found: dict[str, dict[str, dict[float, float]]] = {}
+    by_size: dict[str, dict[str, dict[float, float]]] = {}
     for row in rows:
         # Presets have no ratio, and what was matched alone no gain.
         if row["ratio"] and row["gain"]:
-            by_ratio = found.setdefault(row[size], {}).setdefault(row["contender"], {})
+            by_ratio = by_size.setdefault(row[size], {}).setdefault(row["contender"], {})
             by_ratio[float(row["ratio"])] = float(row["gain"])
-    if not found or any(len(gains.get(KEYS, {})) < 2 for gains in found.values()):
+    if not by_size or any(len(gains.get(KEYS, {})) < 2 for gains in by_size.values()):
         raise ValueError(f"{path} must hold {KEYS} at two ratios or more")
-    return found
+    return by_size
 
 
 def _that_can_run(
@@ -201,11 +201,11 @@ def _that_can_run(
 def _chunks_by_table(album: Album, tables: Mapping[str, Table], samples: int) -> dict[str, list[tuple[Variant, int]]]:
     """By table: what is still to be made for it when the tables before it are done."""
     chunks: dict[str, list[tuple[Variant, int]]] = {}
-    seen: set[Path] = set()
+    earlier: set[Path] = set()
     for name, table in tables.items():
         missing = album.missing([one for row in table.rows for one in (row.variant.unmerged, row.variant)], samples)
-        chunks[name] = [chunk for path, chunk in missing.items() if path not in seen]
-        seen.update(missing)
+        chunks[name] = [chunk for path, chunk in missing.items() if path not in earlier]
+        earlier.update(missing)
     return chunks
 
 
@@ -238,17 +238,17 @@ def _shown(rows: Sequence[output.Row]) -> tuple[output.Columns, list[output.Row]
         columns["steps"] = ("steps", str)
     if any(row["faster"] for row in rows):
         columns["faster"] = ("x faster", output.number(2))
-    shown = [dict(row) for row in rows]
+    lines = [dict(row) for row in rows]
     for name, metric in METRICS.items():
         columns |= {name: (metric.title, str), f"{name}_difference": ("difference", str)}
-        for line in shown:
+        for line in lines:
             if line[name] is not None:
                 line[name] = f"{metric.write(line[name])} ± {metric.write(line[f'{name}_interval'])}"
             if line[f"{name}_difference"] is not None:
                 value, interval = line[f"{name}_difference"], metric.write(line[f"{name}_difference_interval"])
                 sign = "-" if value < 0 else "+"
                 line[f"{name}_difference"] = f"{sign}{metric.write(abs(value))} ± {interval} {line[f'{name}_verdict']}"
-    return columns | {"seconds": ("s/picture", output.number(2))}, shown
+    return columns | {"seconds": ("s/picture", output.number(2))}, lines
 
 
 def _panels(table: Table, rows: Sequence[output.Row]) -> list[output.Panel]:

@@ -85,9 +85,9 @@ class WebUI:
 
     def make(self, tab: str, body: Mapping[str, Any]) -> Answer:
         """What the API makes of a request. Raises `RefusedError`."""
-        made = self._ask("POST", f"/sdapi/v1/{tab}", body)
-        info = json.loads(made["info"])
-        return Answer([*map(_decoded, made["images"])][info["index_of_first_image"] :], info["infotexts"][0])
+        answer = self._ask("POST", f"/sdapi/v1/{tab}", body)
+        info = json.loads(answer["info"])
+        return Answer([*map(_decoded, answer["images"])][info["index_of_first_image"] :], info["infotexts"][0])
 
     def is_sampling(self) -> bool:
         """Whether a picture is being made, and its first step is done."""
@@ -118,14 +118,14 @@ class StandIn:
         if tab == "img2img":
             kind = self._processing.StableDiffusionProcessingImg2Img
             body = {**body, "init_images": [*map(_decoded, body["init_images"])]}
-        known = {field.name for field in dataclasses.fields(kind) if field.init}
+        fields = {field.name for field in dataclasses.fields(kind) if field.init}
         tome = body[SCRIPTS].get("ToMe", {}).get("args")
-        p = self._host.make_p(tome, tab, **{name: value for name, value in body.items() if name in known})
+        p = self._host.make_p(tome, tab, **{name: value for name, value in body.items() if name in fields})
         try:
-            made = self._processing.process_images(p)
+            processed = self._processing.process_images(p)
         except self._nans as error:
             raise RefusedError(str(error)) from error
-        return Answer(made.images[made.index_of_first_image :], made.infotexts[0])
+        return Answer(processed.images[processed.index_of_first_image :], processed.infotexts[0])
 
     def is_sampling(self) -> bool:
         return self._state.sampling_step > 0
@@ -190,8 +190,8 @@ def _arguments(chance: random.Random, presets: Sequence[str]) -> dict[str, Any]:
     some = dict(chance.sample(list(values.items()), chance.randint(1, 4)))
     whole, few = [True, *values.values()], [True, *values.values()][: chance.randint(1, len(values))]
     forms = (whole, few, [some], [{"preset": chance.choice(presets), **some}], [False, *values.values()], None)
-    given = chance.choice(forms)
-    return {} if given is None else {"ToMe": {"args": given}}
+    form = chance.choice(forms)
+    return {} if form is None else {"ToMe": {"args": form}}
 
 
 def _value(chance: random.Random, setting: Setting) -> Any:
@@ -273,12 +273,12 @@ def soak(server: Server, some: Iterator[Request], count: int, warmup: int, tick:
 def _made(server: Server, request: Request) -> Answer:
     """Makes it, and ends it early where it is to be."""
     with ThreadPoolExecutor(1) as aside:
-        made = aside.submit(server.make, request.tab, request.body)
+        answer = aside.submit(server.make, request.tab, request.body)
         if request.ends_by:
-            while not made.done() and not server.is_sampling():
+            while not answer.done() and not server.is_sampling():
                 time.sleep(0.01)
             server.end(request.ends_by)
-        return made.result()
+        return answer.result()
 
 
 def _problem(request: Request, answer: Answer) -> str:

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
         return timed(work, args.device)[0] / steps
 
-    with cases(args, choose) as found, progress(count_runs(found, args.rounds)) as tick:
-        notes = measure(found, args, "seconds", seconds, tick, results.save)
+    with cases(args, choose) as all_cases, progress(count_runs(all_cases, args.rounds)) as tick:
+        notes = measure(all_cases, args, "seconds", seconds, tick, results.save)
     plots = panels(results.rows, args, "times faster than unmerged", output.PAPER_SECONDS)
     results.show(COLUMNS, plots, notes)
 

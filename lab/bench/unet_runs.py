@@ -46,11 +46,11 @@ def cases(args: argparse.Namespace, choose: Callable[[int], tuple[Runs, list[str
         config, weights = read_checkpoint(args.checkpoint)
     unet = build_unet(config, args.device, args.torch_dtype, weights)
     with attention(unet, args.attention):
-        found = []
+        all_cases = []
         for width, height in args.sizes:
             runs, notes = choose((width // LATENT_FACTOR) * (height // LATENT_FACTOR))
-            found.append(Case(f"{width}x{height}", unet, one_step(unet, config, (width, height)), runs, notes))
-        yield found
+            all_cases.append(Case(f"{width}x{height}", unet, one_step(unet, config, (width, height)), runs, notes))
+        yield all_cases
 
 
 def everyone(args: argparse.Namespace, tokens: int, reuse_steps: int = 1) -> tuple[Runs, list[str]]:
@@ -70,13 +70,13 @@ def everyone(args: argparse.Namespace, tokens: int, reuse_steps: int = 1) -> tup
     return runs, notes
 
 
-def count_runs(found: Sequence[Case], rounds: int) -> int:
+def count_runs(all_cases: Sequence[Case], rounds: int) -> int:
     """How often `measure` will tick: what the first runs of a size set up serves all its ratios."""
-    return sum(len(some) * (rounds + (not number)) for case in found for number, some in enumerate(case.runs.values()))
+    return sum(len(some) * (rounds + (not i)) for case in all_cases for i, some in enumerate(case.runs.values()))
 
 
 def measure(
-    found: Sequence[Case],
+    all_cases: Sequence[Case],
     args: argparse.Namespace,
     what: str,
     one: Callable[[Case, Running], float],
@@ -88,15 +88,15 @@ def measure(
     `save` gets the rows of a size and ratio as soon as they are known. Gives notes on what was merged and left out.
     """
     notes: list[str] = []
-    for case in found:
+    for case in all_cases:
         for number, (ratio, some) in enumerate(case.runs.items()):
-            said: dict[str, str] = {}
+            descriptions: dict[str, str] = {}
             at = case.size if ratio is None else f"{case.size}, {ratio:g}"
 
-            def run(contender: Contender, case: Case = case, said: dict[str, str] = said) -> float:
+            def run(contender: Contender, case: Case = case, descriptions: dict[str, str] = descriptions) -> float:
                 with contender.put_on(case.unet) as running:
                     value = one(case, running)
-                    said[contender.name] = running.describe()
+                    descriptions[contender.name] = running.describe()
                 return value
 
             runs = {contender.name: functools.partial(run, contender) for contender in some}
@@ -104,8 +104,8 @@ def measure(
             about = {"size": case.size, "ratio": ratio}
             how = {"rounds": args.rounds, "attention": args.attention}
             rows = compared(results, what, UNMERGED, OVER_OTHERS)
-            save([{**about, **row, **how, "merged": said[str(row["contender"])]} for row in rows])
-            notes += [f"{at}, {name}: {merged}" for name, merged in said.items() if merged]
+            save([{**about, **row, **how, "merged": descriptions[str(row["contender"])]} for row in rows])
+            notes += [f"{at}, {name}: {merged}" for name, merged in descriptions.items() if merged]
         notes += case.notes
     return notes
 

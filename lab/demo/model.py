@@ -110,9 +110,9 @@ class TinyModel(nn.Module):
 
         same = ("image_size", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions")
         same += ("num_head_channels", "context_dim")
-        given = {name: self.shape[name] for name in same} | {"in_channels": 3, "out_channels": 3}
+        sizes = {name: self.shape[name] for name in same} | {"in_channels": 3, "out_channels": 3}
         rest = {"use_spatial_transformer": True, "transformer_depth": 1, "use_checkpoint": False, "legacy": False}
-        self.model = _Diffusion(UNetModel(**given, **rest))
+        self.model = _Diffusion(UNetModel(**sizes, **rest))
         # ldm's 32 groups would here hold one channel each, and so wipe out every channel's mean: colours would drift.
         for module in self.model.modules():
             if isinstance(module, nn.GroupNorm):
@@ -203,8 +203,8 @@ class TinyModel(nn.Module):
         where one of the two is missing.
         """
         path = WEIGHTS / "tiny.safetensors" if path is None else Path(path)
-        weights, known = _read(path), json.loads(_existing(path.with_suffix(".json")).read_text(encoding="utf-8"))
-        model = cls(known["words"], known["captions"], known["shape"])
+        weights, metadata = _read(path), json.loads(_existing(path.with_suffix(".json")).read_text(encoding="utf-8"))
+        model = cls(metadata["words"], metadata["captions"], metadata["shape"])
         model.load_state_dict(weights)
         return model.eval().requires_grad_(False)
 
@@ -214,8 +214,8 @@ class TinyModel(nn.Module):
         That holds shape, words and captions; ``remarks`` (JSON values) are added to it, for people.
         """
         _write(self, path)
-        known = {"shape": self.shape, **remarks, "words": self.words, "captions": self.captions}
-        text = json.dumps(known, indent=1, ensure_ascii=False)
+        metadata = {"shape": self.shape, **remarks, "words": self.words, "captions": self.captions}
+        text = json.dumps(metadata, indent=1, ensure_ascii=False)
         Path(path).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod

@@ -35,7 +35,7 @@ def compare(
     """
     from modules import processing, script_callbacks
 
-    given = {"steps": STEPS, "seed": SEED, "width": 32, "height": 32, "cfg_scale": CFG, "sampler_name": SAMPLER}
+    request = {"steps": STEPS, "seed": SEED, "width": 32, "height": 32, "cfg_scale": CFG, "sampler_name": SAMPLER}
     runs = 0
 
     def count(_: Any) -> None:
@@ -45,7 +45,7 @@ def compare(
             on_step(runs)
 
     def timed(tome: Sequence[Any]) -> tuple[Any, float]:
-        p = host.make_p(**given | fields)
+        p = host.make_p(**request | fields)
         p.script_args = tome
         began = time.perf_counter()
         return processing.process_images(p), time.perf_counter() - began
@@ -128,8 +128,8 @@ def _generate(host: Host, names: list[str]) -> Callable[..., tuple[Pictures, str
         runs = 2 * fields["steps"] * (1 + second_order)
         with call_queue.queue_lock:
             pictures, merged = compare(host, args, lambda run: progress((min(run, runs), runs), unit="steps"), **fields)
-        said = "".join(f"<p>{html.escape(line)}</p>" for line in merged.comments.splitlines())
-        return pictures, f"{said}<p>{html.escape(merged.infotexts[0].splitlines()[-1])}</p>"
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in merged.comments.splitlines())
+        return pictures, f"{lines}<p>{html.escape(merged.infotexts[0].splitlines()[-1])}</p>"
 
     return generate
 
@@ -138,9 +138,9 @@ def _words(host: Host, prompt: str) -> str:
     """What the model doesn't know of a prompt, and, folded, what it does know."""
     model = host.sd_model
     unknown = ", ".join(html.escape(word) for word in model.unknown_words(prompt))
-    said = f"<p>The model does not know: <b>{unknown}</b>. It leaves that out.</p>" if unknown else ""
-    known = html.escape(", ".join(model.captions or model.words))
-    return f"{said}<details><summary>What the model knows</summary><p>{known}</p></details>"
+    lines = f"<p>The model does not know: <b>{unknown}</b>. It leaves that out.</p>" if unknown else ""
+    words = html.escape(", ".join(model.captions or model.words))
+    return f"{lines}<details><summary>What the model knows</summary><p>{words}</p></details>"
 
 
 _template_response = gr.routes.templates.TemplateResponse

@@ -79,8 +79,8 @@ def load_pictures(folder: Path, size: int = 32, margin: int = 1, picked: str = P
     Raises `FileNotFoundError` without the two packages, `ValueError` when two pictures have the same caption.
     """
     with tarfile.open(folder / NAMES) as tar:
-        known = json.load(tar.extractfile("package/emoji.json"))  # type: ignore[arg-type]
-    by_name = {name: emoji for emoji in known for name in emoji["short_names"]}
+        entries = json.load(tar.extractfile("package/emoji.json"))  # type: ignore[arg-type]
+    by_name = {name: emoji for emoji in entries for name in emoji["short_names"]}
     captions, tensors = [], []
     with tarfile.open(folder / PICTURES) as tar:
         files = {Path(member.name).stem: member for member in tar.getmembers() if "/assets/" in member.name}
@@ -134,18 +134,18 @@ def draw_batch(pictures: Pictures, model: TinyModel, recipe: Recipe, step: int) 
     count, n = len(pictures.captions), recipe.batch
 
     # Every picture once an epoch: position i of the endless sequence lies in epoch i // count.
-    chosen, epochs = [], {}
+    numbers, epochs = [], {}
     for i in range(step * n, (step + 1) * n):
         if i // count not in epochs:
             epochs[i // count] = torch.randperm(
                 count, generator=torch.Generator().manual_seed(recipe.seed * 7_919 + i // count)
             )
-        chosen.append(int(epochs[i // count][i % count]))
+        numbers.append(int(epochs[i // count][i % count]))
 
     # As they are, neither mirrored nor shifted: a model this small, trained this briefly, learns few pictures well
     # rather than many in part.
     prompts = []
-    for i in chosen:
+    for i in numbers:
         words = split_words(pictures.captions[i])
         draw = chance.random()
         if draw < recipe.drop_prompt:
@@ -154,7 +154,7 @@ def draw_batch(pictures: Pictures, model: TinyModel, recipe: Recipe, step: int) 
             # So that a part of a caption means something too: "apple" is a red or a green one.
             words = [word for word in words if chance.random() < 0.5] or [chance.choice(words)]
         prompts.append(" ".join(words))
-    x = (pictures.rgb[chosen].float() / 255 - model.shape["pixel_offset"]) / model.shape["pixel_scale"]
+    x = (pictures.rgb[numbers].float() / 255 - model.shape["pixel_offset"]) / model.shape["pixel_scale"]
     # Spread evenly over all diffusion steps, not drawn one by one: the loss, and so the gradient, is much less noisy.
     spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
     t = (spread * model.num_timesteps).long().clamp(max=model.num_timesteps - 1)

@@ -117,8 +117,8 @@ class Host:
         args = [0, *(control.value for control in runner.inputs[1:])]
         if tome:
             script = runner.script("ToMe")
-            given = list(tome)[: len(script.controls)]
-            args[script.args_from : script.args_from + len(given)] = given
+            values = list(tome)[: len(script.controls)]
+            args[script.args_from : script.args_from + len(values)] = values
         return args
 
     def _unload(self) -> None:

@@ -74,10 +74,10 @@ def _changed(
     values: Mapping[str, Any], named: Mapping[str, Any], preset: Callable[[str], MergeSettings]
 ) -> dict[str, Any]:
     """`values` with those of `named` in their place."""
-    known = ("preset", *CONTROLS)
-    unknown = [repr(name) for name in named if name not in known]
+    names = ("preset", *CONTROLS)
+    unknown = [repr(name) for name in named if name not in names]
     if unknown:
-        raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(known)}")
+        raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(names)}")
     chosen = panel_values(preset(named["preset"])) if "preset" in named else {}
     changed = {**values, **chosen, "enabled": True, **named}
     # Who gives a late ratio wants it reached.

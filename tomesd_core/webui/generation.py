@@ -86,23 +86,23 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
     """
     erase(p)
     try:
-        asked = read_arguments(args, getattr(p, OVERRIDES, None), presets.get)
+        arguments = read_arguments(args, getattr(p, OVERRIDES, None), presets.get)
     except SettingsError as error:
         leave_unmerged(p, str(error))
         _write(p, {ERROR_KEY: str(error)})
         # Copies of p are to be told; another copy of the extension may merge, and has its own there.
         vars(p).setdefault("get_token_merging_ratio", _begun(p).token_merging_ratio)
     else:
-        if asked is None:
+        if arguments is None:
             last.settings = last.summary = None
-        elif why_not := _why_not(p, asked.settings):
+        elif why_not := _why_not(p, arguments.settings):
             leave_unmerged(p, why_not)
         else:
-            useful = useful_fields(asked.settings.schedule, asked.settings.min_tokens, has_hires_pass(p))
-            values = panel_values(asked.settings)
+            useful = useful_fields(arguments.settings.schedule, arguments.settings.min_tokens, has_hires_pass(p))
+            values = panel_values(arguments.settings)
             _write(p, {str(PANEL_FIELDS[name].infotext): values[name] for name in values if name in useful})
             generation = _begun(p)
-            generation.settings, generation.map_place = asked
+            generation.settings, generation.map_place = arguments
             p.get_token_merging_ratio = generation.token_merging_ratio
     if line := namesakes.warning(p, is_asked=of(p) is not None):
         say(p, line)

@@ -60,13 +60,13 @@ class Result:
     """Share of the device's peak memory; None where it isn't known."""
 
 
-def measure(given: Mapping[str, Any], task: str = "") -> list[Result]:
+def measure(request: Mapping[str, Any], task: str = "") -> list[Result]:
     """Measures the size and, with hires fix, its second pass's, when its turn has come in the host's queue.
 
-    `given` has any of `FIELDS`, and `settings`, an object as for the script's argument. The host shows the progress of
-    `task`. Raises `SettingsError` for a wrong value, and `NoResultError` where it was interrupted or failed.
+    `request` has any of `FIELDS`, and `settings`, an object as for the script's argument. The host shows the progress
+    of `task`. Raises `SettingsError` for a wrong value, and `NoResultError` where it was interrupted or failed.
     """
-    values, settings = _read(given)
+    values, settings = _read(request)
     task = task or f"task({uuid.uuid4().hex})"
     sizes = [(values["width"], values["height"], False)]
     if values["hires_width"] and values["hires_height"]:
@@ -94,16 +94,16 @@ def stop(task: str) -> None:
     _stopped.add(task)
 
 
-def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], MergeSettings]:
-    unknown = [repr(name) for name in given if name not in (*FIELDS, "settings")]
+def _read(request: Mapping[str, Any]) -> tuple[dict[str, Any], MergeSettings]:
+    unknown = [repr(name) for name in request if name not in (*FIELDS, "settings")]
     if unknown:
         raise SettingsError(f"unknown field {', '.join(unknown)}: the fields are {', '.join(FIELDS)}, settings")
-    values = {name: field.check(name, given.get(name, field.default)) for name, field in FIELDS.items()}
-    settings = given.get("settings", {})
+    values = {name: field.check(name, request.get(name, field.default)) for name, field in FIELDS.items()}
+    settings = request.get("settings", {})
     if not isinstance(settings, Mapping):
         raise SettingsError(f"settings must be an object of settings, got {settings!r}")
-    asked = read_arguments([{**settings, "enabled": True}], None, presets.get)
-    return values, asked.settings if asked else MergeSettings()
+    arguments = read_arguments([{**settings, "enabled": True}], None, presets.get)
+    return values, arguments.settings if arguments else MergeSettings()
 
 
 def _of_size(

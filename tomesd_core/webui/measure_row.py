@@ -28,8 +28,8 @@ class MeasureRow:
         self._start, self._stop = (
             gr.Button(name, visible=False, elem_id=elem_id(f"measure_{name}")) for name in ("start", "stop")
         )
-        self._asked = gr.Textbox("{}", visible=False, elem_id=elem_id("measure_asked"))
-        for component in (self._button, self._lines, self._start, self._stop, self._asked):
+        self._request = gr.Textbox("{}", visible=False, elem_id=elem_id("measure_asked"))
+        for component in (self._button, self._lines, self._start, self._stop, self._request):
             component.do_not_save_to_config = True
 
     def connect(self, controls: Sequence[Any]) -> None:
@@ -37,14 +37,14 @@ class MeasureRow:
         tab = self._tab
         host.listen(self._button.click, js=f"() => toMeMeasure('{tab}')")
         ask = f"(...given) => toMeMeasuring('{tab}', given)"
-        inputs, outputs = [self._asked, *controls], [self._lines]
+        inputs, outputs = [self._request, *controls], [self._lines]
         measured = host.listen(self._start.click, _measure, inputs, outputs, ask, queue=None, what="measuring")
         host.listen(measured.then, js=f"() => toMeMeasured('{tab}')")
-        host.listen(self._stop.click, measure.stop, [self._asked], js=f"() => toMeMeasuredTask('{tab}')")
+        host.listen(self._stop.click, measure.stop, [self._request], js=f"() => toMeMeasuredTask('{tab}')")
 
 
-def _measure(asked: str, *values: Any) -> str:
-    given = json.loads(asked)
-    task = given.pop("task", "")
-    results = measure.measure({**given, "settings": dict(zip(CONTROLS, values, strict=True))}, task)
+def _measure(request_json: str, *values: Any) -> str:
+    request = json.loads(request_json)
+    task = request.pop("task", "")
+    results = measure.measure({**request, "settings": dict(zip(CONTROLS, values, strict=True))}, task)
     return "<br>".join(html.escape(result.line) for result in results)

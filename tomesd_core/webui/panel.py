@@ -45,7 +45,7 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         ui_components.InputAccordion(ENABLED.default, label=ENABLED.label, elem_id=elem_id("enabled")) as enabled,
         gr.Column(elem_classes=["tome-panel"]),
     ):
-        shown = gr.HTML(elem_id=elem_id("preview"), elem_classes=["tome-preview"])
+        chart = gr.HTML(elem_id=elem_id("preview"), elem_classes=["tome-preview"])
         preset_row = PresetRow(elem_id)
         for row in (*(names[first : first + 2] for first in range(0, len(names), 2)), MAP_FIELDS):
             with ui_components.FormRow():
@@ -56,11 +56,11 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         # inputs off the page: width, height and steps belong to the tab.
         refresh = gr.Button("Refresh", visible=False, elem_id=elem_id("refresh"))
         sizes = [gr.Number(value, visible=False, elem_id=elem_id(name)) for name, value in TAB_SIZE.items()]
-    for component in (*sizes, shown, refresh):
+    for component in (*sizes, chart, refresh):
         component.do_not_save_to_config = True
     controls, saved = {"enabled": enabled, **fields}, [fields[name] for name in PANEL_FIELDS]
     read_size = f"(...given) => toMeTabSize('{tab}', given)"
-    preview_made = host.listen(refresh.click, _preview, [*sizes, *controls.values()], [shown], js=read_size)
+    preview_made = host.listen(refresh.click, _preview, [*sizes, *controls.values()], [chart], js=read_size)
     host.listen(preview_made.then, js=f"() => toMeAnswered('{tab}')")
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
         host.listen(event, js=f"() => toMeChanged('{tab}')")

@@ -108,15 +108,15 @@ def import_(content: bytes) -> tuple[list[str], list[str]]:
     added, refused = [], []
     incoming = _parse(content, "the import")["presets"]
     with _changing() as own:
-        for given, entry in incoming.items():
+        for raw_name, entry in incoming.items():
             try:
-                name, _ = clean_name(given), _settings(entry)
+                name, _ = clean_name(raw_name), _settings(entry)
                 names = (f"{name[: MAX_NAME - 9]} ({number})" if number > 1 else name for number in count(1))
                 name = next(name for name in names if own.get(name, entry) == entry)
                 added += [name] if name not in own else []
                 own[name] = entry
             except SettingsError as error:
-                refused.append(f"{brief(given)}: {error}")
+                refused.append(f"{brief(raw_name)}: {error}")
     return added, refused
 
 

@@ -50,10 +50,10 @@ def get_status() -> dict[str, Any]:
     }
 
 
-def post_measure(given: dict[str, Any] = Body({})) -> list[dict[str, Any]]:  # noqa: B008 - FastAPI's way
+def post_measure(request: dict[str, Any] = Body({})) -> list[dict[str, Any]]:  # noqa: B008 - FastAPI's way
     """What `measure.measure` gives: a result a size."""
     try:
-        return [dataclasses.asdict(result) for result in measure.measure(given)]
+        return [dataclasses.asdict(result) for result in measure.measure(request)]
     except EXPECTED as error:
         raise HTTPException(422 if isinstance(error, SettingsError) else 500, str(error)) from error
     except Exception as error:
@@ -68,10 +68,10 @@ def _logins(app: Any) -> list[Callable[..., None]]:
     return [route.endpoint for route in app.routes if getattr(route, "path", None) == "/login_check"]
 
 
-def _check_credentials(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
+def _check_credentials(credentials: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
     for pair in str(shared.cmd_opts.api_auth).split(","):
         user, _, password = pair.partition(":")
-        right_user = secrets.compare_digest(given.username.encode(), user.encode())
-        if secrets.compare_digest(given.password.encode(), password.encode()) and right_user:
+        right_user = secrets.compare_digest(credentials.username.encode(), user.encode())
+        if secrets.compare_digest(credentials.password.encode(), password.encode()) and right_user:
             return
     raise HTTPException(401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"})

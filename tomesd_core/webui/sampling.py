@@ -142,7 +142,7 @@ class Sampling:
         self._unet: nn.Module | None = None
         self._handle: RemovableHandle | None = None
         self._is_hires = False
-        self._given: UNetInput = ((), {})
+        self._unet_input: UNetInput = ((), {})
         self._outer: Sampling | None = None
 
     def __enter__(self) -> Sampling:
@@ -181,7 +181,7 @@ class Sampling:
         if self._map_place and is_hires not in self._recorders:
             first_items = host.first_items(self._p.sampler.sampler_extra_args["cond"])
             self._recorders[is_hires] = PictureRecorder(
-                self._map_place, first_items, tuple(shape[-2:]), lambda: self._given
+                self._map_place, first_items, tuple(shape[-2:]), lambda: self._unet_input
             )
         self._merging = attach(unet, self.settings, host.hypertile_of, self._recorders.get(is_hires))
         self._handle = unet.register_forward_pre_hook(self._note_input, with_kwargs=True)
@@ -189,17 +189,17 @@ class Sampling:
 
     def _note_input(self, unet: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         x, options = args[0] if args else kwargs.get("x"), kwargs.get("transformer_options")
-        self._given = getattr(x, "shape", ())[-2:], options if isinstance(options, dict) else {}
+        self._unet_input = getattr(x, "shape", ())[-2:], options if isinstance(options, dict) else {}
 
     def unhook(self) -> None:
         """Leaves nothing on the model, and keeps no reference to it."""
-        merging, (_, options) = self._merging, self._given
+        merging, (_, options) = self._merging, self._unet_input
         if merging is None or self._handle is None:
             return
         merging.detach()
         self._handle.remove()
         self._merging = self._unet = self._handle = None
-        self._given = (), {}
+        self._unet_input = (), {}
         report = merging.report()
         where = f"{'hires' if self._is_hires else 'first'} pass: " if generation.has_hires_pass(self._p) else ""
         why = None if report.merged_layers else host.why_layers_did_not_run(options)
@@ -223,17 +223,17 @@ class PictureRecorder(MapRecorder):
     """Keeps what one pass merged in each picture's prompted half; a refiner goes on with it."""
 
     def __init__(
-        self, place: tuple[int, int], first_items: list[int], latent: Sequence[int], given: Callable[[], UNetInput]
+        self, place: tuple[int, int], first_items: list[int], latent: Sequence[int], unet_input: Callable[[], UNetInput]
     ) -> None:
-        """`latent` is the whole pictures' (rows, columns); `given` is asked what the UNet's running call was given."""
+        """`latent` is the whole pictures' (rows, columns); `unet_input` gives that of the UNet's running call."""
         super().__init__(*place)
-        self._first_items, self._latent, self._given = first_items, latent, given
+        self._first_items, self._latent, self._unet_input = first_items, latent, unet_input
         self.pictures = first_items
         """Where the pictures are among the items that are kept."""
         self._of_tiles: set[tuple[str, tuple[int, int]]] = set()
 
     def __call__(self, layer_name: str, step: int, grid: tuple[int, int], token_map: TokenMap) -> None:
-        latent, options = self._given()
+        latent, options = self._unet_input()
         if any(side < whole for side, whole in zip(latent, self._latent, strict=False)):
             self._of_tiles.add((layer_name, grid))
         items = host.prompted_items(options, len(token_map.slots))

@@ -25,9 +25,9 @@ def unquote(text: str) -> Any:
 
 def parse_generation_parameters(x: str) -> dict[str, Any]:
     """Reads an infotext's last line into a dict of texts. A value like `8x8` becomes two keys, `…-1` and `…-2`."""
-    found: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for key, value in re_param.findall(x.strip().split("\n")[-1]):
         value = unquote(value)
         size = re_imagesize.match(str(value))
-        found.update({f"{key}-1": size[1], f"{key}-2": size[2]} if size else {key: value})
-    return found
+        parameters.update({f"{key}-1": size[1], f"{key}-2": size[2]} if size else {key: value})
+    return parameters

@@ -98,12 +98,12 @@ class StableDiffusionProcessing:
         """Encodes the batch's prompts: the parts of each, which `AND` joins, and their weights (`cat AND dog :0.5`)."""
         model, batch = sd_models.model_data.sd_model, []
         for prompt in [self.prompt] * self.batch_size:
-            found = [
+            parts = [
                 re.fullmatch(r"(.*?)(?:\s*:\s*([-+]?\d*\.?\d+))?\s*", part, re.S)
                 for part in re.split(r"\bAND\b", prompt)
             ]
-            encoded = model.encode_prompts([part[1] for part in found])
-            batch.append([(tokens, float(part[2] or 1)) for tokens, part in zip(encoded, found, strict=True)])
+            encoded = model.encode_prompts([part[1] for part in parts])
+            batch.append([(tokens, float(part[2] or 1)) for tokens, part in zip(encoded, parts, strict=True)])
         self.c = SimpleNamespace(batch=batch)
         self.uc = model.encode_prompts([self.negative_prompt] * self.batch_size)
 
@@ -245,8 +245,8 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
     def init(self) -> None:
         """Says what the second pass does."""
         if self.enable_hr:
-            said = {"Denoising strength": self.denoising_strength, "Hires upscale": self.hr_scale}
-            self.extra_generation_params |= said | {"Hires checkpoint": self.hr_checkpoint_name}
+            parameters = {"Denoising strength": self.denoising_strength, "Hires upscale": self.hr_scale}
+            self.extra_generation_params |= parameters | {"Hires checkpoint": self.hr_checkpoint_name}
 
     def sample(self, conditioning: Any, unconditional_conditioning: Tensor) -> Any:
         """The first pass (left out for a given `firstpass_image`, the Upscale button's), and the second."""
@@ -308,8 +308,8 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
     def sample(self, conditioning: Any, unconditional_conditioning: Tensor) -> Tensor:
         """The one pass."""
         self.sampler, x = sd_samplers.Sampler(self), self.rng.next()
-        given = {"c": conditioning, "uc": unconditional_conditioning}
-        self.call("process_before_every_sampling", x=self.init_latent, noise=x, **given)
+        conditionings = {"c": conditioning, "uc": unconditional_conditioning}
+        self.call("process_before_every_sampling", x=self.init_latent, noise=x, **conditionings)
         samples = self.sampler.sample_img2img(self, self.init_latent, x, conditioning, unconditional_conditioning)
         return samples if self.mask is None else samples * self.nmask + self.init_latent * self.mask
 

@@ -72,7 +72,7 @@ def _execute(path: str) -> ModuleType:
 
 
 def _classes(module: ModuleType) -> Iterator[type[Script]]:
-    return (found for found in vars(module).values() if isinstance(found, type) and issubclass(found, Script))
+    return (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Script))
 
 
 def load_scripts() -> None:
@@ -87,7 +87,7 @@ def load_scripts() -> None:
             try:
                 sys.path, current_basedir = [folder, *syspath], folder
                 module = _execute(path)
-                scripts_data.extend(ScriptClassData(found, path, folder, module) for found in _classes(module))
+                scripts_data.extend(ScriptClassData(kind, path, folder, module) for kind in _classes(module))
             except Exception:
                 errors.report(f"Error loading script: {path}")
             finally:

@@ -40,10 +40,10 @@ def reload_model_weights(info: str | None = None) -> torch.nn.Module:
         if len(loaded) > limit:
             loaded.remove(old)
             old.to("meta")
-    kept = [old for old in loaded if old.sd_checkpoint_info.model_name == name]
-    if kept:
-        _use(kept[0], name)
-        return kept[0]
+    loaded_before = [old for old in loaded if old.sd_checkpoint_info.model_name == name]
+    if loaded_before:
+        _use(loaded_before[0], name)
+        return loaded_before[0]
     fresh = checkpoints[name]().to(devices.device).eval()
     if len(loaded) >= limit:
         old = loaded.pop()

@@ -144,9 +144,9 @@ class Sampler:
         function, denoiser = self.config.function, self.model_wrap_cfg
         denoiser.total_steps = steps * 2 if self.config.options.get("second_order") else steps
         state.sampling_steps, state.sampling_step = steps, 0
-        known = {"sigmas": schedule, "timesteps": schedule, "noise_sampler": p.rng.next}
-        known["alphas_cumprod"] = sd_models.model_data.sd_model.alphas_cumprod
-        given = {name: value for name, value in known.items() if name in inspect.signature(function).parameters}
+        options = {"sigmas": schedule, "timesteps": schedule, "noise_sampler": p.rng.next}
+        options["alphas_cumprod"] = sd_models.model_data.sd_model.alphas_cumprod
+        accepted = {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
         self.sampler_extra_args = {"cond": cond, "uncond": uncond, "cond_scale": p.cfg_scale}
         self.last_latent = x
 
@@ -157,6 +157,6 @@ class Sampler:
             return denoised
 
         try:
-            return function(evaluate, x, **given)
+            return function(evaluate, x, **accepted)
         except InterruptedException:
             return self.last_latent
