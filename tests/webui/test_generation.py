@@ -643,6 +643,18 @@ def test_hires_fix_with_a_checkpoint_of_its_own(make, attention):
     assert processed.comments.count("self-attention layers") == 2
 
 
+def test_a_hires_pass_merges_whose_first_pass_has_no_such_layers(make, attention):
+    joint = {"override_settings": {"sd_model_checkpoint": "joint"}, "hr_checkpoint_name": "base", **HIRES}
+    expected = make(None, **joint)
+    attention.tokens.clear()
+    processed = make(ON, **joint)
+    assert attention.tokens == [left(0.5, HIRES_TOKENS)] * 2
+    assert pixels(processed) != pixels(expected)
+    why_not = "first pass: nothing merged: this model has no self-attention layers that can be merged; "
+    assert f"ToMe: {why_not}hires pass: " in processed.comments
+    assert keys_of(processed)["ToMe ratio"] == 0.5
+
+
 def test_another_checkpoint_in_the_next_picture(make, attention, merged):
     attention.tokens.clear()
     for name in ("other", "base", "twin", "base"):

@@ -40,7 +40,8 @@ def bind(p: Any, first_batch: bool = True) -> None:
         return
     # Not every host has loaded the model earlier than this.
     layers = host.loaded_layers()
-    if layers:
+    # The hires pass may be another model's, which has such layers.
+    if layers or (layers is not None and getattr(p, "hr_checkpoint_info", None)):
         p.sample = _MergedSample(p, prepared, first_batch)
     else:
         no_layers = "this model has no self-attention layers that can be merged"

@@ -240,11 +240,13 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
     hr_scale: float = 2.0
     hr_second_pass_steps: int = 0
     hr_checkpoint_name: str | None = None
+    hr_checkpoint_info: str | None = field(default=None, init=False)
     firstpass_image: Image.Image | None = None
 
     def init(self) -> None:
         """Says what the second pass does."""
         if self.enable_hr:
+            self.hr_checkpoint_info = self.hr_checkpoint_name
             parameters = {"Denoising strength": self.denoising_strength, "Hires upscale": self.hr_scale}
             self.extra_generation_params |= parameters | {"Hires checkpoint": self.hr_checkpoint_name}
 
