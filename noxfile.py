@@ -85,9 +85,8 @@ def forge_pins(session: nox.Session) -> None:
     """The panel and the seam with Forge's gradio 4.40.0 and what Forge pins around it; they need no WebUI."""
     session.install(*CURRENT, *FORGE_PINS, "pytest", "playwright")
     env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
-    # Without the other tests' fixtures, which are for gradio 3.
     tests = session.posargs or ("tests/seam",)
-    session.run("python", "-m", "pytest", "--confcutdir=tests/seam", *tests, env=env)
+    session.run("python", "-m", "pytest", *tests, env=env)
 
 
 @nox.session
