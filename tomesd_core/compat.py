@@ -31,10 +31,10 @@ def apply_patch(
 
     Raises `SettingsError` (a `ValueError`) for `merge_crossattn` and `merge_mlp`, `TypeError` for a diffusers model.
     """
-    for name, chosen in (("merge_crossattn", merge_crossattn), ("merge_mlp", merge_mlp)):
-        if chosen:
+    for name, value in (("merge_crossattn", merge_crossattn), ("merge_mlp", merge_mlp)):
+        if value:
             raise SettingsError(
-                f"{name} must be False, got {chosen!r}: only self-attention is merged, since merging elsewhere costs "
+                f"{name} must be False, got {value!r}: only self-attention is merged, since merging elsewhere costs "
                 "quality and gains little (paper, table 3a)"
             )
     remove_patch(model)

@@ -439,12 +439,12 @@ class _LayerHooks:
         call.token_map = None if method == "keys" else token_map
         queries = x if method == "keys" else merged
         # A context or value that is the input itself is self-attention; one of its own is left whole.
-        changed = inputs.each(lambda value: merged if value is x else value)
+        arguments = inputs.each(lambda value: merged if value is x else value)
         if heads is not None:
             call.weighed = Weighed(heads, token_map.counts)
             queries = heads.widen_input(queries)
-            changed = changed.replaced(1, "context", merged)
-        return changed.replaced(0, "x", queries)
+            arguments = arguments.replaced(1, "context", merged)
+        return arguments.replaced(0, "x", queries)
 
     def _heads(self, attention: nn.Module, x: Tensor) -> Heads | None:
         """How this layer's attention splits and scales: asked once for each implementation and size."""

@@ -94,9 +94,9 @@ def _best_in_windows(
 
     def tokens_at(rows: Tensor, unit: bool) -> Tensor:
         """[…, C]: the tokens in `rows`, of length one where `unit` says so."""
-        chosen = rows.flatten()
-        tokens = flat.index_select(0, chosen)
-        return (tokens * scale.index_select(0, chosen)[:, None] if unit else tokens).view(*rows.shape, -1)
+        numbers = rows.flatten()
+        tokens = flat.index_select(0, numbers)
+        return (tokens * scale.index_select(0, numbers)[:, None] if unit else tokens).view(*rows.shape, -1)
 
     limit = CACHED_BYTES if x.device.type == "cpu" else SIMILARITY_BYTES
     row_bytes = destinations * torch.finfo(dtype).bits // 8

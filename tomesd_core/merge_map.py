@@ -108,10 +108,10 @@ def draw(slots: Tensor, grid: tuple[int, int], picture: Tensor) -> Tensor:
         """[rows, columns, …] to [H, W, …]."""
         return tokens.index_select(0, down).index_select(1, across)
 
-    covered = picture.float().lerp_(of_pixels(_colours(len(slots), slots.device)[laid]), COVER)
+    pixels = picture.float().lerp_(of_pixels(_colours(len(slots), slots.device)[laid]), COVER)
     if min(height // rows, width // columns) >= LEAST_SIDE:
-        covered *= 1 - (1 - EDGE) * _edges(of_pixels(laid))[..., None].float()
-    return torch.where(of_pixels(laid != ALONE)[..., None], covered.round_().to(torch.uint8), picture)
+        pixels *= 1 - (1 - EDGE) * _edges(of_pixels(laid))[..., None].float()
+    return torch.where(of_pixels(laid != ALONE)[..., None], pixels.round_().to(torch.uint8), picture)
 
 
 def _edges(of_pixel: Tensor) -> Tensor:
@@ -128,5 +128,5 @@ def _colours(slots: int, device: torch.device) -> Tensor:
     # Squares keep the slots below each other apart too, however many there are in a row.
     hue = number**2 * GOLDEN % 1
     # At full saturation and value each channel is a trapezium over the hue.
-    turned = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64, device=device)) % 6
-    return (255 * ((turned - 3).abs() - 1).clamp(0, 1)).float()
+    sixths = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64, device=device)) % 6
+    return (255 * ((sixths - 3).abs() - 1).clamp(0, 1)).float()

@@ -126,8 +126,8 @@ def _uniform_partition(
     grid: tuple[int, int], stride: tuple[int, int], step: int, items: int, device: torch.device
 ) -> Partition:
     count = math.prod(side // cell for side, cell in zip(grid, stride, strict=True))
-    shuffled = torch.stack([_hash(math.prod(grid), step, item).argsort(stable=True) for item in range(items)])
-    src, dst = shuffled[:, count:].sort().values, shuffled[:, :count].sort().values
+    order = torch.stack([_hash(math.prod(grid), step, item).argsort(stable=True) for item in range(items)])
+    src, dst = order[:, count:].sort().values, order[:, :count].sort().values
     numbers = torch.arange(math.prod(grid), device=device)
     windows = Windows(numbers[None, : src.shape[1]], numbers[None, :count], numbers[: src.shape[1]])
     return Partition(src.to(device), dst.to(device), windows)

@@ -44,10 +44,10 @@ def tokens_removed(tokens: int, ratio: float, rounded: bool = False) -> int:
     was measured up to 20 % slower over lengths that 8 doesn't divide.
     """
     removed = int(tokens * ratio)
-    left = tokens - removed
-    if not rounded or not removed or left < 256:
+    count = tokens - removed
+    if not rounded or not removed or count < 256:
         return removed
-    return tokens - min((left + 8) // 16 * 16, tokens)
+    return tokens - min((count + 8) // 16 * 16, tokens)
 
 
 def coarsest_level(settings: MergeSettings, layers: Sequence[Layer]) -> int:

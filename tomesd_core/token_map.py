@@ -96,8 +96,8 @@ def _scanned_mean(x: Tensor, rows: Tensor, members: Tensor, starts: Tensor) -> T
     distance = 1
     while distance < total.shape[0]:
         together = (rows[distance:] == rows[:-distance])[:, None]
-        added = torch.where(together, total[:-distance], torch.zeros_like(total[:1]))
-        total = torch.cat([total[:distance], total[distance:] + added])
+        addends = torch.where(together, total[:-distance], torch.zeros_like(total[:1]))
+        total = torch.cat([total[:distance], total[distance:] + addends])
         distance *= 2
     ends = torch.cat([starts[1:], starts.new_full((1,), members.shape[0])])
     return (total.index_select(0, ends - 1) / (ends - starts)[:, None]).to(x.dtype)

@@ -1,3 +1,3 @@
 """The version, alone, so that tools can read it without torch."""
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"

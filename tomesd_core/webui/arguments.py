@@ -78,12 +78,12 @@ def _changed(
     unknown = [repr(name) for name in named if name not in names]
     if unknown:
         raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(names)}")
-    chosen = panel_values(preset(named["preset"])) if "preset" in named else {}
-    changed = {**values, **chosen, "enabled": True, **named}
+    of_preset = panel_values(preset(named["preset"])) if "preset" in named else {}
+    panel = {**values, **of_preset, "enabled": True, **named}
     # Who gives a late ratio wants it reached.
-    if "late_ratio" in named and "schedule" not in named and changed["schedule"] == "constant":
-        changed["schedule"] = "linear"
-    return changed
+    if "late_ratio" in named and "schedule" not in named and panel["schedule"] == "constant":
+        panel["schedule"] = "linear"
+    return panel
 
 
 def from_text(setting: Setting, text: Any) -> Any:

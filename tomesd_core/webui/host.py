@@ -89,8 +89,8 @@ def prompted_items(options: Mapping[str, Any], items: int) -> Sequence[int] | No
     if not parts:
         return None
     pictures = items // len(parts)
-    prompted = [number for number, part in enumerate(parts) if part == 0][-1:]
-    return [part * pictures + picture for part in prompted for picture in range(pictures)]
+    numbers = [number for number, part in enumerate(parts) if part == 0][-1:]
+    return [part * pictures + picture for part in numbers for picture in range(pictures)]
 
 
 def first_items(conds: Any) -> list[int]:
@@ -167,5 +167,5 @@ def listen(
 
     name = "js" if "js" in inspect.signature(event).parameters else "_js"
     options = {"inputs": inputs, "outputs": list(outputs), "show_progress": "hidden", "queue": queue, name: js}
-    guarded = function and harmless(what or "a part of the panel", function, unchanged, EXPECTED if what else ())
-    return event(guarded, **options)
+    listener = function and harmless(what or "a part of the panel", function, unchanged, EXPECTED if what else ())
+    return event(listener, **options)

@@ -27,10 +27,10 @@ def draw_on(p: Any, image: Image.Image) -> None:
 def append(p: Any, processed: Any) -> None:
     """Puts the drawn maps behind the pictures, each with its picture's parameters."""
     prepared = generation.of(p)
-    for number, drawn in (prepared.drawn_maps if prepared is not None else {}).items():
-        drawn.info["parameters"] = processed.infotext(p, number)
-        processed.images.append(drawn)
-        processed.infotexts.append(drawn.info["parameters"])
+    for number, picture in (prepared.drawn_maps if prepared is not None else {}).items():
+        picture.info["parameters"] = processed.infotext(p, number)
+        processed.images.append(picture)
+        processed.infotexts.append(picture.info["parameters"])
 
 
 def _drawn(picture: Image.Image, merge_map: MergeMap) -> Image.Image:

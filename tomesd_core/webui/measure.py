@@ -241,12 +241,12 @@ class _Run(Sampling):
         times, spread = _times_faster([(unmerged, fmean(merged)) for unmerged, *merged in rounds])
         share = self._attention / self._seconds[WARM_UP - 1]
         peaks = self._peaks[WARM_UP::turns], self._peaks[WARM_UP + 1 :: turns]
-        saved = 1 - max(peaks[1]) / max(peaks[0]) if max(peaks[0]) else None
+        saving = 1 - max(peaks[1]) / max(peaks[0]) if max(peaks[0]) else None
         line = f"no faster at {size}: attention is {share:.0%} of a step here"
         if times > 1 + max(spread, 0.005):
-            memory = f", {saved:.0%} less memory" if saved and saved >= 0.005 else ""
+            memory = f", {saving:.0%} less memory" if saving and saving >= 0.005 else ""
             line = f"{times:.2f} times faster at {size} (± {spread:.0%}){memory}, on this machine"
-        return Result(line.replace("%", " %"), times, spread, share, saved)
+        return Result(line.replace("%", " %"), times, spread, share, saving)
 
 
 def _times_faster(rounds: Sequence[tuple[float, float]]) -> tuple[float, float]:

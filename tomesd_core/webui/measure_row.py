@@ -38,8 +38,8 @@ class MeasureRow:
         host.listen(self._button.click, js=f"() => toMeMeasure('{tab}')")
         ask = f"(...given) => toMeMeasuring('{tab}', given)"
         inputs, outputs = [self._request, *controls], [self._lines]
-        measured = host.listen(self._start.click, _measure, inputs, outputs, ask, queue=None, what="measuring")
-        host.listen(measured.then, js=f"() => toMeMeasured('{tab}')")
+        end = host.listen(self._start.click, _measure, inputs, outputs, ask, queue=None, what="measuring")
+        host.listen(end.then, js=f"() => toMeMeasured('{tab}')")
         host.listen(self._stop.click, measure.stop, [self._request], js=f"() => toMeMeasuredTask('{tab}')")
 
 

@@ -58,14 +58,14 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         sizes = [gr.Number(value, visible=False, elem_id=elem_id(name)) for name, value in TAB_SIZE.items()]
     for component in (*sizes, chart, refresh):
         component.do_not_save_to_config = True
-    controls, saved = {"enabled": enabled, **fields}, [fields[name] for name in PANEL_FIELDS]
+    controls, settings = {"enabled": enabled, **fields}, [fields[name] for name in PANEL_FIELDS]
     read_size = f"(...given) => toMeTabSize('{tab}', given)"
     preview_made = host.listen(refresh.click, _preview, [*sizes, *controls.values()], [chart], js=read_size)
     host.listen(preview_made.then, js=f"() => toMeAnswered('{tab}')")
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
         host.listen(event, js=f"() => toMeChanged('{tab}')")
-    host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], saved)
-    preset_row.connect(saved, sizes, read_size)
+    host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], settings)
+    preset_row.connect(settings, sizes, read_size)
     measure_row.connect(list(controls.values()))
     return controls
 

@@ -58,17 +58,17 @@ class PresetRow:
 
         JavaScript's `read_size` reads `sizes` off the page: the tab's width, height and steps.
         """
-        preset, changed = self._preset, [self._message, self._preset]
+        preset, outputs = self._preset, [self._message, self._preset]
         click = {name: button.click for name, button in self._buttons.items()}
         connect = partial(host.listen, what="this button")
         connect(preset.select, _choose, [*sizes, preset], [self._message, *fields], read_size)
-        connect(click["save"], _save, [preset, *fields], changed)
-        connect(click["delete"], _delete, [preset], changed)
+        connect(click["save"], _save, [preset, *fields], outputs)
+        connect(click["delete"], _delete, [preset], outputs)
         # The page as it was made holds the presets that there were then.
         for event in (click["reload"], Context.root_block.load):
-            connect(event, _reload, [], changed)
+            connect(event, _reload, [], outputs)
         connect(click["export"], _export, [], [self._message, self._file])
-        connect(self._upload.upload, _import, [self._upload], changed)
+        connect(self._upload.upload, _import, [self._upload], outputs)
 
 
 def _choose(width: Any, height: Any, steps: Any, name: str) -> list[Any]:
@@ -81,8 +81,8 @@ def _choose(width: Any, height: Any, steps: Any, name: str) -> list[Any]:
 
 
 def _save(name: str, *values: Any) -> list[Any]:
-    stored = presets.save(name, MergeSettings(**dict(zip(PANEL_FIELDS, values, strict=True))))
-    return _reload(f"Saved as {stored!r}.", value=stored)
+    kept_as = presets.save(name, MergeSettings(**dict(zip(PANEL_FIELDS, values, strict=True))))
+    return _reload(f"Saved as {kept_as!r}.", value=kept_as)
 
 
 def _delete(name: str) -> list[Any]:

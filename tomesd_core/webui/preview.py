@@ -70,8 +70,8 @@ def _change(
         return None
     ratios = settings.ratio_at(0.0), settings.ratio_at(1.0)
     removed = [removed_or_why_not(settings, tokens, layer.channels, ratio, device_type) for ratio in ratios]
-    left = dict.fromkeys(tokens if isinstance(count, str) else tokens - count for count in removed)
-    return None if set(left) == {tokens} else f"{tokens} → {' to '.join(map(str, left))}"
+    counts = dict.fromkeys(tokens if isinstance(count, str) else tokens - count for count in removed)
+    return None if set(counts) == {tokens} else f"{tokens} → {' to '.join(map(str, counts))}"
 
 
 def chart(settings: MergeSettings, steps: int) -> str:

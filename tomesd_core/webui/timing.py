@@ -52,17 +52,17 @@ def begin() -> None:
 
 def note_unmerged(p: Any) -> None:
     """The sampling of p has ended, and nothing but ours, which has told it, could have merged in it."""
-    if (taken := _stopped(p)) and not generation.built_in_is_on(p):
-        kind, seconds = taken
+    if (measurement := _stopped(p)) and not generation.built_in_is_on(p):
+        kind, seconds = measurement
         _fastest[kind] = min(seconds, _fastest.get(kind, seconds))
 
 
 def told(p: Any) -> str:
     """What to add to the summary of p's merged sampling, which has ended; nothing where it was cut short."""
-    taken = _stopped(p)
-    if taken is None:
+    measurement = _stopped(p)
+    if measurement is None:
         return ""
-    kind, seconds = taken
+    kind, seconds = measurement
     if kind not in _fastest:
         return f"; sampled in {seconds:.1f} s"
     times = _fastest[kind] / seconds
