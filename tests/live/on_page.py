@@ -109,7 +109,7 @@ def go_to(page: Any, tab: str) -> None:
     page.locator("#tabs > .tab-nav > button").get_by_text(re.compile(f"^\\s*{tab}\\s*$", re.IGNORECASE)).click()
 
 
-def choose(dropdown: Any, option: str) -> None:
+def choose(dropdown: Any, option: str | re.Pattern[str]) -> None:
     dropdown.locator("input").click()
     dropdown.locator("ul.options").get_by_label(option, exact=True).click()
 

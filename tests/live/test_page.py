@@ -78,7 +78,7 @@ def test_png_info_sends_every_field_and_switches_off_without_them(webui, baselin
 
 def xyz(page: Any, tab: str) -> Any:
     """The X/Y/Z plot's first axis, after choosing the script."""
-    choose(page.locator(f"#{tab}_script_container #script_list"), "X/Y/Z plot")
+    choose(page.locator(f"#{tab}_script_container #script_list"), re.compile("^X/Y/Z plot$", re.IGNORECASE))
     return page.locator(f"#script_{tab}_xyz_plot_x_type")
 
 
