@@ -80,9 +80,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"token merging: {self.summary}"]
         for layer in self.layers:
-            what = f"{layer.change} in {layer.merged_calls} of {layer.calls} calls"
-            if not layer.merged_calls:
-                what = "not merged"
+            calls = f"in {layer.merged_calls} of {layer.calls} calls"
+            what = f"{layer.change} {calls}" if layer.merged_calls else "not merged"
             lines.append(
                 f"  {layer.name} (level {layer.level}): {what}{f', {layer.left_out}' if layer.left_out else ''}"
             )
