@@ -83,14 +83,18 @@ def xyz(page: Any, tab: str) -> Any:
 
 
 def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page):
+    webui.make([True, 0.6])
+    before = webui.get("/tome/status").json()["summary"]
     axis = xyz(page, "txt2img")
     values = page.locator("#script_txt2img_xyz_plot_x_values textarea, #script_txt2img_xyz_plot_x_values input").first
     # Before the axis: WebUI's answer to that choice writes the values back as they were then.
     values.fill("0.3, 2")
     choose(axis, "[ToMe] Ratio")
-    # reForge keeps to its log what a job raises, and shows that it has no result.
+    # reForge and Classic keep to their log what a job raises, and show that it has no result.
     message = re.compile(r"\[0, 0\.9375\]|'NoneType' object is not iterable")
-    expect(generate(page, webui.side, steps=1).locator(".error")).to_contain_text(message)
+    results = generate(page, webui.side, steps=1)
+    expect(results.locator(".error")).to_contain_text(message)
+    assert webui.get("/tome/status").json()["summary"] == before, "it is refused before its first picture"
     page.locator("#html_log_txt2img .performance").evaluate("element => element.remove()")
     values.fill("0.3, 0.6")
     results = generate(page, webui.side, steps=1)
