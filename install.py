@@ -8,20 +8,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 def problems() -> list[str]:
     """What keeps the extension from working here, a line each."""
-    found = []
+    lines = []
     if sys.version_info < (3, 10):  # noqa: UP036 - what runs it is what is asked
-        found.append(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+        lines.append(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
     # Asked of the packages' metadata: importing torch would delay every start by seconds.
     for package, least in (("torch", (2, 0)), ("gradio", (3, 41))):
         try:
             text = version(package)
         except PackageNotFoundError:
-            found.append(f"{package} {'.'.join(map(str, least))} or newer is needed, and none is installed")
+            lines.append(f"{package} {'.'.join(map(str, least))} or newer is needed, and none is installed")
             continue
         digits = text.split("+")[0].split(".")[:2]
         if all(part.isdigit() for part in digits) and tuple(map(int, digits)) < least:
-            found.append(f"{package} {'.'.join(map(str, least))} or newer is needed, this is {text}")
-    return found
+            lines.append(f"{package} {'.'.join(map(str, least))} or newer is needed, this is {text}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -119,13 +119,13 @@ def watch(blocks_of: Callable) -> Callable[..., contextlib.AbstractContextManage
 
     @contextlib.contextmanager
     def watching(unet: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-        seen: dict[str, list[Tensor]] = {}
+        inputs: dict[str, list[Tensor]] = {}
         handles = []
         for name, block in blocks_of(unet).items():
-            record = seen.setdefault(name, [])
+            record = inputs.setdefault(name, [])
             handles.append(block.attn1.to_q.register_forward_pre_hook(lambda _, args, to=record: to.append(args[0])))
         try:
-            yield seen
+            yield inputs
         finally:
             for handle in handles:
                 handle.remove()
@@ -156,11 +156,11 @@ class Operations(TorchDispatchMode):
         self.names.append(str(func).removeprefix("aten."))
         if func is torch.ops.aten.bitwise_xor.Tensor and isinstance(args[1], int):
             func = torch.ops.aten.bitwise_xor.Scalar  # torch 2.1 names the wrong one of the two
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+        results = func(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, (tuple, list)) else [results]:
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel() * tensor.element_size())
-        return made
+        return results
 
 
 @pytest.fixture(scope="session")

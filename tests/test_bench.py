@@ -49,8 +49,8 @@ EVERYONE = [UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, CORNER, RANDOM, TODO, LIMI
 
 
 def one_contender(name: str, ratio: float, tokens: int = 256) -> Contender:
-    (found,), _ = contenders([name], ratio, tokens, torch.float32, FORCED)
-    return found
+    (contender,), _ = contenders([name], ratio, tokens, torch.float32, FORCED)
+    return contender
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,10 @@ def bench(tmp_path: Path, capfd: pytest.CaptureFixture) -> Callable[..., tuple[l
     def run(*arguments: object, stem: str | None = None) -> tuple[list[dict[str, str]], str]:
         assert main([*map(str, arguments), "--out", str(tmp_path)]) == 0
         printed = capfd.readouterr()
-        (written,) = tmp_path.glob(f"{stem or arguments[0]}-*.csv")
-        assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        (csv_file,) = tmp_path.glob(f"{stem or arguments[0]}-*.csv")
+        assert csv_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         assert "100%" in printed.err
-        with written.open(newline="", encoding="utf-8") as file:
+        with csv_file.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
             assert row["machine"] and "torch" in row["versions"] and row["date"] and arguments[0] in row["command"]
@@ -92,21 +92,21 @@ def test_speed(bench: Callable) -> None:
     assert list(at["0.75"]) == [UNMERGED, *OURS_AND_PEERS, TODO, *limits]
     assert list(at["0.84"]) == [UNMERGED, KEYS, PAPER, *limits]
     assert "tomesd is left out above its highest ratio" in printed and "ToDo is left out but at" in printed
-    found = at["0.6"]
+    by_name = at["0.6"]
     # At one ratio keys leaves other pairs than the peers, and has another limit.
-    assert found[KEYS]["over_tomesd_random"] == "" != found[PAPER]["over_tomesd_random"]
-    seconds = {name: float(row["seconds"]) for name, row in found.items()}
+    assert by_name[KEYS]["over_tomesd_random"] == "" != by_name[PAPER]["over_tomesd_random"]
+    seconds = {name: float(row["seconds"]) for name, row in by_name.items()}
     for name, limit in ((KEYS, LIMIT_KEYS), (PAPER, LIMIT), (CORNER, LIMIT)):
-        assert float(found[name]["over_limit"]) == pytest.approx(seconds[name] / seconds[limit])
-    assert "128 -> 52 tokens" in found[PAPER]["merged"] and found[PAPER]["merged"] in printed
-    assert "128 -> 52 keys" in found[KEYS]["merged"]
+        assert float(by_name[name]["over_limit"]) == pytest.approx(seconds[name] / seconds[limit])
+    assert "128 -> 52 tokens" in by_name[PAPER]["merged"] and by_name[PAPER]["merged"] in printed
+    assert "128 -> 52 keys" in by_name[KEYS]["merged"]
     assert "nothing merged" in at["0.0"][KEYS]["merged"]
 
 
 def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    matched = []
+    matchings = []
     match = hooks.match
-    monkeypatch.setattr(hooks, "match", lambda *args, **how: matched.append(args) or match(*args, **how))
+    monkeypatch.setattr(hooks, "match", lambda *args, **how: matchings.append(args) or match(*args, **how))
     rows, _ = bench(
         *("speed", "--tiny", "--rounds", 2, "--ratios", 0.5, "--sizes", "64x64", "--reuse-steps", 2),
         *("--methods", "tokens", "--force", "--attention", "sdp", "--dtype", "bfloat16"),
@@ -117,14 +117,14 @@ def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPat
     assert float(ours["seconds_low"]) <= float(ours["seconds"]) <= float(ours["seconds_high"])
     assert ours["attention"] == "sdp" and "2 of 2 steps" in ours["merged"]
     # A warm-up and two rounds of two steps, which share a matching; the tiny UNet has three layers on that grid.
-    assert len(matched) == 3 * 3
+    assert len(matchings) == 3 * 3
     assert "bfloat16" in ours["versions"]
 
 
 def test_speed_of_presets(bench: Callable) -> None:
     rows, _ = bench("speed", "--tiny", "--rounds", 1, "--presets", "Quality", "Fast", "--force", stem="presets")
-    found = [row["contender"] for row in rows]
-    assert found == [UNMERGED, "Quality", "Quality before", "Fast", "Fast before"]
+    names = [row["contender"] for row in rows]
+    assert names == [UNMERGED, "Quality", "Quality before", "Fast", "Fast before"]
     # 0.75 and 0.5 of 256 tokens, and of 64 at level 2.
     merged = "7 of 7 self-attention layers, 256 -> 64 to 128 tokens, 64 -> 16 to 32 tokens, 8 of 8 steps"
     assert rows[4]["merged"] == merged
@@ -133,8 +133,8 @@ def test_speed_of_presets(bench: Callable) -> None:
 def test_layer(bench: Callable) -> None:
     pytest.importorskip("tomesd")
     rows, _ = bench("layer", "--tiny", "--rounds", 1, "--ratios", 0.3, 0.75)
-    matched = [EXACT]
-    names = [UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, *matched, CORNER, RANDOM]
+    matchers_alone = [EXACT]
+    names = [UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM]
     limits = [LIMIT_KEYS, LIMIT]
     assert [(row["tokens"], row["ratio"], row["contender"]) for row in rows] == [
         (tokens, ratio, name)
@@ -144,10 +144,10 @@ def test_layer(bench: Callable) -> None:
     ]
     assert set(layer.COLUMNS) <= set(rows[0])
     for case in [(tokens, ratio) for tokens in ("64", "256") for ratio in ("0.3", "0.75")]:
-        found = {row["contender"]: row for row in rows if (row["tokens"], row["ratio"]) == case}
-        seconds = {name: float(row["layer"]) for name, row in found.items() if row["layer"]}
-        assert set(found) - set(seconds) == set(matched)
-        for name, row in found.items():
+        by_name = {row["contender"]: row for row in rows if (row["tokens"], row["ratio"]) == case}
+        seconds = {name: float(row["layer"]) for name, row in by_name.items() if row["layer"]}
+        assert set(by_name) - set(seconds) == set(matchers_alone)
+        for name, row in by_name.items():
             # Tiny layers: too little to pay.
             assert row["rule"] == ("leave out" if name in (KEYS, TOKENS, PAPER) else "")
             if name in seconds:
@@ -155,39 +155,39 @@ def test_layer(bench: Callable) -> None:
             if name in LIMIT_OF:
                 assert float(row["over_limit"]) == pytest.approx(seconds[name] / seconds[LIMIT_OF[name]])
             assert bool(row["weighing"]) == (name in (KEYS, TOKENS))
-            assert bool(row["merging"]) == (name in (KEYS, TOKENS, PAPER, *matched, CORNER, RANDOM))
+            assert bool(row["merging"]) == (name in (KEYS, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM))
             if row["merging"]:
                 parts = [float(row[part]) for part in ("match", "merge", "unmerge") if row[part]]
                 assert len(parts) == (2 if name == KEYS else 3)
                 assert float(row["merging"]) == pytest.approx(sum(parts))
-                corner = float(found[CORNER]["merging"])
+                corner = float(by_name[CORNER]["merging"])
                 assert float(row["over_tomesd_corner"]) == pytest.approx(float(row["merging"]) / corner)
             # A slope needs two sizes.
             assert bool(row["growth"]) == (bool(row["merging"]) and row["tokens"] == "256")
-        assert float(found[KEYS]["weighing"]) == pytest.approx(seconds[KEYS] / seconds[UNWEIGHED])
-        assert float(found[TOKENS]["weighing"]) == pytest.approx(seconds[TOKENS] / seconds[PAPER])
+        assert float(by_name[KEYS]["weighing"]) == pytest.approx(seconds[KEYS] / seconds[UNWEIGHED])
+        assert float(by_name[TOKENS]["weighing"]) == pytest.approx(seconds[TOKENS] / seconds[PAPER])
 
 
 def test_layers_run_with_their_contender_on(monkeypatch: pytest.MonkeyPatch, bench: Callable) -> None:
     pytest.importorskip("tomesd")
-    attended: dict[str, set[tuple[int, int]]] = {}
+    lengths: dict[str, set[tuple[int, int]]] = {}
     doing = [""]
     interleaved, fused = layer.interleaved, models._fused_attention
 
-    def told(runs: dict, rounds: int, tick: Callable) -> dict:
+    def turn_by_turn(runs: dict, rounds: int, tick: Callable) -> dict:
         return interleaved(runs, rounds, lambda name: doing.__setitem__(0, name) or tick(name))
 
-    def seen(attention: nn.Module, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def noting_lengths(attention: nn.Module, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         keys = x if context is None else context
         if x.shape[1] > 2:  # Not the two tokens by which an attention is asked for its scale.
-            attended.setdefault(doing[0], set()).add((x.shape[1], keys.shape[1]))
+            lengths.setdefault(doing[0], set()).add((x.shape[1], keys.shape[1]))
         return fused(attention, x, context)
 
-    monkeypatch.setattr(layer, "interleaved", told)
-    monkeypatch.setattr(models, "_fused_attention", seen)
+    monkeypatch.setattr(layer, "interleaved", turn_by_turn)
+    monkeypatch.setattr(models, "_fused_attention", noting_lengths)
     bench("layer", "--tiny", "--rounds", 1, "--tokens", 16, "--ratios", 0.75)
     whole, fewer, both = {(256, 256)}, {(256, 64)}, {(64, 64)}
-    assert attended == {
+    assert lengths == {
         UNMERGED: whole,
         **dict.fromkeys((KEYS, UNWEIGHED, TODO, LIMIT_KEYS), fewer),
         **dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM, LIMIT), both),
@@ -234,9 +234,9 @@ def test_checkpoint(
     path = tmp_path / "sd1.safetensors"
     safetensors.save_file({**weights, "first_stage_model.encoder.conv_in.bias": torch.zeros(2)}, path)
 
-    config, read = models.read_checkpoint(path)
+    config, weights_of_file = models.read_checkpoint(path)
     assert config == models.TINY
-    loaded = models.build_unet(config, CPU, torch.float32, read)
+    loaded = models.build_unet(config, CPU, torch.float32, weights_of_file)
     step, other = (models.one_step(unet, config, (64, 64)) for unet in (loaded, tiny))
     assert torch.equal(step(), other())
 
@@ -271,9 +271,9 @@ def test_the_shape_is_that_of_the_version(tmp_path: Path) -> None:
 def test_limit_touches_the_merged_layers_alone(tiny: nn.Module, watch: Callable) -> None:
     step, names = models.one_step(tiny, models.TINY, (128, 128)), {one.name for one in merged_layers(tiny)}
     assert len(names) == 3
-    with one_contender(LIMIT, 0.6).put_on(tiny), watch(tiny) as seen:
+    with one_contender(LIMIT, 0.6).put_on(tiny), watch(tiny) as inputs_of:
         assert step().shape == (2, 4, 16, 16)
-    for name, inputs in seen.items():
+    for name, inputs in inputs_of.items():
         # What the queries are made of: 256 tokens at level 1, 64 at level 2.
         assert [tensor.shape[1] for tensor in inputs] == [256 - int(256 * 0.6) if name in names else 64]
         assert all(tensor.is_contiguous() for tensor in inputs)
@@ -285,7 +285,7 @@ def keys_of(tiny: nn.Module) -> Callable[[Contender], list[tuple[torch.Tensor, t
     step = models.one_step(tiny, models.TINY, (256, 256))
 
     def run(contender: Contender) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         with contender.put_on(tiny), contextlib.ExitStack() as handles:
             for one in merged_layers(tiny):
                 queries = []
@@ -293,13 +293,13 @@ def keys_of(tiny: nn.Module) -> Callable[[Contender], list[tuple[torch.Tensor, t
                 watched = (
                     attn1.to_q.register_forward_pre_hook(lambda _, args, to=queries: to.append(args[0])),
                     attn1.to_k.register_forward_pre_hook(
-                        lambda _, args, of=queries: seen.append((of[-1], args[0])) if of[-1].shape[1] > 2 else None
+                        lambda _, args, of=queries: inputs.append((of[-1], args[0])) if of[-1].shape[1] > 2 else None
                     ),
                 )
                 for handle in watched:
                     handles.callback(handle.remove)
             step()
-        return seen
+        return inputs
 
     return run
 
@@ -320,9 +320,9 @@ def test_limits_attend_to_as_many_tokens_as_ours(keys_of: Callable) -> None:
 
 @pytest.mark.parametrize(("ratio", "factor"), TODO_FACTORS.items())
 def test_todo_attends_to_every_so_manyth_token_in_each_direction(keys_of: Callable, ratio: float, factor: int) -> None:
-    seen = keys_of(one_contender(TODO, ratio, 1024))
-    assert len(seen) == 3
-    for queries, keys in seen:
+    inputs = keys_of(one_contender(TODO, ratio, 1024))
+    assert len(inputs) == 3
+    for queries, keys in inputs:
         image = queries.transpose(1, 2).unflatten(2, (32, 32))
         nearest = nn.functional.interpolate(image, scale_factor=1 / factor, mode="nearest")
         assert torch.equal(keys, nearest.flatten(2).transpose(1, 2))
@@ -338,12 +338,12 @@ def test_unweighed_keys_are_those_of_keys(keys_of: Callable) -> None:
 def test_what_weighing_changes(tiny: nn.Module) -> None:
     step = models.one_step(tiny, models.TINY, (256, 256))
 
-    def made(name: str) -> torch.Tensor:
+    def output_of(name: str) -> torch.Tensor:
         with one_contender(name, 0.6, 1024).put_on(tiny):
             return step()
 
-    plain = made(UNMERGED)
-    wrong = {name: float((made(name) - plain).square().mean()) for name in (KEYS, UNWEIGHED)}
+    plain = output_of(UNMERGED)
+    wrong = {name: float((output_of(name) - plain).square().mean()) for name in (KEYS, UNWEIGHED)}
     assert 0 < wrong[KEYS] < wrong[UNWEIGHED]
 
 
@@ -381,8 +381,8 @@ def test_what_takes_too_much_is_left_out() -> None:
     some, notes = matchers(256, 0.5, torch.float32)
     assert [one.name for one in some] == [OURS, EXACT]
     assert any("GB" in note or "not installed" in note for note in notes)
-    found, _ = contenders(EVERYONE, 0.5, 256 * 256, torch.float32)
-    assert [one.name for one in found] == [name for name in EVERYONE if name not in (CORNER, RANDOM, TODO)]
+    able, _ = contenders(EVERYONE, 0.5, 256 * 256, torch.float32)
+    assert [one.name for one in able] == [name for name in EVERYONE if name not in (CORNER, RANDOM, TODO)]
 
 
 def test_without_tomesd(monkeypatch: pytest.MonkeyPatch, bench: Callable) -> None:
@@ -401,8 +401,8 @@ def test_missing_packages_are_named(
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["speed", "--tiny", "--rounds", "1", "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert package in said and "pip install" in said
+    message = capsys.readouterr().err
+    assert package in message and "pip install" in message
     with pytest.raises(MissingPackage):
         require(package)
 
@@ -438,25 +438,25 @@ def test_spread_and_pairs() -> None:
 
 
 def test_rounds_are_interleaved_and_turn() -> None:
-    told, ran = [], []
-    runs = {name: lambda name=name: ran.append(name) or len(ran) for name in "abc"}
-    results = timing.interleaved(runs, rounds=3, tick=told.append, warmup=1)
-    assert told == ran
-    assert "".join(ran) == "cab" + "abc" + "bca" + "cab"
+    ticks, runs_in_order = [], []
+    runs = {name: lambda name=name: runs_in_order.append(name) or len(runs_in_order) for name in "abc"}
+    results = timing.interleaved(runs, rounds=3, tick=ticks.append, warmup=1)
+    assert ticks == runs_in_order
+    assert "".join(runs_in_order) == "cab" + "abc" + "bca" + "cab"
     # The warm-up's results are not among them.
     assert results == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
 
 
 def test_peak_bytes() -> None:
-    kept = torch.zeros(1000)
+    outside = torch.zeros(1000)
 
     def work() -> torch.Tensor:
         first = torch.zeros(2000)
         second = first + 1
         del first
-        return torch.cat([second, kept, second])
+        return torch.cat([second, outside, second])
 
-    # At the end: `second` of 2000 and the result of 5000, without `first` and `kept`.
+    # At the end: `second` of 2000 and the result of 5000, without `first` and `outside`.
     assert memory.peak_bytes(work, CPU) == pytest.approx(7000 * 4, abs=64)
 
 

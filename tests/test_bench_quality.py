@@ -58,7 +58,7 @@ def bench(tmp_path: Path, capfd: pytest.CaptureFixture) -> Callable[..., str]:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
+def chunks_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
     """The chunks that are made."""
     chunks: list[tuple[Variant, int]] = []
     make = Studio.make
@@ -73,7 +73,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TABLES, "steps", dataclasses.replace(table, rows=table.rows[:12]))
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -83,7 +83,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_a_table_says_how_each_row_differs(bench: Callable, tmp_path: Path) -> None:
     printed = bench("--tiny", "--tables", "where")
-    rows = read(tmp_path / "quality-where.csv")
+    rows = rows_of(tmp_path / "quality-where.csv")
     assert [(row["row"], row["ratio"]) for row in rows] == [
         (UNMERGED, "0.0"),
         *((name, "0.5") for name in ("level 1", "levels 1, 2", "levels 1, 2, 4")),
@@ -113,30 +113,32 @@ def test_a_table_says_how_each_row_differs(bench: Callable, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("few_steps")
-def test_all_tables_share_what_they_have_in_common(bench: Callable, made: list, tmp_path: Path) -> None:
+def test_all_tables_share_what_they_have_in_common(bench: Callable, chunks_made: list, tmp_path: Path) -> None:
     pytest.importorskip("tomesd")
     bench("--tiny", "--steps", 1)
     variants = {row.variant for table in TABLES.values() for row in table.rows}
-    assert len(made) == len(set(made)) == len(variants)
+    assert len(chunks_made) == len(set(chunks_made)) == len(variants)
     for name, table in TABLES.items():
-        rows = read(tmp_path / f"quality-{name}.csv")
+        rows = rows_of(tmp_path / f"quality-{name}.csv")
         assert [row["row"] for row in rows] == [row.name for row in table.rows]
         assert {row["table"] for row in rows} == {name}
-    half = {row["psnr"] for row in read(tmp_path / "quality-ratio.csv") if row["ratio"] == "0.5"}
-    assert half == {row["psnr"] for row in read(tmp_path / "quality-where.csv") if row["row"] == "level 1"}
+    half = {row["psnr"] for row in rows_of(tmp_path / "quality-ratio.csv") if row["ratio"] == "0.5"}
+    assert half == {row["psnr"] for row in rows_of(tmp_path / "quality-where.csv") if row["row"] == "level 1"}
 
 
 @pytest.mark.usefixtures("few_steps")
-def test_pictures_of_few_steps_are_held_against_twins_of_as_many(bench: Callable, made: list, tmp_path: Path) -> None:
+def test_pictures_of_few_steps_are_held_against_twins_of_as_many(
+    bench: Callable, chunks_made: list, tmp_path: Path
+) -> None:
     printed = bench("--tiny", "--steps", 4, "--tables", "steps", "defaults")
-    rows = read(tmp_path / "quality-steps.csv")
+    rows = rows_of(tmp_path / "quality-steps.csv")
     assert [(row["steps"], row["row"]) for row in rows] == [
         (steps, name) for steps in ("4", "5", "8") for name in (UNMERGED, "kept for 1", "kept for 2", "kept for 4")
     ]
     assert "4 or 5 or 8 PLMS steps" in (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert "'kept for 1', the last one above" in printed
     # What is made in four steps because the table says so is what is made in four because the command does.
-    (only,) = (variant for variant, _ in made if variant.steps is None)
+    (only,) = (variant for variant, _ in chunks_made if variant.steps is None)
     assert only == TABLES["defaults"].rows[1].variant
     album = Album(tmp_path / "quality", STUDIO)
     for four, row in ((4, rows[1]), (8, rows[9])):
@@ -146,25 +148,27 @@ def test_pictures_of_few_steps_are_held_against_twins_of_as_many(bench: Callable
         assert f"{four} of {four} steps" in row["merged"]
 
 
-def test_more_samples_make_only_the_new_ones(bench: Callable, made: list, tmp_path: Path) -> None:
+def test_more_samples_make_only_the_new_ones(bench: Callable, chunks_made: list, tmp_path: Path) -> None:
     bench("--tiny", "--tables", "where", "--samples", CHUNK)
-    assert [first for _, first in made] == [0] * 4
-    before = read(tmp_path / "quality-where.csv")
-    made.clear()
+    assert [first for _, first in chunks_made] == [0] * 4
+    before = rows_of(tmp_path / "quality-where.csv")
+    chunks_made.clear()
     bench("--tiny", "--tables", "where", "--samples", CHUNK + 1)
-    assert [first for _, first in made] == [CHUNK] * 4
-    made.clear()
+    assert [first for _, first in chunks_made] == [CHUNK] * 4
+    chunks_made.clear()
     bench("--tiny", "--tables", "where", "--samples", CHUNK)
-    assert not made
-    again = read(tmp_path / "quality-where.csv")
+    assert not chunks_made
+    again = rows_of(tmp_path / "quality-where.csv")
     assert [row["psnr"] for row in again] == [row["psnr"] for row in before]
 
 
-def test_an_interrupted_run_goes_on_where_it_was(bench: Callable, made: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_where_it_was(
+    bench: Callable, chunks_made: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replace = pictures.os.replace
 
     def interrupted(*paths: object) -> None:
-        if len(made) == 3:
+        if len(chunks_made) == 3:
             raise KeyboardInterrupt
         replace(*paths)
 
@@ -172,11 +176,11 @@ def test_an_interrupted_run_goes_on_where_it_was(bench: Callable, made: list, mo
         patched.setattr(pictures.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench("--tiny", "--tables", "where")
-    done, half_written = made[:2], made[2]
-    made.clear()
+    done, half_written = chunks_made[:2], chunks_made[2]
+    chunks_made.clear()
     bench("--tiny", "--tables", "where")
-    assert made[0] == half_written and len(made) == 2
-    assert not set(done) & set(made)
+    assert chunks_made[0] == half_written and len(chunks_made) == 2
+    assert not set(done) & set(chunks_made)
 
 
 def test_two_processes_make_the_same_pictures(bench: Callable, tmp_path: Path) -> None:
@@ -184,9 +188,9 @@ def test_two_processes_make_the_same_pictures(bench: Callable, tmp_path: Path) -
     bench("--tiny", "--tables", "peers", "--processes", 2, "--threads", 1)
     studio = dataclasses.replace(STUDIO, steps=2)
     for row in TABLES["peers"].rows:
-        kept = Album(tmp_path / "quality", studio).read(row.variant, CHUNK)
-        assert (kept.pictures.int() - studio.make(row.variant, 0)[0].int()).abs().max() <= 1
-        assert kept.seconds > 0
+        series = Album(tmp_path / "quality", studio).read(row.variant, CHUNK)
+        assert (series.pictures.int() - studio.make(row.variant, 0)[0].int()).abs().max() <= 1
+        assert series.seconds > 0
 
 
 def write_gains(path: Path, gains: dict[str, tuple[float, float]]) -> Path:
@@ -205,9 +209,9 @@ def test_keys_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path
         path.read_text().replace("size", "grid").replace("64x64", "8x8").replace("0.75,keys,4", "0.75,keys,7")
     )
     printed = bench("--tiny", "--steps", 1, "--tables", "what", "--speed", path, layer)
-    of_layer = read(tmp_path / "quality-time-layer-8x8.csv")
+    of_layer = rows_of(tmp_path / "quality-time-layer-8x8.csv")
     assert [row["ratio"] for row in of_layer if row["row"] == KEYS] == ["0.03", "0.09", "0.12"]
-    rows = read(tmp_path / "quality-time-speed-64x64.csv")
+    rows = rows_of(tmp_path / "quality-time-speed-64x64.csv")
     # 1.21, 1.71 and 1.91 times faster is the faster of the two; keys is so at 0.0525, 0.1775 and 0.2275.
     assert [(row["row"], row["ratio"]) for row in rows[1:]] == [
         *((KEYS, "0.06"), (CORNER, "0.25"), (RANDOM, "0.25")),
@@ -218,7 +222,7 @@ def test_keys_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path
         for row in theirs:
             assert float(row["psnr_difference"]) == pytest.approx(float(row["psnr"]) - float(mine["psnr"]))
             assert float(row["faster"]) <= float(mine["faster"])
-    faster = {(row["contender"], row["ratio"]): row["faster"] for row in read(tmp_path / "quality-what.csv")}
+    faster = {(row["contender"], row["ratio"]): row["faster"] for row in rows_of(tmp_path / "quality-what.csv")}
     assert float(faster[CORNER, "0.5"]) == pytest.approx(1.71)
     assert faster[UNWEIGHED, "0.75"] == faster[KEYS, "0.84"] == ""
     assert "x faster" in printed
@@ -298,8 +302,8 @@ def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> Non
     curve = {0.0: 1.0, 0.1: 0.9, 0.5: 1.7, 0.9375: 4.0}
     peers = {CORNER: {0.0: 0.92, 0.5: 1.5}, RANDOM: {0.0: 0.7, 0.5: 1.61, 0.6: 5.0}}
     table = ablations.at_equal_time("", {KEYS: curve, **peers})
-    found = [(row.name, row.variant.ratio) for row in table.rows]
-    assert found == [
+    ratios = [(row.name, row.variant.ratio) for row in table.rows]
+    assert ratios == [
         (UNMERGED, 0),
         # Corner 1.21 and random 1.155 times: at 0.1 + 0.4 * 0.31 / 0.8 = 0.255.
         *((KEYS, 0.26), (CORNER, 0.25), (RANDOM, 0.25)),
@@ -310,9 +314,9 @@ def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> Non
     assert [row.reference for row in table.rows[1:]] == [None, *[table.rows[1]] * 2, None, *[table.rows[4]] * 2]
     # Where one of the peers alone was timed, it decides; and something is always merged.
     alone = ablations.at_equal_time("", {KEYS: curve, RANDOM: {0.5: 0.5, 0.6: 2.0}})
-    found = [(row.name, row.variant.ratio) for row in alone.rows[1:]]
+    ratios = [(row.name, row.variant.ratio) for row in alone.rows[1:]]
     # 2 times: at 0.5 + 0.4375 * 0.3 / 2.3 = 0.557.
-    assert found == [(KEYS, 0.01), (RANDOM, 0.5), (KEYS, 0.56), (RANDOM, 0.6)]
+    assert ratios == [(KEYS, 0.01), (RANDOM, 0.5), (KEYS, 0.56), (RANDOM, 0.6)]
 
 
 # Its pictures
@@ -334,17 +338,17 @@ def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
         verbose=False,
     )
     alone = torch.frombuffer(bytearray(model.to_images(x)[0].tobytes()), dtype=torch.uint8).view(8, 8, 3)
-    made, seconds, merged = STUDIO.make(WHOLE.variant, CHUNK)
-    assert made.shape == (CHUNK, 8, 8, 3) and made.dtype == torch.uint8
-    assert (made[2].int() - alone.int()).abs().max() <= 1
+    pictures_of_chunk, seconds, merged = STUDIO.make(WHOLE.variant, CHUNK)
+    assert pictures_of_chunk.shape == (CHUNK, 8, 8, 3) and pictures_of_chunk.dtype == torch.uint8
+    assert (pictures_of_chunk[2].int() - alone.int()).abs().max() <= 1
     assert seconds > 0 and merged == ""
 
 
 def test_the_merging_is_told_its_steps(watch: Callable) -> None:
     unet = STUDIO.model().model.diffusion_model
-    with watch(unet) as seen:
+    with watch(unet) as inputs_of:
         *_, merged = STUDIO.make(ours(schedule="step", ratio=0.75, late_ratio=0.25), 0)
-    first, *_ = seen.values()
+    first, *_ = inputs_of.values()
     # PLMS runs the UNet twice in its first step.
     assert [tokens.shape[1] for tokens in first] == [16, 16, 16, 48, 48]
     assert {tokens.shape[0] for tokens in first} == {2 * CHUNK}
@@ -403,9 +407,9 @@ def test_chunks_are_made_in_turns_and_once(tmp_path: Path) -> None:
     assert [*album.missing([whole, half, whole], CHUNK + 1).values()] == everything
     assert list(album.make(everything[:3], 1, 1)) == [whole, half, whole]
     assert [*album.missing([whole, half], CHUNK + 1).values()] == [(half, CHUNK)]
-    kept = album.read(whole, CHUNK + 1)
+    series = album.read(whole, CHUNK + 1)
     expected = [STUDIO.make(whole, first)[0] for first in (0, CHUNK)]
-    assert torch.equal(kept.pictures, torch.cat(expected)[: CHUNK + 1])
+    assert torch.equal(series.pictures, torch.cat(expected)[: CHUNK + 1])
 
 
 # What is measured
@@ -415,7 +419,7 @@ def test_what_is_judged(bench: Callable, tmp_path: Path) -> None:
     bench("--tiny", "--tables", "where", "--samples", 6)
     studio = dataclasses.replace(STUDIO, steps=2)
     plain, merged = (studio.make(variant, 0)[0][:6] for variant in (WHOLE.variant, ours()))
-    row = read(tmp_path / "quality-where.csv")[1]
+    row = rows_of(tmp_path / "quality-where.csv")[1]
     assert row["row"] == "level 1"
     assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, plain).mean()), abs=0.2)
     net = studio.classifier()
@@ -455,10 +459,10 @@ def test_frechet_distance() -> None:
 
 
 def test_differences_are_paired() -> None:
-    drawn = distances.resamples(50)
+    numbers = distances.resamples(50)
     shared = 10 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     own = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    one, other = distances.mean(shared, drawn), distances.mean(shared + own - own.mean() + 1, drawn)
+    one, other = distances.mean(shared, numbers), distances.mean(shared + own - own.mean() + 1, numbers)
     difference = other.minus(one)
     assert difference.value == pytest.approx(1)
     assert difference.interval < 0.2 * one.interval
@@ -473,8 +477,8 @@ def test_differences_are_paired() -> None:
 def test_frechets_estimate_is_resampled_by_pictures() -> None:
     generator = torch.Generator().manual_seed(0)
     frechet = distances.Frechet(torch.randn(40, 3, generator=generator))
-    features, drawn = torch.randn(30, 3, generator=generator), distances.resamples(30)
-    estimate = frechet.estimate(features, drawn)
+    features, numbers = torch.randn(30, 3, generator=generator), distances.resamples(30)
+    estimate = frechet.estimate(features, numbers)
     assert estimate.value == pytest.approx(float(frechet.distance(features)))
     assert estimate.resampled.shape == (distances.RESAMPLES,)
-    assert float(estimate.resampled[77]) == pytest.approx(float(frechet.distance(features[drawn[77]])))
+    assert float(estimate.resampled[77]) == pytest.approx(float(frechet.distance(features[numbers[77]])))

@@ -26,9 +26,9 @@ def run(make_unet, make_inputs, watch):
         unet = make_unet(**(unet_options or {}))
         model = Model(unet)
         assert apply_patch(model, **options) is model
-        with watch(unet) as seen:
+        with watch(unet) as inputs_of:
             output = unet(*make_inputs(size, batch))
-        return output, {name: [x.shape[1] for x in inputs] for name, inputs in seen.items()}
+        return output, {name: [x.shape[1] for x in inputs] for name, inputs in inputs_of.items()}
 
     return running
 

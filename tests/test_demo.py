@@ -35,28 +35,28 @@ def pictures_of(path, width=256, height=256):
 def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
     out = tmp_path / "new" / "cat.png"
     assert main(["cat qwxyz", "--ratio", "0.5", "--steps", "3", "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "does not know the word 'qwxyz'" in said and "'cat'" not in said
-    assert "1024 -> 512 keys, 3 of 3 steps" in said
-    assert "merge map of step 1, layer 1" in said
-    assert len(re.findall(r"^with(out)? merging: \d+\.\d\d s$", said, re.MULTILINE)) == 2
-    assert said.endswith(f"saved: {out.resolve()}\n")
-    without, with_merging, apart, drawn = pictures_of(out)
+    output = capsys.readouterr().out
+    assert "does not know the word 'qwxyz'" in output and "'cat'" not in output
+    assert "1024 -> 512 keys, 3 of 3 steps" in output
+    assert "merge map of step 1, layer 1" in output
+    assert len(re.findall(r"^with(out)? merging: \d+\.\d\d s$", output, re.MULTILINE)) == 2
+    assert output.endswith(f"saved: {out.resolve()}\n")
+    without, with_merging, apart, merge_map = pictures_of(out)
     assert without.tobytes() != with_merging.tobytes()
     assert apart.tobytes() == difference(without, with_merging).tobytes()
     small = without.resize((32, 32), Image.NEAREST)
     assert enlarged(small).tobytes() == without.tobytes(), "each of the model's pixels is a square"
-    is_plain = [a == b for a, b in zip(with_merging.getdata(), drawn.getdata(), strict=True)]
+    is_plain = [a == b for a, b in zip(with_merging.getdata(), merge_map.getdata(), strict=True)]
     assert 0.05 < sum(is_plain) / len(is_plain) < 0.95, "some tokens merged and some didn't"
 
 
 def test_the_same_command_makes_the_same_pictures(tmp_path, capsys):
-    made = []
+    pictures = []
     for seed in (4, 4, 5):
         main(["cat", "--steps", "2", "--seed", str(seed), "--out", str(tmp_path / "out.png")])
-        made.append([picture.tobytes() for picture in pictures_of(tmp_path / "out.png")])
-    assert made[0] == made[1]
-    assert made[0][0] != made[2][0]
+        pictures.append([picture.tobytes() for picture in pictures_of(tmp_path / "out.png")])
+    assert pictures[0] == pictures[1]
+    assert pictures[0][0] != pictures[2][0]
 
 
 def test_where_nothing_merges_the_pictures_are_equal_and_there_is_no_map(tmp_path, capsys):
@@ -96,11 +96,11 @@ def test_without_a_prompt_a_page_is_served_until_ctrl_c():
     ) as process:
         try:
             for line in process.stdout:
-                found = re.fullmatch(r"The page: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)
-                if found:
+                address = re.fullmatch(r"The page: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)
+                if address:
                     break
-            assert found, "it ended without saying its address"
-            with urllib.request.urlopen(found[1], timeout=60) as reply:
+            assert address, "it ended without saying its address"
+            with urllib.request.urlopen(address[1], timeout=60) as reply:
                 assert "gradio" in reply.read().decode()
             process.send_signal(signal.SIGINT)
             rest, _ = process.communicate(timeout=60)

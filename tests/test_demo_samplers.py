@@ -24,12 +24,12 @@ class GaussianModel(nn.Module):
         return (1 - alpha).sqrt()[:, None, None, None] * x
 
 
-def evaluating(model, seen):
+def evaluating(model, indices):
     """What samplers are given: notes the steps that they tell."""
 
     def evaluate(x, level, step=None):
         if step is not None:
-            seen.append(step)
+            indices.append(step)
         return model(x, level * torch.ones(len(x)), None)
 
     return evaluate
@@ -49,26 +49,26 @@ def test_ends_where_the_exact_path_ends(sampler, steps, calls, error):
     sigmas = denoiser.get_sigmas(steps)
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * sigmas[0]
     exact = x / (1 + sigmas[0] ** 2).sqrt()
-    seen = []
-    end = sampler(evaluating(denoiser, seen), x, sigmas)
+    indices = []
+    end = sampler(evaluating(denoiser, indices), x, sigmas)
     assert (end - exact).abs().max() < error * exact.abs().max()
     assert model.calls == calls
-    assert seen == list(range(steps))
+    assert indices == list(range(steps))
 
 
 def test_ancestral_steps_keep_the_spread_and_ask_for_noise_once_a_step_but_in_the_last():
     denoiser = samplers.EpsDenoiser(GaussianModel())
     sigmas, generator = denoiser.get_sigmas(100), torch.Generator().manual_seed(0)
-    drawn = []
+    draws = []
 
     def noise():
-        drawn.append(1)
+        draws.append(1)
         return torch.randn(1, 3, 32, 32, generator=generator)
 
     x = torch.randn(1, 3, 32, 32, generator=generator) * sigmas[0]
     end = samplers.sample_euler_ancestral(evaluating(denoiser, []), x, sigmas, noise)
     assert abs(end.std() - 1) < 0.1
-    assert len(drawn) == 99
+    assert len(draws) == 99
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_timestep_samplers_keep_standard_normal_data_as_it_is(sampler, extra_cal
     model = GaussianModel()
     timesteps = torch.arange(0, 1000, 20) + 1
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    end = sampler(evaluating(model.apply_model, seen := []), x, timesteps, model.alphas_cumprod)
+    end = sampler(evaluating(model.apply_model, indices := []), x, timesteps, model.alphas_cumprod)
     assert (end - x).abs().max() < error * x.abs().max()
     assert model.calls == len(timesteps) - 1 + extra_calls
-    assert seen == list(range(len(timesteps) - 1))
+    assert indices == list(range(len(timesteps) - 1))

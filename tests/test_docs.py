@@ -59,9 +59,9 @@ def row(setting: Setting) -> str:
 
 def test_the_table_of_settings_is_the_field_list():
     table = "\n".join([HEAD, *(row(setting) for setting in FIELDS.values() if setting.infotext)])
-    written = re.search("<!-- settings -->\n(.*?)\n<!-- /settings -->", TEXTS["README.md"], re.DOTALL)
-    assert written, "the README has no table of settings"
-    assert written.group(1) == table, f"the table should be:\n{table}"
+    in_readme = re.search("<!-- settings -->\n(.*?)\n<!-- /settings -->", TEXTS["README.md"], re.DOTALL)
+    assert in_readme, "the README has no table of settings"
+    assert in_readme.group(1) == table, f"the table should be:\n{table}"
 
 
 def test_the_expert_fields_are_those_that_the_panel_lacks():
@@ -155,24 +155,24 @@ def preset(name: str) -> MergeSettings:
     return MergeSettings(**BUILT_IN[name][0])
 
 
-def asked(alwayson_scripts: dict[str, Any]) -> Any:
+def arguments_of(alwayson_scripts: dict[str, Any]) -> Any:
     """What the script of the extension is asked for."""
     return read_arguments(alwayson_scripts["ToMe"]["args"], None, preset)
 
 
 @pytest.mark.parametrize("body", REQUESTS)
 def test_every_request_is_one_that_merges(body):
-    given = json.loads(body)
-    scripts = given["alwayson_scripts"] if "settings" not in given else {"ToMe": {"args": [given["settings"]]}}
-    assert asked(scripts) is not None
+    request = json.loads(body)
+    scripts = request["alwayson_scripts"] if "settings" not in request else {"ToMe": {"args": [request["settings"]]}}
+    assert arguments_of(scripts) is not None
 
 
 def test_every_request_in_an_example_is_one_that_merges():
     calls = [node for code in EXAMPLES for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    given = [word.value for call in calls for word in call.keywords if word.arg == "alwayson_scripts"]
-    assert given
-    for value in given:
-        assert asked(ast.literal_eval(value)) is not None
+    values = [word.value for call in calls for word in call.keywords if word.arg == "alwayson_scripts"]
+    assert values
+    for value in values:
+        assert arguments_of(ast.literal_eval(value)) is not None
 
 
 def test_every_message_of_the_troubleshooting_is_one_of_the_code():

@@ -230,16 +230,16 @@ def test_without_settings_the_defaults_hold(unet):
 
 
 def test_the_handle_keeps_neither_the_model_nor_its_activations_alive(make_unet, whole, make_inputs, blocks_of):
-    unet, kept = make_unet(), []
+    unet, refs = make_unet(), []
     merging = tome.attach(unet, whole(max_downsample=2))
     for block in blocks_of(unet).values():
-        block.norm1.register_forward_hook(lambda _, args, y: kept.extend([weakref.ref(args[0]), weakref.ref(y)]))
-        block.attn1.to_q.register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0])))
-        block.attn1.register_forward_hook(Hook(lambda _, args, output: kept.append(weakref.ref(output))))
+        block.norm1.register_forward_hook(lambda _, args, y: refs.extend([weakref.ref(args[0]), weakref.ref(y)]))
+        block.attn1.to_q.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
+        block.attn1.register_forward_hook(Hook(lambda _, args, output: refs.append(weakref.ref(output))))
     unet(*make_inputs())
     gc.collect()
-    assert len(kept) == 7 * 4
-    assert not any(ref() is not None for ref in kept)
+    assert len(refs) == 7 * 4
+    assert not any(ref() is not None for ref in refs)
     gone = weakref.ref(unet)
     del unet, block
     gc.collect()
@@ -249,17 +249,17 @@ def test_the_handle_keeps_neither_the_model_nor_its_activations_alive(make_unet,
 
 
 def test_a_pass_that_failed_keeps_no_activations_alive(unet, whole, make_inputs, blocks_of):
-    kept = []
+    refs = []
     block = blocks_of(unet)[FIRST]
-    block.attn1.to_q.register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0])))
-    block.norm1.register_forward_hook(lambda _, args, y: kept.extend([weakref.ref(args[0]), weakref.ref(y)]))
+    block.attn1.to_q.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
+    block.norm1.register_forward_hook(lambda _, args, y: refs.extend([weakref.ref(args[0]), weakref.ref(y)]))
     block.attn1.to_out.register_forward_pre_hook(lambda *_: 1 / 0)
     with tome.attach(unet, whole()):
         with contextlib.suppress(ZeroDivisionError):
             unet(*make_inputs())
         gc.collect()
-        assert len(kept) == 3
-        assert not any(ref() is not None for ref in kept)
+        assert len(refs) == 3
+        assert not any(ref() is not None for ref in refs)
 
 
 # What is merged, and by which map.
@@ -659,11 +659,11 @@ def test_extra_arguments_pass_through(unet, whole, make_inputs, blocks_of, monke
 
 
 def test_each_method_leaves_arguments_by_other_names(unet, whole, make_inputs, blocks_of, monkeypatch, method):
-    block, extra, given = blocks_of(unet)[FIRST], object(), []
+    block, extra, keywords = blocks_of(unet)[FIRST], object(), []
     usual = type(block.attn1).forward
 
     def forward(self, x, context=None, mask=None, **named):
-        given.append(named)
+        keywords.append(named)
         return usual(self, x, context, mask)
 
     def body(x, context=None):
@@ -675,7 +675,7 @@ def test_each_method_leaves_arguments_by_other_names(unet, whole, make_inputs, b
     with tome.attach(unet, whole(method=method)) as merging:
         unet(*make_inputs())
     assert {layer.name: layer for layer in merging.report().layers}[FIRST].merged_calls == 1
-    assert {"scale": extra} in given
+    assert {"scale": extra} in keywords
 
 
 # When: steps, schedules, and the draw.
@@ -693,21 +693,21 @@ def test_each_method_leaves_arguments_by_other_names(unet, whole, make_inputs, b
 def test_the_ratio_follows_the_schedule(unet, whole, make_inputs, watch, late_ratio, schedule, total, ratios):
     """And may switch merging off; without a known total, and in a single step, it is the early one."""
     settings = whole(ratio=0.7, late_ratio=late_ratio, schedule=schedule, switch_at=0.5)
-    with tome.attach(unet, settings) as merging, watch(unet) as seen:
+    with tome.attach(unet, settings) as merging, watch(unet) as inputs_of:
         for step, ratio in enumerate(ratios):
             merging.set_step(step, total)
             unet(*make_inputs())
             assert merging.report().ratio == pytest.approx(ratio)
-    assert [x.shape[1] for x in seen[FIRST]] == [256 - int(256 * ratio + 1e-6) for ratio in ratios]
+    assert [x.shape[1] for x in inputs_of[FIRST]] == [256 - int(256 * ratio + 1e-6) for ratio in ratios]
     merged_steps = len([ratio for ratio in ratios if ratio])
     assert (merging.report().steps, merging.report().merged_steps) == (len(ratios), merged_steps)
 
 
 def test_without_set_step_the_ratio_is_the_early_one(unet, whole, make_inputs, watch):
-    with tome.attach(unet, whole(ratio=0.5, late_ratio=0.25, schedule="linear")), watch(unet) as seen:
+    with tome.attach(unet, whole(ratio=0.5, late_ratio=0.25, schedule="linear")), watch(unet) as inputs_of:
         for _ in range(3):
             unet(*make_inputs())
-    assert [x.shape[1] for x in seen[FIRST]] == [128] * 3
+    assert [x.shape[1] for x in inputs_of[FIRST]] == [128] * 3
 
 
 def test_without_set_step_every_pass_counts_as_the_next_step(unet, whole, make_inputs):
@@ -781,16 +781,16 @@ def test_a_pass_waits_for_no_device_and_sums_in_a_fixed_order(
     if has_bags:
         monkeypatch.setattr(token_map, "BAG_DEVICES", {"meta"})
     unet, inputs = make_unet().to("meta"), [each.to("meta") for each in make_inputs()]
-    with tome.attach(unet, small_settings(max_downsample=2, **options)) as merging, operations() as made:
+    with tome.attach(unet, small_settings(max_downsample=2, **options)) as merging, operations() as operations_run:
         for step in range(2):
             merging.set_step(step, 20)
             output = unet(*inputs)
     assert output.shape == (2, 4, 16, 16)
     assert len(merging.report().merged_layers) == 7
-    assert any(name.startswith("_embedding_bag") for name in made.names) == has_bags
+    assert any(name.startswith("_embedding_bag") for name in operations_run.names) == has_bags
     # On a GPU these add in whatever order the threads come.
     in_any_order = ("index_add", "scatter_add", "scatter_reduce")
-    assert [name for name in made.names if name.lstrip("_").startswith(in_any_order)] == []
+    assert [name for name in operations_run.names if name.lstrip("_").startswith(in_any_order)] == []
 
 
 def test_gradients_flow_through_a_merged_pass(make_unet, small_settings, make_inputs, method):
@@ -840,8 +840,8 @@ def test_threads_that_run_at_once_have_a_sampling_each(unet, small_settings, mak
         alone = [run(0), run(1)]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             together = list(pool.map(run, [0, 1]))
-    for right, seen in zip(alone, together, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(right, seen, strict=True))
+    for right, outputs in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(right, outputs, strict=True))
 
 
 def test_a_copy_of_a_merging_model_does_not_merge_and_can_be_cleaned(
@@ -866,16 +866,16 @@ def foreign_forward(inner, x, *args, **kwargs):
 def test_a_layer_with_anothers_hook_in_its_attention_is_left_to_it(
     unet, small_settings, make_inputs, blocks_of, where, method
 ):
-    inputs, seen = make_inputs(), []
+    inputs, calls = make_inputs(), []
     part = blocks_of(unet)[FIRST].get_submodule(where)
-    handle = part.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    handle = part.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
     unet(*inputs)
     with tome.attach(unet, small_settings(method=method)) as merging:
         unet(*inputs)
         layers = {layer.name: layer for layer in merging.report().layers}
         assert layers[FIRST].left_out == f"left to {__name__}, whose hook sees its tokens"
         assert layers[FIRST].conflict in merging.report().summary
-        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*calls, strict=True))
         handle.remove()
         unet(*inputs)
         assert {layer.name: layer for layer in merging.report().layers}[FIRST].merged_calls == 1

@@ -39,22 +39,22 @@ def host() -> Iterator[Host]:
 
 
 @pytest.fixture
-def recorded(host: Host) -> Iterator[SimpleNamespace]:
+def record(host: Host) -> Iterator[SimpleNamespace]:
     """What scripts were called for, what each call of the denoiser saw, and what is to be done in which callback."""
     from modules import script_callbacks, scripts, sd_models, shared
 
     shared.opts.reset()
-    seen = SimpleNamespace(events=[], steps=[], sizes=[], models=[], actions={})
+    notes = SimpleNamespace(events=[], steps=[], sizes=[], models=[], actions={})
 
     def note(name: str, *args: Any, **_: Any) -> None:
-        seen.events.append(name)
-        if name in seen.actions:
-            seen.actions[name](*args)
+        notes.events.append(name)
+        if name in notes.actions:
+            notes.actions[name](*args)
 
     def denoiser(params: Any) -> None:
-        seen.steps.append((params.denoiser.step, params.denoiser.total_steps, params.sampling_step))
-        seen.sizes.append(tuple(params.x.shape[2:]))
-        seen.models.append(sd_models.model_data.sd_model)
+        notes.steps.append((params.denoiser.step, params.denoiser.total_steps, params.sampling_step))
+        notes.sizes.append(tuple(params.x.shape[2:]))
+        notes.models.append(sd_models.model_data.sd_model)
         note("denoiser", params)
 
     script = SimpleNamespace(filename="recorder.py", args_from=0, args_to=0)
@@ -63,19 +63,19 @@ def recorded(host: Host) -> Iterator[SimpleNamespace]:
     for runner in runners:
         runner.alwayson_scripts.append(script)
     script_callbacks.on_cfg_denoiser(denoiser)
-    yield seen
+    yield notes
     script_callbacks.remove_callbacks_for_function(denoiser)
     for runner in runners:
         runner.alwayson_scripts.remove(script)
 
 
 @pytest.fixture
-def generate(host: Host, recorded: SimpleNamespace) -> Callable[..., Any]:
+def generate(host: Host, record: SimpleNamespace) -> Callable[..., Any]:
     """Makes something small; what was noted before is forgotten."""
     from modules import processing
 
     def run(tab: str = "txt2img", **fields: Any) -> Any:
-        for notes in (recorded.events, recorded.steps, recorded.sizes, recorded.models):
+        for notes in (record.events, record.steps, record.sizes, record.models):
             notes.clear()
         return processing.process_images(host.make_p(None, tab, **{**REQUEST, **fields}))
 
@@ -98,35 +98,35 @@ def largest_difference(one: Image.Image, other: Image.Image) -> int:
     return max(high for _, high in ImageChops.difference(one, other).getextrema())
 
 
-def test_one_picture(generate, recorded):
+def test_one_picture(generate, record):
     processed = generate()
-    assert recorded.events == BEFORE + BATCH + AFTER
+    assert record.events == BEFORE + BATCH + AFTER
     assert processed.images[0].size == (16, 16)
     assert processed.images[0].info["parameters"] == processed.infotexts[0]
 
 
-def test_batches(generate, recorded):
+def test_batches(generate, record):
     processed = generate(n_iter=2, batch_size=2)
-    assert recorded.events == BEFORE + 2 * (BATCH + DECODED + 2 * ["postprocess_image"]) + ["postprocess"]
+    assert record.events == BEFORE + 2 * (BATCH + DECODED + 2 * ["postprocess_image"]) + ["postprocess"]
     assert [text.split("Seed: ")[1][0] for text in processed.infotexts[1:]] == list("1234")
     alone = generate(seed=4)
     assert largest_difference(alone.images[0], processed.images[4]) <= 1, "a picture is the same in any batch"
 
 
-def test_hires_fix(generate, recorded):
+def test_hires_fix(generate, record):
     processed = generate(enable_hr=True, hr_second_pass_steps=3, denoising_strength=0.5)
     second = ["before_hr", "process_before_every_sampling", *["denoiser"] * 3]
-    assert recorded.events == BEFORE + BATCH + second + AFTER
-    assert [step[:2] for step in recorded.steps] == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
-    assert recorded.sizes == [(16, 16)] * 2 + [(32, 32)] * 3
+    assert record.events == BEFORE + BATCH + second + AFTER
+    assert [step[:2] for step in record.steps] == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    assert record.sizes == [(16, 16)] * 2 + [(32, 32)] * 3
     assert processed.images[0].size == (32, 32)
     generate(enable_hr=True, firstpass_image=Image.new("RGB", (16, 16)))
-    assert recorded.sizes == [(32, 32)] * 2, "the Upscale button has no first pass"
+    assert record.sizes == [(32, 32)] * 2, "the Upscale button has no first pass"
 
 
-def test_img2img_walks_the_schedules_end(generate, recorded):
+def test_img2img_walks_the_schedules_end(generate, record):
     generate("img2img", init_images=[Image.new("RGB", (16, 16), "red")], denoising_strength=0.5, steps=6)
-    assert recorded.steps == [(0, 4, 0), (1, 4, 0), (2, 4, 1), (3, 4, 2)]
+    assert record.steps == [(0, 4, 0), (1, 4, 0), (2, 4, 1), (3, 4, 2)]
 
 
 @pytest.mark.parametrize(
@@ -139,88 +139,88 @@ def test_img2img_walks_the_schedules_end(generate, recorded):
         ("PLMS", 3, [(0, 3, 0), (1, 3, 0), (2, 3, 0), (3, 3, 1)]),
     ],
 )
-def test_the_denoiser_counts_evaluations_and_the_state_lags(generate, recorded, sampler_name, steps, expected):
+def test_the_denoiser_counts_evaluations_and_the_state_lags(generate, record, sampler_name, steps, expected):
     generate(sampler_name=sampler_name, steps=steps)
-    assert recorded.steps == expected
+    assert record.steps == expected
 
 
 # The failing paths
 
 
-def test_a_scripts_exception_is_reported_and_the_picture_made(generate, recorded, capsys):
-    recorded.actions.update({name: fail for name in ("process", "process_batch", "denoiser", "postprocess")})
+def test_a_scripts_exception_is_reported_and_the_picture_made(generate, record, capsys):
+    record.actions.update({name: fail for name in ("process", "process_batch", "denoiser", "postprocess")})
     assert generate().images
-    assert recorded.events == BEFORE + BATCH + AFTER
+    assert record.events == BEFORE + BATCH + AFTER
     assert capsys.readouterr().err.count("ValueError: on purpose") == 5
 
 
 @pytest.mark.parametrize("sampler_name", ["Euler", "PLMS"])
-def test_an_exception_in_sampling_ends_it_without_postprocess(host, generate, recorded, sampler_name):
+def test_an_exception_in_sampling_ends_it_without_postprocess(host, generate, record, sampler_name):
     from modules import shared
 
     handle = host.sd_model.model.diffusion_model.register_forward_hook(fail)
     with pytest.raises(ValueError, match="on purpose"):
         generate(sampler_name=sampler_name, override_settings={"batch_cond_uncond": False})
     handle.remove()
-    assert recorded.events == BEFORE + BATCH[:4]
+    assert record.events == BEFORE + BATCH[:4]
     assert shared.opts.batch_cond_uncond is True
 
 
-def test_nans_end_it(host, generate, recorded):
+def test_nans_end_it(host, generate, record):
     from modules import devices
 
     handle = host.sd_model.model.diffusion_model.register_forward_hook(lambda m, a, out: out * float("nan"))
     with pytest.raises(devices.NansException):
         generate()
     handle.remove()
-    assert recorded.events == BEFORE + BATCH + ["post_sample"]
+    assert record.events == BEFORE + BATCH + ["post_sample"]
 
 
-def test_interrupted_and_skipped(generate, recorded):
-    recorded.actions["denoiser"] = end("interrupt")
+def test_interrupted_and_skipped(generate, record):
+    record.actions["denoiser"] = end("interrupt")
     assert len(generate(n_iter=2, enable_hr=True).images) == 1
-    assert recorded.events == BEFORE + BATCH[:4] + AFTER
-    recorded.actions["denoiser"] = end("skip")
+    assert record.events == BEFORE + BATCH[:4] + AFTER
+    record.actions["denoiser"] = end("skip")
     assert len(generate(n_iter=2).images) == 3
-    assert recorded.events == BEFORE + 2 * (BATCH[:4] + AFTER[:-1]) + ["postprocess"]
+    assert record.events == BEFORE + 2 * (BATCH[:4] + AFTER[:-1]) + ["postprocess"]
     generate(enable_hr=True)
     between = ["before_hr", "process_before_every_sampling"]
-    assert recorded.events == BEFORE + BATCH[:4] + between + AFTER, "the second pass begins, and ends at once"
+    assert record.events == BEFORE + BATCH[:4] + between + AFTER, "the second pass begins, and ends at once"
 
 
-def test_copies_of_p_share_its_dicts_and_have_no_setup(host, recorded):
+def test_copies_of_p_share_its_dicts_and_have_no_setup(host, record):
     from modules import processing
 
-    seen = []
-    recorded.actions["before_process"] = lambda p: seen.append(dict(p.extra_generation_params))
-    recorded.actions["process"] = lambda p: p.extra_generation_params.update({"Left over": 1})
+    parameters = []
+    record.actions["before_process"] = lambda p: parameters.append(dict(p.extra_generation_params))
+    record.actions["process"] = lambda p: p.extra_generation_params.update({"Left over": 1})
     p = host.make_p(**REQUEST)
     for _ in range(2):
         processing.process_images(copy(p))
-    assert seen == [{}, {"Left over": 1}]
-    assert recorded.events.count("setup") == 1
+    assert parameters == [{}, {"Left over": 1}]
+    assert record.events.count("setup") == 1
 
 
 # Which model
 
 
-def test_refiner_swaps_the_model_between_two_steps(host, generate, recorded):
+def test_refiner_swaps_the_model_between_two_steps(host, generate, record):
     from modules import shared
 
     for refiner, same_module in [("twin", True), ("other", False)]:
         processed = generate(refiner_checkpoint=refiner, refiner_switch_at=0.5, steps=4, n_iter=2)
-        first, *_, last = recorded.models
-        assert recorded.models == [first] * 2 + recorded.models[2:4] + [recorded.models[4]] * 2 + [last] * 2
-        assert (recorded.models[1] is recorded.models[2]) == same_module
+        first, *_, last = record.models
+        assert record.models == [first] * 2 + record.models[2:4] + [record.models[4]] * 2 + [last] * 2
+        assert (record.models[1] is record.models[2]) == same_module
         assert f"Refiner: {refiner}" in processed.infotexts[0]
         assert host.sd_model.sd_checkpoint_info.model_name == refiner
     assert next(first.parameters()).device.type == "meta", "a replaced model of another shape is thrown away"
     shared.opts.sd_checkpoints_limit = 2
     generate(refiner_checkpoint="twin", refiner_switch_at=0.5, steps=4)
-    kept = recorded.models[0]
-    assert recorded.models[1] is not recorded.models[2]
+    base = record.models[0]
+    assert record.models[1] is not record.models[2]
     generate()
-    assert recorded.models == [kept] * 2, "the first one stayed in memory"
+    assert record.models == [base] * 2, "the first one stayed in memory"
 
 
 def test_refuses_where_webui_is(tmp_path):

@@ -21,14 +21,14 @@ def tokens(grid, channels=6, batch=2, seed=0):
 
 def groups(token_map):
     """For each item, which tokens fall together."""
-    found = []
+    items = []
     for slots in token_map.slots.tolist():
         together = {}
         for token, slot in enumerate(slots):
             together.setdefault(slot, set()).add(token)
         assert sorted(together) == list(range(token_map.merged_tokens))
-        found.append({frozenset(tokens) for tokens in together.values()})
-    return found
+        items.append({frozenset(tokens) for tokens in together.values()})
+    return items
 
 
 def window_of(token, grid, stride, window):
@@ -53,23 +53,23 @@ def matched_one_by_one(x, src, dst, removed, home):
 
     pairs = []
     for a in src:
-        found = [(similarity(a, b), b) for b in dst if home(a) == home(b)]
-        if found:
-            best = max(found, key=lambda pair: pair[0])
+        candidates = [(similarity(a, b), b) for b in dst if home(a) == home(b)]
+        if candidates:
+            best = max(candidates, key=lambda pair: pair[0])
             pairs.append((best[0], a, best[1]))
     pairs.sort(key=lambda pair: -pair[0])
     together = {b: {b} for b in dst}
     for _, a, b in pairs[:removed]:
         together[b].add(a)
-    kept = set(src) - {a for _, a, _ in pairs[:removed]}
-    return {frozenset(tokens) for tokens in together.values()} | {frozenset([a]) for a in kept}
+    alone = set(src) - {a for _, a, _ in pairs[:removed]}
+    return {frozenset(tokens) for tokens in together.values()} | {frozenset([a]) for a in alone}
 
 
 def assert_matched(token_map, x, split, removed, home):
     """Each item's tokens fall together as the plain loops say."""
     src, dst = (rows.expand(len(x), -1).tolist() for rows in (split.src, split.dst))
-    for item, found, *rows in zip(x, groups(token_map), src, dst, strict=True):
-        assert found == matched_one_by_one(item, *rows, removed, home)
+    for item, together, *rows in zip(x, groups(token_map), src, dst, strict=True):
+        assert together == matched_one_by_one(item, *rows, removed, home)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -104,18 +104,18 @@ def test_what_match_tokens_uses_by_default_is_nearly_as_similar():
     """In windows a lower precision may be used where that is faster."""
     grid, x = (16, 16), tokens((16, 16), channels=32, batch=1)
     split = make_partition(grid, window=8)
-    found = match(x, split)
+    result = match(x, split)
     unit = torch.nn.functional.normalize(x[0].double(), dim=-1)
     homes = [window_of(token, grid, (2, 2), 8) for token in range(256)]
     src, dst = split.src[0].tolist(), split.dst[0].tolist()
     best = []
     for place, a in enumerate(src):
         inside = [b for b in dst if homes[b] == homes[a]]
-        b = dst[found.best[0, place]]
+        b = dst[result.best[0, place]]
         assert b in inside
         best.append((unit[inside] @ unit[a]).max().item())
         assert (unit[a] @ unit[b]).item() > best[-1] - 0.02
-    ordered = [best[place] for place in found.order[0].tolist()]
+    ordered = [best[place] for place in result.order[0].tolist()]
     assert all(later < earlier + 0.02 for earlier, later in itertools.pairwise(ordered))
 
 
@@ -151,10 +151,10 @@ def test_a_tiny_token_is_no_more_similar_than_its_direction_says(dtype):
     x = tokens((8, 8), batch=1).to(dtype)
     x[:, 9] = 6e-8 if dtype == torch.float16 else 1e-40
     split = make_partition((8, 8), (2, 2), "corner")
-    found = match(x, split, exact=True)
+    result = match(x, split, exact=True)
     place = split.src[0].tolist().index(9)
-    assert found.order[0].tolist().index(place) > 0
-    token_map = found.token_map(32)
+    assert result.order[0].tolist().index(place) > 0
+    token_map = result.token_map(32)
     assert token_map.unmerge(token_map.merge(x)).isfinite().all()
 
 
@@ -186,13 +186,13 @@ def test_the_similarity_never_takes_more_than_64_mib(operations, device, dtype, 
     """The meta device counts bytes as a GPU would, and computes nothing."""
     x = torch.randn(batch, side**2, 4, dtype=dtype, device=device)
     whole = (side**2 * 3 / 4) * (side**2 / 4) * x.element_size()
-    with operations() as made:
+    with operations() as operations_run:
         tome.match_tokens(x, (side, side), 0.5, window=None)
     assert matching.SIMILARITY_BYTES == 64 * 2**20 < whole
-    assert made.largest <= matching.SIMILARITY_BYTES
-    with operations() as made:
+    assert operations_run.largest <= matching.SIMILARITY_BYTES
+    with operations() as operations_run:
         tome.match_tokens(x, (side, side), 0.5, window=32)
-    assert made.largest <= matching.SIMILARITY_BYTES
+    assert operations_run.largest <= matching.SIMILARITY_BYTES
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 2**14, 2**30])

@@ -25,9 +25,9 @@ def tell(recorder, step, layer, number, items=1, grid=GRID):
     recorder(layer, step, grid, TokenMap(slots_of(number, items), 6))
 
 
-def kept(recorder, row=0):
-    (found,) = recorder.maps([row])
-    return found.step, found.layer, found.layer_name, int((found.slots != torch.arange(6)).nonzero())
+def the_map(recorder, row=0):
+    (one,) = recorder.maps([row])
+    return one.step, one.layer, one.layer_name, int((one.slots != torch.arange(6)).nonzero())
 
 
 # Recording
@@ -50,7 +50,7 @@ def test_the_wanted_step_and_layer_or_what_there_is(wanted, expected):
     recorder = MapRecorder(*wanted)
     for number, (step, layer) in enumerate([(2, "a"), (2, "b"), (3, "b"), (3, "a"), (5, "b")]):
         tell(recorder, step, layer, number)
-    assert kept(recorder) == expected
+    assert the_map(recorder) == expected
 
 
 def test_a_run_that_never_merged_has_no_map():
@@ -63,15 +63,15 @@ def test_rows_count_on_over_the_calls_of_a_step():
         for half in (0, 1):
             tell(recorder, step, "a", number=4, items=2)
             tell(recorder, step, "b", number=2 * step + half if step == 1 else 0, items=2)
-    assert [kept(recorder, row) for row in range(5)] == [(2, 2, "b", number) for number in (2, 2, 3, 3, 3)]
+    assert [the_map(recorder, row) for row in range(5)] == [(2, 2, "b", number) for number in (2, 2, 3, 3, 3)]
 
 
 def test_a_layer_that_sees_another_grid_in_the_same_step_keeps_its_first():
     recorder = MapRecorder(1, 1)
     tell(recorder, 0, "a", 1)
     recorder("a", 0, (1, 4), TokenMap(torch.zeros(1, 4, dtype=torch.long), 1))
-    (found,) = recorder.maps([1])
-    assert (found.grid, len(found.slots)) == (GRID, 6)
+    (one,) = recorder.maps([1])
+    assert (one.grid, len(one.slots)) == (GRID, 6)
 
 
 def test_a_map_says_what_it_shows():
@@ -83,19 +83,19 @@ def test_a_map_says_what_it_shows():
 def test_attach_tells_of_every_merged_call_and_of_no_other(make_unet, make_inputs, small_settings, watch):
     import tomesd_core as tome
 
-    unet, told = make_unet(), []
+    unet, calls = make_unet(), []
 
     def on_map(layer_name, step, grid, token_map):
-        told.append((layer_name, step, grid, token_map.slots.shape, token_map.merged_tokens))
+        calls.append((layer_name, step, grid, token_map.slots.shape, token_map.merged_tokens))
 
     settings = small_settings(ratio=0.6, late_ratio=0.0, schedule="step", switch_at=0.5)
-    with tome.attach(unet, settings, on_map=on_map) as merging, watch(unet) as seen, torch.no_grad():
+    with tome.attach(unet, settings, on_map=on_map) as merging, watch(unet) as inputs_of, torch.no_grad():
         for step in range(3):
             merging.set_step(step, 3)
             unet(*make_inputs((16, 12)))
         names = [layer.name for layer in merging.report().merged_layers]
     assert len(names) == 3
-    assert told == [(name, 0, (16, 12), (2, 192), seen[name][0].shape[1]) for name in names]
+    assert calls == [(name, 0, (16, 12), (2, 192), inputs_of[name][0].shape[1]) for name in names]
 
 
 # Drawing
@@ -105,36 +105,36 @@ def plain(height, width, value=200):
     return torch.full((height, width, 3), value, dtype=torch.uint8)
 
 
-def matched(grid, ratio=0.5, seed=0):
+def slots_by_matching(grid, ratio=0.5, seed=0):
     x = torch.randn(1, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(seed))
     return match_tokens(x, grid, ratio, stride=None).slots[0]
 
 
-def middle(drawn, grid, row, column):
+def middle(image, grid, row, column):
     """The colour in the middle of a token."""
-    (rows, columns), (height, width, _) = grid, drawn.shape
-    return tuple(drawn[(2 * row + 1) * height // (2 * rows), (2 * column + 1) * width // (2 * columns)].tolist())
+    (rows, columns), (height, width, _) = grid, image.shape
+    return tuple(image[(2 * row + 1) * height // (2 * rows), (2 * column + 1) * width // (2 * columns)].tolist())
 
 
 def test_one_colour_a_slot_and_tokens_alone_plain():
     #   0 1 1      two of slot 1 side by side, two of slot 2 apart
     #   2 3 2
     slots = torch.tensor([0, 1, 1, 2, 3, 2])
-    drawn = draw(slots, GRID, plain(16, 24))
-    assert drawn.dtype == torch.uint8 and drawn.shape == (16, 24, 3)
-    colours = {place: middle(drawn, GRID, *place) for place in [(r, c) for r in range(2) for c in range(3)]}
+    image = draw(slots, GRID, plain(16, 24))
+    assert image.dtype == torch.uint8 and image.shape == (16, 24, 3)
+    colours = {place: middle(image, GRID, *place) for place in [(r, c) for r in range(2) for c in range(3)]}
     assert colours[0, 0] == colours[1, 1] == (200, 200, 200)
     assert colours[0, 1] == colours[0, 2]
     assert colours[1, 0] == colours[1, 2]
     assert len(set(colours.values())) == 3
-    assert torch.equal(drawn[:8, :8], plain(8, 8)) and torch.equal(drawn[8:, 8:16], plain(8, 8))
+    assert torch.equal(image[:8, :8], plain(8, 8)) and torch.equal(image[8:, 8:16], plain(8, 8))
 
 
 def test_nothing_merged_and_all_merged():
     picture = torch.randint(0, 256, (16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw(torch.arange(6), GRID, picture), picture)
-    drawn = draw(torch.zeros(6, dtype=torch.long), GRID, picture)
-    assert (drawn != picture).any(dim=2).all()
+    image = draw(torch.zeros(6, dtype=torch.long), GRID, picture)
+    assert (image != picture).any(dim=2).all()
 
 
 def test_the_picture_shows_through():
@@ -145,9 +145,9 @@ def test_the_picture_shows_through():
 
 def test_lines_part_different_slots_where_there_is_room():
     slots = torch.tensor([0, 0, 1, 0, 0, 1])
-    drawn = draw(slots, GRID, plain(16, 24)).sum(dim=2)
-    assert (drawn[:, 16] < drawn[:, 17]).all(), "a dark line where the other slot begins"
-    assert (drawn[:, 8] == drawn[:, 9]).all() and (drawn[8] == drawn[9]).all(), "none within a slot"
+    image = draw(slots, GRID, plain(16, 24)).sum(dim=2)
+    assert (image[:, 16] < image[:, 17]).all(), "a dark line where the other slot begins"
+    assert (image[:, 8] == image[:, 9]).all() and (image[8] == image[9]).all(), "none within a slot"
     above = draw(torch.tensor([0, 0, 0, 1, 1, 1]), GRID, plain(16, 24)).sum(dim=2)
     assert (above[8] < above[9]).all()
     small = draw(slots, GRID, plain(4, 6))
@@ -156,12 +156,12 @@ def test_lines_part_different_slots_where_there_is_room():
 
 @pytest.mark.parametrize(("grid", "size"), [((5, 7), (41, 58)), ((7, 3), (20, 64)), ((8, 8), (8, 8)), ((6, 6), (4, 5))])
 def test_every_pixel_has_the_colour_of_the_token_that_it_lies_in(grid, size):
-    slots = matched(grid)
-    drawn, counts = draw(slots, grid, plain(*size)), slots.bincount()
+    slots = slots_by_matching(grid)
+    image, counts = draw(slots, grid, plain(*size)), slots.bincount()
     for y in range(size[0]):
         for x in range(size[1]):
             slot = slots[y * grid[0] // size[0] * grid[1] + x * grid[1] // size[1]]
-            is_plain = tuple(drawn[y, x].tolist()) == (200, 200, 200)
+            is_plain = tuple(image[y, x].tolist()) == (200, 200, 200)
             assert is_plain == (counts[slot] == 1), (y, x)
 
 
@@ -169,9 +169,9 @@ def test_every_pixel_has_the_colour_of_the_token_that_it_lies_in(grid, size):
 @pytest.mark.parametrize("ratio", [0.3, 0.75, 0.9])
 def test_few_slots_that_touch_are_alike_in_hue(grid, ratio):
     rows, columns = grid
-    slots = matched(grid, ratio)
-    drawn, counts = draw(slots, grid, plain(*grid, 128)), slots.bincount()
-    hue = [[colorsys.rgb_to_hsv(*(c / 255 for c in pixel))[0] for pixel in row] for row in drawn.tolist()]
+    slots = slots_by_matching(grid, ratio)
+    image, counts = draw(slots, grid, plain(*grid, 128)), slots.bincount()
+    hue = [[colorsys.rgb_to_hsv(*(c / 255 for c in pixel))[0] for pixel in row] for row in image.tolist()]
     laid = slots.view(grid).tolist()
     alike, pairs = 0, 0
     for r in range(rows - 1):
@@ -186,7 +186,7 @@ def test_few_slots_that_touch_are_alike_in_hue(grid, ratio):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_torchs_default_dtype_and_device_change_nothing(dtype):
-    slots, picture = matched((8, 8)), plain(64, 80)
+    slots, picture = slots_by_matching((8, 8)), plain(64, 80)
     usual, before = draw(slots, (8, 8), picture), torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -74,8 +74,8 @@ def test_uniform_takes_as_many_dst_as_there_are_cells(grid, stride):
 
 def test_uniform_leaves_some_cells_without_a_dst():
     dst = set(dst_of((16, 16), (2, 2), "uniform")[0].tolist())
-    found = {len(dst & set(cell)) for cell in cells_of((16, 16), (2, 2))}
-    assert {0, 1, 2} <= found
+    counts = {len(dst & set(cell)) for cell in cells_of((16, 16), (2, 2))}
+    assert {0, 1, 2} <= counts
 
 
 @pytest.mark.parametrize(

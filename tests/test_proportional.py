@@ -153,9 +153,9 @@ def test_gradients_are_the_references(kind, method):
     block, x = make(kind, 2, 8, torch.double), image(16, torch.double).requires_grad_()
     out, token_map = run(block, x, settings(method))
     weights = torch.randn(out.shape, dtype=torch.double, generator=torch.Generator().manual_seed(2))
-    (seen,) = torch.autograd.grad((out * weights).sum(), x)
+    (ours,) = torch.autograd.grad((out * weights).sum(), x)
     (right,) = torch.autograd.grad((reference(block, x, token_map, method) * weights).sum(), x)
-    assert relative(seen, right) < 1e-6
+    assert relative(ours, right) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)

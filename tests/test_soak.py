@@ -46,26 +46,26 @@ def unet_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
 
 
 def test_nothing_is_lost_and_wrong_requests_are_refused(last_lines: Callable) -> None:
-    status, said = last_lines()
-    assert list(said) == ["generations", "pictures lost", "unclean", "refused rightly", "memory growth"]
-    assert (said["generations"].split(",")[0], said["pictures lost"]) == ("13", "0")
-    compared, (refused, wrong) = said["unclean"].split(" ")[2], said["refused rightly"].split(" of ")
-    assert said["unclean"].startswith("0 of ") and int(compared) >= 2 and refused == wrong != "0"
-    assert "MB)" in said["memory growth"] and status == 0
+    status, lines = last_lines()
+    assert list(lines) == ["generations", "pictures lost", "unclean", "refused rightly", "memory growth"]
+    assert (lines["generations"].split(",")[0], lines["pictures lost"]) == ("13", "0")
+    compared, (refused, wrong) = lines["unclean"].split(" ")[2], lines["refused rightly"].split(" of ")
+    assert lines["unclean"].startswith("0 of ") and int(compared) >= 2 and refused == wrong != "0"
+    assert "MB)" in lines["memory growth"] and status == 0
 
 
 def test_an_unmerged_picture_that_changes_is_noticed(last_lines: Callable, unet_forward: Callable) -> None:
     runs = []
     unet_forward(lambda out: out * (1 if runs.append(1) or len(runs) < 20 else 0.9))
-    status, said = last_lines()
-    assert status == 1 and not said["unclean"].startswith("0 of ") and said["pictures lost"] == "0"
+    status, lines = last_lines()
+    assert status == 1 and not lines["unclean"].startswith("0 of ") and lines["pictures lost"] == "0"
 
 
 def test_a_picture_that_fails_is_lost(last_lines: Callable, unet_forward: Callable) -> None:
     runs = []
     unet_forward(lambda out: out * (1 if runs.append(1) or len(runs) < 20 else float("nan")))
-    status, said = last_lines()
-    assert status == 1 and int(said["pictures lost"]) > 0
+    status, lines = last_lines()
+    assert status == 1 and int(lines["pictures lost"]) > 0
 
 
 def test_a_wrong_request_that_merges_is_not_refused() -> None:
@@ -84,11 +84,11 @@ def test_what_is_drawn_is_a_seeds_own_and_has_every_kind() -> None:
     class Server:
         pixels, samplers, presets = 8, ("Euler", "DDIM"), ("Fast", "Quality")
 
-    def drawn(seed: int) -> list[soak.Request]:
+    def some_requests(seed: int) -> list[soak.Request]:
         return [*itertools.islice(soak.requests(Server, seed, soak.SIZES, 2), 300)]
 
-    assert drawn(1) == drawn(1) != drawn(2)
-    some = drawn(1)
+    assert some_requests(1) == some_requests(1) != some_requests(2)
+    some = some_requests(1)
     assert {request.outcome for request in some} == {"made", "told", "refused", "either"}
     assert some[0] is some[10] is some[290]
     assert 50 < sum(request.outcome != "made" for request in some) < 100
@@ -96,7 +96,7 @@ def test_what_is_drawn_is_a_seeds_own_and_has_every_kind() -> None:
     assert any("enable_hr" in request.body for request in some) and {"img2img"} < {one.tab for one in some}
     arguments = [request.body[soak.SCRIPTS].get("ToMe", {}).get("args", []) for request in some]
     assert {name for args in arguments for name in (args or [{}])[0:1] if isinstance(name, bool)} == {True, False}
-    named = {name for args in arguments for given in args if isinstance(given, dict) for name in given}
+    named = {name for args in arguments for arg in args if isinstance(arg, dict) for name in arg}
     assert {"preset", *soak.SETTINGS} < named
 
 

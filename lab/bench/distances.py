@@ -45,10 +45,10 @@ def resamples(count: int, seed: int = 0) -> Tensor:
     return torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
 
 
-def mean(values: Tensor, drawn: Tensor) -> Estimate:
-    """The mean of one value a picture, [N]; `drawn`: [R, N], as `resamples` gives them."""
+def mean(values: Tensor, numbers: Tensor) -> Estimate:
+    """The mean of one value a picture, [N]; `numbers`: [R, N], as `resamples` gives them."""
     values = values.double()
-    return Estimate(float(values.mean()), values[drawn].mean(1))
+    return Estimate(float(values.mean()), values[numbers].mean(1))
 
 
 def psnr(pictures: Tensor, twins: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ class Frechet:
         traces = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + self._covariance.trace()
         return (centre - self._mean).square().sum(-1) + traces - 2 * shared
 
-    def estimate(self, features: Tensor, drawn: Tensor) -> Estimate:
-        """The distance of one set, [N, D]; `drawn`: [R, N], as `resamples` gives them."""
-        resampled = torch.cat([self.distance(features[part]) for part in drawn.split(50)])
+    def estimate(self, features: Tensor, numbers: Tensor) -> Estimate:
+        """The distance of one set, [N, D]; `numbers`: [R, N], as `resamples` gives them."""
+        resampled = torch.cat([self.distance(features[part]) for part in numbers.split(50)])
         return Estimate(float(self.distance(features)), resampled)
 
 

@@ -160,7 +160,7 @@ def _code_digest() -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class Series:
     """A variant's pictures."""
 
     pictures: Tensor
@@ -199,7 +199,7 @@ class Album:
         with spawning.Pool(min(processes, len(chunks)), torch.set_num_threads, (threads,)) as pool:
             yield from pool.imap(self._make, chunks)
 
-    def read(self, variant: Variant, count: int) -> Made:
+    def read(self, variant: Variant, count: int) -> Series:
         """The first `count` pictures of a variant, all of which must have been made."""
         chunks = []
         for first in range(0, count, CHUNK):
@@ -207,7 +207,7 @@ class Album:
                 chunks.append({name: arrays[name] for name in arrays.files})
         pictures = torch.from_numpy(np.concatenate([chunk["pictures"] for chunk in chunks])[:count])
         seconds = float(np.median([chunk["seconds"] for chunk in chunks])) / CHUNK
-        return Made(pictures, seconds, str(chunks[0]["merged"]))
+        return Series(pictures, seconds, str(chunks[0]["merged"]))
 
     def _make(self, chunk: tuple[Variant, int]) -> Variant:
         variant, first = chunk

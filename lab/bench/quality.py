@@ -27,7 +27,7 @@ from .contenders import CORNER, KEYS, RANDOM, UNMERGED, why_left_out
 from .distances import Estimate
 from .options import add_shared, fill_in, whole_number
 from .packages import require
-from .pictures import Album, Made, Studio
+from .pictures import Album, Series, Studio
 from .timing import progress
 
 USUAL = {"samples": 500, "steps": 50, "scale": 3.0, "tables": list(TABLES), "attention": "sdp", "threads": 1}
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     tables, notes = _that_can_run(args, gains, studio)
     chunks = _chunks_by_table(album, tables, args.samples)
     every_chunk = [chunk for some in chunks.values() for chunk in some]
-    written = [args.out / "quality.md"]
+    files = [args.out / "quality.md"]
     sections: list[tuple[str, list[output.Row]]] = []
     with (
         progress(len(every_chunk)) as tick,
@@ -104,15 +104,15 @@ def run(args: argparse.Namespace) -> None:
             rows = [{"table": name, **row} for row in judge.rows(table, table.gains or first)]
             sections.append((_heading(table), rows))
             # After every table: what is done is there to be read while the rest is made.
-            written.append(args.out / f"quality-{name}.csv")
-            output.write_csv(written[-1], rows, machine)
+            files.append(args.out / f"quality-{name}.csv")
+            output.write_csv(files[-1], rows, machine)
             for ending, panels in (("", _panels(table, rows)), ("-speed", _over_speed(table, rows))):
                 if panels:
-                    written.append(args.out / f"quality-{name}{ending}.png")
-                    output.plot(written[-1], panels, machine)
-            _write_markdown(written[0], sections, machine, [*NOTES, *notes])
+                    files.append(args.out / f"quality-{name}{ending}.png")
+                    output.plot(files[-1], panels, machine)
+            _write_markdown(files[0], sections, machine, [*NOTES, *notes])
     text = "\n\n".join(f"{heading}\n{output.table(*_shown(rows))}" for heading, rows in sections)
-    output.show(f"{text}\n", machine, [*NOTES, *notes], written)
+    output.show(f"{text}\n", machine, [*NOTES, *notes], files)
 
 
 class Judge:
@@ -124,7 +124,7 @@ class Judge:
         self._net = album.studio.classifier()
         self._frechet = distances.Frechet(self._net.reference)
         self._drawn = distances.resamples(samples)
-        self._judged: dict[Variant, tuple[Made, dict[str, Estimate]]] = {}
+        self._judged: dict[Variant, tuple[Series, dict[str, Estimate]]] = {}
 
     def rows(self, table: Table, gains: Gains) -> list[dict[str, object]]:
         """A table's rows. All of its pictures, and their unmerged twins, must have been made."""
@@ -132,22 +132,22 @@ class Judge:
         rows = []
         for row in table.rows:
             variant, reference = row.variant, row.reference
-            made, values = self._judge(variant)
+            series, values = self._judge(variant)
             others = {} if reference is None else self._judge(reference.variant)[1]
             line: dict[str, object] = {"row": row.name, "contender": variant.contender}
             line |= {"ratio": variant.mean_ratio, "pairs": variant.pairs, "faster": times_faster(variant, gains)}
             line["steps"] = studio.steps_of(variant)
             for name, metric in METRICS.items():
                 line |= _compared(name, metric, values.get(name), others.get(name))
-            line |= {"seconds": made.seconds, "reference": reference and reference.name, "merged": made.merged}
+            line |= {"seconds": series.seconds, "reference": reference and reference.name, "merged": series.merged}
             line |= {"samples": self._samples, "scale": studio.scale}
             rows.append(line | {"how": json.dumps(dataclasses.asdict(variant))})
         return rows
 
-    def _judge(self, variant: Variant) -> tuple[Made, dict[str, Estimate]]:
+    def _judge(self, variant: Variant) -> tuple[Series, dict[str, Estimate]]:
         if variant not in self._judged:
-            made = self._album.read(variant, self._samples)
-            rgb = made.pictures.permute(0, 3, 1, 2).float().div(255)
+            series = self._album.read(variant, self._samples)
+            rgb = series.pictures.permute(0, 3, 1, 2).float().div(255)
             features = self._net.features(rgb)
             named = self._net.head(features).argmax(1) == self._labels
             values = {
@@ -156,9 +156,9 @@ class Judge:
             }
             if variant.contender != UNMERGED:
                 twins = self._judge(variant.unmerged)[0].pictures
-                values["psnr"] = distances.mean(distances.psnr(made.pictures, twins), self._drawn)
-                values["ssim"] = distances.mean(distances.ssim(made.pictures, twins), self._drawn)
-            self._judged[variant] = made, values
+                values["psnr"] = distances.mean(distances.psnr(series.pictures, twins), self._drawn)
+                values["ssim"] = distances.mean(distances.ssim(series.pictures, twins), self._drawn)
+            self._judged[variant] = series, values
         return self._judged[variant]
 
 

@@ -64,7 +64,7 @@ def compare(
         (enlarged(after), f"with merging: {with_merging:.2f} s"),
         (enlarged(difference(before, after)), f"difference, {AMPLIFIED} times"),
     ]
-    return pictures + [(enlarged(drawn, pictures[0][0].size), "merge map") for drawn in maps], merged
+    return pictures + [(enlarged(merge_map, pictures[0][0].size), "merge map") for merge_map in maps], merged
 
 
 def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:

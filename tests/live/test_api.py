@@ -107,9 +107,9 @@ def test_the_client_webuiapi(webui):
     address = urlsplit(webui.url)
     api = webuiapi.WebUIApi(host=address.hostname, port=address.port, use_https=address.scheme == "https")
     for arguments in ([{"ratio": 0.6, "late_ratio": 0.3}], [{"preset": "Fast", "late_ratio": 0.3}], [True, 0.6]):
-        made = api.txt2img(**webui.request(arguments))
-        assert made.image.convert("RGB").tobytes() == webui.make(arguments).pixels
-        assert "ToMe ratio" in made.info["extra_generation_params"]
+        answer = api.txt2img(**webui.request(arguments))
+        assert answer.image.convert("RGB").tobytes() == webui.make(arguments).pixels
+        assert "ToMe ratio" in answer.info["extra_generation_params"]
     assert "alwayson_scripts={" in PAGE and '{"ratio": 0.6, "late_ratio": 0.3}' in PAGE
 
 
@@ -132,8 +132,8 @@ def test_the_status_names_the_layers_of_the_loaded_model(webui):
 
 def test_measuring_answers_and_refuses_what_is_wrong(webui):
     requests = pytest.importorskip("requests")
-    asked = {"width": webui.side, "height": webui.side, "settings": {"ratio": 0.9}}
-    answer = requests.post(f"{webui.url}/tome/measure", json=asked, timeout=1200)
+    request = {"width": webui.side, "height": webui.side, "settings": {"ratio": 0.9}}
+    answer = requests.post(f"{webui.url}/tome/measure", json=request, timeout=1200)
     (result,) = answer.json()
     assert f"{webui.side}x{webui.side}" in result["line"] and result["times_faster"] > 0
     assert 0 < result["attention_share"] < 1
@@ -163,16 +163,16 @@ def test_a_request_that_fails_while_sampling_leaves_nothing_behind(webui):
 
 
 def test_an_interrupted_generation_leaves_nothing_behind(webui):
-    made = threading.Thread(target=webui.make, args=([True, 0.5],), kwargs={"steps": 40})
-    made.start()
+    generation = threading.Thread(target=webui.make, args=([True, 0.5],), kwargs={"steps": 40})
+    generation.start()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if webui.get("/sdapi/v1/progress").json()["state"]["sampling_step"] > 0:
             break
         time.sleep(0.2)
     webui.post("interrupt", {})
-    made.join(600)
-    assert not made.is_alive()
+    generation.join(600)
+    assert not generation.is_alive()
 
 
 def test_webuis_own_merging_is_left_out_and_stays_as_it_was(webui):

@@ -64,10 +64,10 @@ def test_generate_shows_progress_both_pictures_their_difference_the_map_and_the_
     set_tab(page, steps=50)
     page.click("#txt2img_generate")
     expect(page.locator("#results")).to_contain_text(re.compile(r"\d+/100 steps"))
-    said = page.locator("#html_info_txt2img").first
-    expect(said).to_contain_text("50 of 50 steps")
-    expect(said).to_contain_text("merge map of step 10, layer 1")
-    expect(said).to_contain_text("Seed: 1, Size: 32x32")
+    info = page.locator("#html_info_txt2img").first
+    expect(info).to_contain_text("50 of 50 steps")
+    expect(info).to_contain_text("merge map of step 10, layer 1")
+    expect(info).to_contain_text("Seed: 1, Size: 32x32")
     times, rest = labels(page)[:2], labels(page)[2:]
     assert [re.sub(r"\d+\.\d\d", "0.00", time) for time in times] == ["without merging: 0.00 s", "with merging: 0.00 s"]
     assert rest == ["difference, 10 times", "merge map"]

@@ -55,12 +55,12 @@ def test_png_info_sends_every_field_and_switches_off_without_them(webui, baselin
         file.write_bytes(base64.b64decode(picture.png))
         go_to(page, "PNG Info")
         page.locator("#pnginfo_image input[type=file]").set_input_files(file)
-        shown = page.locator("#tab_pnginfo")
-        expect(shown).to_contain_text("Sampler")
+        pnginfo = page.locator("#tab_pnginfo")
+        expect(pnginfo).to_contain_text("Sampler")
         if name == "merged":
-            expect(shown).to_contain_text("ToMe ratio")
+            expect(pnginfo).to_contain_text("ToMe ratio")
         else:
-            expect(shown).not_to_contain_text("ToMe")
+            expect(pnginfo).not_to_contain_text("ToMe")
         page.locator(f"#tab_pnginfo #{tab}_tab").click()
         expect(page.locator(f"#{tab}_prompt textarea")).to_be_visible()
         expect(panel.switch).to_be_checked(checked=name == "merged")
@@ -71,7 +71,7 @@ def test_png_info_sends_every_field_and_switches_off_without_them(webui, baselin
             image = page.locator("#pnginfo_image")
             image.locator("[aria-label=Clear], [title=Clear], [title='Remove Image']").first.click()
             # Gradio drops a change while it still answers the one before: the next picture has to wait for this.
-            expect(shown).not_to_contain_text("Sampler")
+            expect(pnginfo).not_to_contain_text("Sampler")
         else:
             expect(panel.title).not_to_contain_text("%")
 

@@ -54,10 +54,10 @@ def test_folding_the_panel_switches_merging_off_and_the_title_says_so(panel):
 
 def test_controls_without_effect_are_hidden(panel):
     late_ratio, switch_at = panel.element("late_ratio"), panel.element("switch_at")
-    for schedule, shown in (("constant", ()), ("linear", (late_ratio,)), ("step", (late_ratio, switch_at))):
+    for schedule, useful in (("constant", ()), ("linear", (late_ratio,)), ("step", (late_ratio, switch_at))):
         panel.set(schedule=schedule)
         for control in (late_ratio, switch_at):
-            expect(control).to_be_visible(visible=control in shown)
+            expect(control).to_be_visible(visible=control in useful)
 
 
 def test_help_is_shown_on_hover(panel):

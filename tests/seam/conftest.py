@@ -42,9 +42,9 @@ def host_modules() -> dict[str, ModuleType]:
     callbacks: dict[str, list[Callable]] = {}
 
     def module(name: str, **names: Any) -> ModuleType:
-        made = ModuleType(name)
-        vars(made).update(names)
-        return made
+        new = ModuleType(name)
+        vars(new).update(names)
+        return new
 
     def on(name: str) -> Callable[[Callable], None]:
         return lambda callback: callbacks.setdefault(name, []).append(callback)
@@ -81,24 +81,24 @@ def host_modules() -> dict[str, ModuleType]:
         "sd_samplers_common": {"InterruptedException": type("InterruptedException", (BaseException,), {})},
         "devices": {"device": torch.device("cpu")},
     }
-    made = {f"modules.{name}": module(f"modules.{name}", **parts[name]) for name in parts}
-    return {"modules": module("modules", **{name: made[f"modules.{name}"] for name in parts}), **made}
+    modules = {f"modules.{name}": module(f"modules.{name}", **parts[name]) for name in parts}
+    return {"modules": module("modules", **{name: modules[f"modules.{name}"] for name in parts}), **modules}
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The modules, imported; everything of another host and of the extension in it is out of the way meanwhile."""
-    kept = {name: module for name, module in sys.modules.items() if name.startswith(("modules", "tomesd_core_"))}
-    for name in kept:
+    others = {name: module for name, module in sys.modules.items() if name.startswith(("modules", "tomesd_core_"))}
+    for name in others:
         del sys.modules[name]
-    made = host_modules()
-    sys.modules.update(made)
+    new = host_modules()
+    sys.modules.update(new)
     for kind in (gr.Slider, gr.Radio, gr.Button, gr.UploadButton, gr.Checkbox):
         monkeypatch.setattr(kind, "__init__", _taking_tooltips(kind.__init__))
-    yield made["modules"]
+    yield new["modules"]
     for name in [name for name in sys.modules if name.startswith(("modules", "tomesd_core_"))]:
         del sys.modules[name]
-    sys.modules.update(kept)
+    sys.modules.update(others)
 
 
 def _taking_tooltips(init: Callable) -> Callable:

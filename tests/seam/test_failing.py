@@ -38,19 +38,19 @@ def make_page(load):
         script = load()
         for name, attribute in broken:
             setattr(script._module(name) if isinstance(name, str) else name, attribute, fail)
-        given = []
+        controls = []
         with gr.Blocks() as page:
             gr.Button("before")
             for is_img2img in (False, True):
                 instance = script.ToMe()
                 instance.is_img2img = is_img2img
-                given.append(instance.ui(is_img2img))
+                controls.append(instance.ui(is_img2img))
                 assert len(instance.infotext_fields) in (0, 1 + len(PANEL_FIELDS))
             gr.Button("after")
         assert page.get_config_file()["components"]
         buttons = [child.value for child in page.children if isinstance(child, gr.Button)]
         assert buttons == ["before", "after"]
-        return script, page, given
+        return script, page, controls
 
     return make
 
@@ -80,14 +80,14 @@ def test_without_a_part_the_panel_is_its_controls_alone(make_page, log_lines, br
 
 def test_a_host_without_an_accordion_or_tooltips_has_the_controls(make_page, modules, log_lines):
     del modules.ui_components.InputAccordion
-    _, _, given = make_page()
-    assert [len(controls) for controls in given] == [len(PANEL_FIELDS) + 3] * 2
+    _, _, controls = make_page()
+    assert [len(names) for names in controls] == [len(PANEL_FIELDS) + 3] * 2
     assert len(log_lines) == 1 and "making the panel failed (AttributeError" in log_lines[0]
 
 
 def test_without_any_control_there_is_nothing_and_merging_is_off(make_page, log_lines):
-    _, page, given = make_page(("webui.panel", "_control"))
-    assert given == [[], []]
+    _, page, controls = make_page(("webui.panel", "_control"))
+    assert controls == [[], []]
     assert not [child for child in components_of(page) if "tome" in (child.elem_id or "")]
     assert_said_once(log_lines, "making the panel failed")
     assert_said_once(log_lines, "making a panel without preview and presets failed")

@@ -24,9 +24,9 @@ class Block(nn.Module):
 
 
 def unet(layers=1):
-    made = nn.Module()
-    made.transformer_blocks = nn.ModuleList([Block() for _ in range(layers)])
-    return made
+    model = nn.Module()
+    model.transformer_blocks = nn.ModuleList([Block() for _ in range(layers)])
+    return model
 
 
 def in_webui(inner):

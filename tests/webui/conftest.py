@@ -145,22 +145,22 @@ def on_denoised(host) -> Iterator[Callable[[Callable], None]]:
 @pytest.fixture
 def attention(host) -> Iterator[SimpleNamespace]:
     """What reaches self-attention, whoever calls it: the UNet of each call, and how many keys its first layer sees."""
-    seen = SimpleNamespace(tokens=[], unets=[], layer=None)
+    record = SimpleNamespace(tokens=[], unets=[], layer=None)
     keys: set[nn.Module] = set()
 
     def before(module: nn.Module, args: tuple) -> None:
         # Called before the module's own hooks.
         if hasattr(module, "input_blocks"):
-            seen.unets.append(module)
-            seen.tokens.append(0)
-            seen.layer = None
+            record.unets.append(module)
+            record.tokens.append(0)
+            record.layer = None
             keys.update(block.attn1.to_k for block in module.modules() if hasattr(block, "attn1"))
-        elif module in keys and seen.layer in (None, module):
+        elif module in keys and record.layer in (None, module):
             # The largest: a layer may first be asked, with a few tokens, how it splits its heads.
-            seen.layer, seen.tokens[-1] = module, max(seen.tokens[-1], args[0].shape[1])
+            record.layer, record.tokens[-1] = module, max(record.tokens[-1], args[0].shape[1])
 
     handle = nn.modules.module.register_module_forward_pre_hook(before)
-    yield seen
+    yield record
     handle.remove()
 
 
@@ -182,15 +182,15 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
 
     shared.opts.reset()
     errors.exceptions.clear()
-    seen: list[Any] = []
-    with other_script(first=True, before_process=seen.append):
+    ps: list[Any] = []
+    with other_script(first=True, before_process=ps.append):
         yield
     files = [frame.filename for error in errors.exceptions for frame in traceback.extract_tb(error.__traceback__)]
     assert [file for file in files if "tome.py" in file or f"tomesd_core{os.sep}webui" in file] == []
     assert {name for model in loaded for name in hooked(model)} == set()
-    assert [p.sample for p in seen if "sample" in vars(p)] == []
+    assert [p.sample for p in ps if "sample" in vars(p)] == []
     shared.opts.reset()
-    if not seen:
+    if not ps:
         return
     processed = make(steps=1)
     assert pixels(processed) == one_step

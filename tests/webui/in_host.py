@@ -36,7 +36,7 @@ def script_module() -> ModuleType:
     """The script file of this project as the host has executed it."""
     from modules import scripts
 
-    return next(found.module for found in scripts.scripts_data if Path(found.path) == ROOT / "scripts" / "tome.py")
+    return next(data.module for data in scripts.scripts_data if Path(data.path) == ROOT / "scripts" / "tome.py")
 
 
 def running(name: str) -> ModuleType:
@@ -55,11 +55,11 @@ def left(ratio: float, tokens: int = SIDE * SIDE) -> int:
 
 def run(code, *arguments, cwd=ROOT, **env):
     """Runs Python code in a process of its own, with this project's folder first on its path."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONIOENCODING")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONIOENCODING")}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=cwd,
-        env={**kept, "OMP_NUM_THREADS": "1", **env},
+        env={**environment, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         timeout=300,
     )

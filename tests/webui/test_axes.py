@@ -18,7 +18,7 @@ def axes(host):
     """The plot's axes by label, without the mark that they are ours."""
     from modules import scripts
 
-    (plot,) = [found.module for found in scripts.scripts_data if found.path.endswith("xyz_grid.py")]
+    (plot,) = [data.module for data in scripts.scripts_data if data.path.endswith("xyz_grid.py")]
     return {option.label.removeprefix("[ToMe] "): option for option in plot.axis_options}
 
 
@@ -28,8 +28,8 @@ def plot(monkeypatch):
     from modules import scripts
 
     def put(*modules):
-        found = [scripts.ScriptClassData(None, f"scripts/{file}", "", module) for file, module in modules]
-        monkeypatch.setattr(scripts, "scripts_data", [*found, *scripts.scripts_data[1:]])
+        data = [scripts.ScriptClassData(None, f"scripts/{file}", "", module) for file, module in modules]
+        monkeypatch.setattr(scripts, "scripts_data", [*data, *scripts.scripts_data[1:]])
 
     return put
 
@@ -83,8 +83,8 @@ def cells(make_p):
 
 def test_a_setting_is_swept_with_the_panel_off_and_on(cells, axes, attention):
     for tome in ([False], HALVED):
-        made = list(cells(tome, *([(axes["Ratio"], text)] for text in ("0.3", "0.6"))))
-        assert [one.extra_generation_params["ToMe ratio"] for one in made] == [0.3, 0.6]
+        pictures = list(cells(tome, *([(axes["Ratio"], text)] for text in ("0.3", "0.6"))))
+        assert [one.extra_generation_params["ToMe ratio"] for one in pictures] == [0.3, 0.6]
     constant = [left(ratio) for ratio in (0.3, 0.3, 0.6, 0.6)]
     assert attention.tokens[4:] == constant
 
@@ -99,8 +99,12 @@ def test_the_switch_and_the_presets_have_axes_and_the_switch_wins(cells, axes, p
     )
     assert pixels(off) == plain and "ToMe" not in off.infotexts[0]
     assert pixels(on) == pixels(neither) == merged
-    given = preset.extra_generation_params
-    assert (given["ToMe ratio"], given["ToMe max downsample"], given["ToMe schedule"]) == (0.3, 2, "linear")
+    parameters = preset.extra_generation_params
+    assert (parameters["ToMe ratio"], parameters["ToMe max downsample"], parameters["ToMe schedule"]) == (
+        0.3,
+        2,
+        "linear",
+    )
     assert attention.tokens[:2] == [SIDE * SIDE] * 2
 
 

@@ -12,8 +12,8 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__")
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """What a host said that has two copies, the first of a newer version; in a process of its own, which imported this
+def answers(tmp_path_factory):
+    """What a host with two copies answers, the first of a newer version; in a process of its own, which imported this
     project's `tomesd_core` before."""
     extensions = tmp_path_factory.mktemp("host") / "extensions"
     for copy in ("first", "second"):
@@ -24,9 +24,9 @@ def said(tmp_path_factory):
     assert text.count('"Ratio",') == 1
     settings.write_text(text.replace('"Ratio",', '"Share",'), encoding="utf-8")
     done = run(CODE, str(extensions), json.dumps(REQUEST), json.dumps(HALVED))
-    said = json.loads(done.stdout.splitlines()[-1])
-    said["log"] = [line for line in done.stderr.decode().splitlines() if "more than one script" in line]
-    return said
+    answers = json.loads(done.stdout.splitlines()[-1])
+    answers["log"] = [line for line in done.stderr.decode().splitlines() if "more than one script" in line]
+    return answers
 
 
 CODE = """
@@ -80,76 +80,76 @@ def generate(**given):
     }
 
 
-said = {"installed": str(installed), "folders": [str(first), str(second)]}
-said["labels"] = [script_of(folder).controls[1].label for folder in (first, second)]
+answers = {"installed": str(installed), "folders": [str(first), str(second)]}
+answers["labels"] = [script_of(folder).controls[1].label for folder in (first, second)]
 generation = module_of(second).generation
 generation.presets.save("Mine", generation.MergeSettings())
 for folder in (first, second):
     module = module_of(folder)
     files = [Path(m.__file__) for name, m in sys.modules.items() if name.split(".")[0] == module.PACKAGE]
     roots = {str(next(part.parent for part in file.parents if part.name == "tomesd_core")) for file in files}
-    said.setdefault("files", []).append([len(files), sorted(roots)])
-    said.setdefault("presets", []).append((folder / "presets.json").exists())
+    answers.setdefault("files", []).append([len(files), sorted(roots)])
+    answers.setdefault("presets", []).append((folder / "presets.json").exists())
 
 import tomesd_core.compat, tomesd_core.merge_map
 
 after = {name: id(module) for name, module in sys.modules.items() if name.split(".")[0] == "tomesd_core"}
-said["kept"] = after.items() >= before.items()
-said["installed files"] = sorted({str(Path(sys.modules[name].__file__).parent) for name in after if name.count(".") == 1
-                                  and not hasattr(sys.modules[name], "__path__")})
+answers["kept"] = after.items() >= before.items()
+inner = [sys.modules[name] for name in after if name.count(".") == 1]
+answers["installed files"] = sorted({str(Path(m.__file__).parent) for m in inner if not hasattr(m, "__path__")})
 
 off = [False, *halved[1:]]
-said["plain"] = generate()
-said["api"] = processing.process_images(host.make_p(halved, **request)).images[0].tobytes().hex()
-said["first"] = generate(first=halved, second=off)
-said["second"] = generate(first=off, second=halved)
-said["both"] = generate(first=halved, second=halved)
+answers["plain"] = generate()
+answers["api"] = processing.process_images(host.make_p(halved, **request)).images[0].tobytes().hex()
+answers["first"] = generate(first=halved, second=off)
+answers["second"] = generate(first=off, second=halved)
+answers["both"] = generate(first=halved, second=halved)
 host.reload_ui()
-said["after reload"] = generate(first=halved)
-print(json.dumps(said))
+answers["after reload"] = generate(first=halved)
+print(json.dumps(answers))
 """
 
 
-def test_each_runs_the_files_beside_its_script(said):
-    assert said["labels"] == ["Share", "Ratio"]
-    for (count, folders), folder in zip(said["files"], said["folders"], strict=True):
+def test_each_runs_the_files_beside_its_script(answers):
+    assert answers["labels"] == ["Share", "Ratio"]
+    for (count, folders), folder in zip(answers["files"], answers["folders"], strict=True):
         assert count > 20
         assert folders == [folder]
 
 
-def test_each_keeps_presets_in_its_own_folder(said):
-    assert said["presets"] == [False, True]
+def test_each_keeps_presets_in_its_own_folder(answers):
+    assert answers["presets"] == [False, True]
 
 
-def test_a_package_that_was_imported_before_stays_what_it_was(said):
-    assert said["kept"] is True
-    assert said["installed files"] == [said["installed"]] == [str(ROOT / "tomesd_core")]
+def test_a_package_that_was_imported_before_stays_what_it_was(answers):
+    assert answers["kept"] is True
+    assert answers["installed files"] == [answers["installed"]] == [str(ROOT / "tomesd_core")]
 
 
-def test_the_api_reaches_the_first_and_it_merges(said):
-    assert said["api"] == said["first"]["picture"] != said["plain"]["picture"]
+def test_the_api_reaches_the_first_and_it_merges(answers):
+    assert answers["api"] == answers["first"]["picture"] != answers["plain"]["picture"]
 
 
 @pytest.mark.parametrize("which", ["first", "second", "after reload"])
-def test_the_one_that_is_asked_merges_and_the_other_takes_nothing_away(said, which):
-    one = said[which]
+def test_the_one_that_is_asked_merges_and_the_other_takes_nothing_away(answers, which):
+    one = answers[which]
     assert one["keys"]["ToMe ratio" if which == "second" else "ToMe share"] == 0.5
     assert len(one["said"]) == 1 and "1024 -> " in one["said"][0]
     assert (one["hooked"], one["wrapped"]) == (0, False)
-    assert one["picture"] == said["first"]["picture"]
+    assert one["picture"] == answers["first"]["picture"]
 
 
-def test_both_merge_once(said):
-    assert said["both"]["picture"] == said["first"]["picture"]
-    assert said["both"]["keys"] == said["second"]["keys"] | said["first"]["keys"]
-    assert len(said["both"]["said"]) == 2
-    assert said["both"]["said"][1].startswith("ToMe: nothing merged: its 512 tokens are not the grid's")
+def test_both_merge_once(answers):
+    assert answers["both"]["picture"] == answers["first"]["picture"]
+    assert answers["both"]["keys"] == answers["second"]["keys"] | answers["first"]["keys"]
+    assert len(answers["both"]["said"]) == 2
+    assert answers["both"]["said"][1].startswith("ToMe: nothing merged: its 512 tokens are not the grid's")
 
 
-def test_the_second_is_named_at_the_start_and_under_the_picture(said):
-    paths = [f"{folder}/scripts/tome.py" for folder in said["folders"]]
+def test_the_second_is_named_at_the_start_and_under_the_picture(answers):
+    paths = [f"{folder}/scripts/tome.py" for folder in answers["folders"]]
     line = f"more than one script is titled 'ToMe', and the API reaches the first only: {', '.join(paths)}"
-    assert set(said["log"]) == {f"ToMe: {line}"}
+    assert set(answers["log"]) == {f"ToMe: {line}"}
     for which in ("first", "second", "both"):
-        assert said[which]["warned"] == [f"ToMe: {line}"]
-    assert said["plain"]["warned"] == []
+        assert answers[which]["warned"] == [f"ToMe: {line}"]
+    assert answers["plain"]["warned"] == []

@@ -28,16 +28,16 @@ def keys_of(processed):
     """The picture's own keys, as they are written and as they are read back from the text."""
     from modules import infotext_utils
 
-    written = {key: value for key, value in processed.extra_generation_params.items() if key.startswith("ToMe")}
+    keys = {key: value for key, value in processed.extra_generation_params.items() if key.startswith("ToMe")}
     for text in processed.infotexts:
-        read = infotext_utils.parse_generation_parameters(text)
-        assert {key: str(value) for key, value in written.items()} == {k: v for k, v in read.items() if "ToMe" in k}
-    return written
+        parameters = infotext_utils.parse_generation_parameters(text)
+        assert {key: str(value) for key, value in keys.items()} == {k: v for k, v in parameters.items() if "ToMe" in k}
+    return keys
 
 
-def untimed(said):
+def untimed(text):
     """What was said without its times, which differ from run to run."""
-    return re.sub(r"; sampled in [\d.]+ s(, ([\d.]+ times|no) faster than unmerged)?", "", said)
+    return re.sub(r"; sampled in [\d.]+ s(, ([\d.]+ times|no) faster than unmerged)?", "", text)
 
 
 def largest_difference(one, other):
@@ -67,7 +67,7 @@ def test_summary_under_the_picture_and_once_in_the_log(make, log_lines):
     processed = make(ON, n_iter=2)
     line = "3 of 4 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps"
     assert untimed(processed.comments) == f"ToMe: {line}\n"
-    assert [untimed(said) for said in log_lines] == [line]
+    assert [untimed(text) for text in log_lines] == [line]
 
 
 def test_max_downsample_and_min_tokens(make):
@@ -260,15 +260,15 @@ def test_a_generation_that_is_ended_leaves_nothing(host, make, merged, on_denois
 
 def test_between_generations_nothing_is_attached(host, make, add_script):
     """Other scripts' `postprocess_image`, say, may run the model: it finds it as it was."""
-    seen = []
+    hooks = []
     add_script(
         **{
-            name: lambda *args, **kwargs: seen.append(hooked(host.sd_model))
+            name: lambda *args, **kwargs: hooks.append(hooked(host.sd_model))
             for name in ("process_batch", "post_sample", "postprocess_batch", "postprocess_image", "postprocess")
         }
     )
     make(ON, n_iter=2)
-    assert seen == [[]] * 9
+    assert hooks == [[]] * 9
 
 
 def test_unloading_scripts_ends_merging_at_once(make, on_denoised, attention):
@@ -344,11 +344,11 @@ def test_a_wrapper_that_is_put_on_before_and_stays_survives(make, add_script, me
         before = p.sample
         p.sample = lambda *args, **kwargs: log.append("sampled") or before(*args, **kwargs)
 
-    seen = []
-    add_script(before_process=wrap, postprocess=lambda p, *_: seen.append(vars(p).pop("sample").__name__))
+    names = []
+    add_script(before_process=wrap, postprocess=lambda p, *_: names.append(vars(p).pop("sample").__name__))
     assert make(ON, n_iter=2).images[1].tobytes() == merged[0]
     assert log == ["sampled"] * 2
-    assert seen == ["<lambda>"]
+    assert names == ["<lambda>"]
 
 
 def test_sampling_twice_in_one_batch_merges_what_it_was_bound_to(make, add_script, attention):
@@ -464,7 +464,7 @@ def copying(add_script, inside):
     from modules import processing
 
     def copy_when(when, scripts=lambda p: None):
-        made = []
+        pictures = []
 
         def make_one(p):
             inner = copy(p)
@@ -473,7 +473,7 @@ def copying(add_script, inside):
             inner.scripts = scripts(p)
             if when == "with a wrapper of its own":
                 wrapper([])(inner)
-            made.append(processing.process_images(inner))
+            pictures.append(processing.process_images(inner))
 
         def process_batch(p, *_, **__):
             if getattr(p, "is_a_copy", False):
@@ -484,18 +484,18 @@ def copying(add_script, inside):
                 make_one(p)
 
         add_script(process_batch=process_batch)
-        return made
+        return pictures
 
     return copy_when
 
 
 @pytest.mark.parametrize("when", ["before it is sampled", "with a wrapper of its own", "while it is sampled"])
 def test_a_copy_of_p_makes_its_own_picture_unmerged(make, copying, attention, merged, when):
-    made = copying(when)
+    pictures = copying(when)
     make()
     attention.tokens.clear()
     processed = make(ON, n_iter=2, steps=2)
-    without, *with_merging = made
+    without, *with_merging = pictures
     assert without.images[0].size == (16, 16)
     assert [pixels(one) for one in with_merging] == [pixels(without)] * 2
     assert all(keys_of(one) == {} and "ToMe" not in one.comments for one in with_merging)
@@ -513,18 +513,18 @@ def test_a_copy_of_p_made_at_any_time_claims_no_merging(make, add_script, attent
     if own_merging:
         pytest.importorskip("tomesd")
     shared.opts.data["token_merging_ratio"] = own_merging
-    made = []
+    pictures = []
 
     def make_one(p, *_, **__):
         inner = copy(p)
         inner.width, inner.height, inner.scripts = 16, 16, None
         state = dict(vars(shared.state))
-        made.append(processing.process_images(inner))
+        pictures.append(processing.process_images(inner))
         vars(shared.state).update(state)
 
     add_script(**{when: make_one})
     processed = make(ON)
-    (inner,) = made
+    (inner,) = pictures
     assert keys_of(inner) == {} and "ToMe" not in inner.comments
     assert ("Token merging ratio: 0.4" in inner.infotexts[0]) == bool(own_merging)
     assert pixels(processed) == merged
@@ -540,10 +540,10 @@ def test_a_copy_of_a_p_with_a_wrong_value_has_nothing_of_it(make, copying, when)
 
     pytest.importorskip("tomesd")
     shared.opts.data["token_merging_ratio"] = 0.4
-    made = copying(when)
+    pictures = copying(when)
     without = make()
     processed = make([True, 9])
-    (own_of_without, inner) = made
+    (own_of_without, inner) = pictures
     assert keys_of(inner) == {} and "ToMe" not in inner.comments
     assert pixels(inner) == pixels(own_of_without)
     assert list(keys_of(processed)) == ["ToMe error"]
@@ -553,9 +553,9 @@ def test_a_copy_of_a_p_with_a_wrong_value_has_nothing_of_it(make, copying, when)
 
 @pytest.mark.parametrize("when", ["before it is sampled", "while it is sampled"])
 def test_a_copy_of_p_for_which_the_script_runs_merges_as_that_says(make, copying, attention, merged, when):
-    made = copying(when, scripts=lambda p: p.scripts)
+    pictures = copying(when, scripts=lambda p: p.scripts)
     processed = make(ON)
-    (inner,) = made
+    (inner,) = pictures
     assert keys_of(inner) == keys_of(processed)
     assert inner.images[0].size == (16, 16)
     assert "nothing merged: " in inner.comments, "256 tokens are too few to be worth it"
@@ -584,15 +584,15 @@ def test_off_after_on_has_nothing_of_it(host, make_p, plain, attention, again, p
 
 
 def test_cells_with_other_values_and_a_wrong_one(host, make_p, plain, process):
-    p, seen = make_p(ON), []
+    p, keys = make_p(ON), []
     for tome in (arguments(0.6, 0.3, "linear"), [True, 9], ON, [True, "abc"], [False]):
         p.script_args = host.script_args(tome)
-        seen.append(keys_of(process(copy(p))))
+        keys.append(keys_of(process(copy(p))))
     constant = {"ToMe ratio": 0.5, "ToMe schedule": "constant"}
     always = {"ToMe max downsample": 1, "ToMe rematch every": 1, "ToMe method": "paper"}
     linear = {"ToMe ratio": 0.6, "ToMe late ratio": 0.3, "ToMe schedule": "linear"}
-    assert seen[0] == linear | always and seen[2] == constant | always and seen[4] == {}
-    assert list(seen[1]) == list(seen[3]) == ["ToMe error"]
+    assert keys[0] == linear | always and keys[2] == constant | always and keys[4] == {}
+    assert list(keys[1]) == list(keys[3]) == ["ToMe error"]
 
 
 # Which model
@@ -724,9 +724,9 @@ def test_layers_that_hypertile_tiles_are_left_to_it_and_this_is_said(host, make,
 @pytest.fixture
 def blocks(host, on_denoised):
     """The classes of the transformer blocks in each evaluation."""
-    seen = []
-    on_denoised(lambda _: seen.append({type(m).__name__ for m in host.sd_model.modules() if hasattr(m, "attn1")}))
-    return seen
+    kinds = []
+    on_denoised(lambda _: kinds.append({type(m).__name__ for m in host.sd_model.modules() if hasattr(m, "attn1")}))
+    return kinds
 
 
 @pytest.fixture
@@ -748,10 +748,12 @@ def own_merging():
 def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, add_script, sampling, tab, fields):
     from modules import shared
 
-    seen = []
-    add_script(process_batch=lambda p, **_: seen.append([p.get_token_merging_ratio(for_hr=hr) for hr in (False, True)]))
+    ratios = []
+    add_script(
+        process_batch=lambda p, **_: ratios.append([p.get_token_merging_ratio(for_hr=hr) for hr in (False, True)])
+    )
     processed = make(ON, tab, **fields)
-    assert seen == [[0, 0]]
+    assert ratios == [[0, 0]]
     assert set().union(*blocks) == {"BasicTransformerBlock"}
     assert attention.tokens[0] == HALF
     assert "Token merging ratio" not in processed.infotexts[0]

@@ -24,7 +24,7 @@ VALUES = {
 
 
 @pytest.fixture
-def read(host):
+def pasted(host):
     """What each field becomes on a tab, from a dict of texts as WebUI's parser makes it.
 
     WebUI casts it by the type of the control's value, and doesn't catch what that raises: no cast may change it.
@@ -35,11 +35,11 @@ def read(host):
         runner = getattr(scripts, f"scripts_{tab}")
         # The last two are the merge map's, which is in no picture's parameters.
         names = dict(zip(runner.script("ToMe").controls[:-2], ["enabled", *PANEL], strict=True))
-        found = {names[control]: function(parsed) for control, function in runner.infotext_fields}
+        values = {names[control]: function(parsed) for control, function in runner.infotext_fields}
         for control, name in names.items():
             kind = type(control.value)
-            assert isinstance(found[name], kind) or kind(found[name]) == found[name]
-        return found
+            assert isinstance(values[name], kind) or kind(values[name]) == values[name]
+        return values
 
     return all_fields
 
@@ -65,33 +65,33 @@ def test_the_values_of_this_test_are_no_defaults():
 
 
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
-def test_an_absent_key_is_the_default_and_switches_off(read, tab):
+def test_an_absent_key_is_the_default_and_switches_off(pasted, tab):
     expected = {"enabled": False, **{name: setting.default for name, setting in PANEL.items()}}
-    assert read({}, tab) == read(parsed(), tab) == expected
+    assert pasted({}, tab) == pasted(parsed(), tab) == expected
 
 
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
-def test_every_field_comes_back_typed(read, tab):
-    found = read(parsed(**VALUES), tab)
-    assert found == {"enabled": True, **VALUES}
-    types = {name: type(value) for name, value in found.items() if name in VALUES}
+def test_every_field_comes_back_typed(pasted, tab):
+    values = pasted(parsed(**VALUES), tab)
+    assert values == {"enabled": True, **VALUES}
+    types = {name: type(value) for name, value in values.items() if name in VALUES}
     assert types == {name: type(value) for name, value in VALUES.items()}
 
 
 @pytest.mark.parametrize("name", PANEL)
-def test_a_field_alone_leaves_the_others_at_their_defaults(read, name):
-    found = read(parsed(**{name: VALUES[name]}))
+def test_a_field_alone_leaves_the_others_at_their_defaults(pasted, name):
+    values = pasted(parsed(**{name: VALUES[name]}))
     defaults = {field: setting.default for field, setting in PANEL.items()}
-    assert found == {"enabled": name == "ratio", **defaults, name: VALUES[name]}
+    assert values == {"enabled": name == "ratio", **defaults, name: VALUES[name]}
 
 
-def test_a_picture_gives_back_what_it_was_made_with(make, read):
+def test_a_picture_gives_back_what_it_was_made_with(make, pasted):
     from modules import infotext_utils
 
     values = {**VALUES, "ratio": 0.6, "max_downsample": 1}
     processed = make([True, *values.values()], enable_hr=True, hr_scale=1.25, steps=1)
-    found = read(infotext_utils.parse_generation_parameters(processed.infotexts[0]))
-    assert found == {"enabled": True, **values}
+    from_text = pasted(infotext_utils.parse_generation_parameters(processed.infotexts[0]))
+    assert from_text == {"enabled": True, **values}
 
 
 @pytest.mark.parametrize(
@@ -108,18 +108,18 @@ def test_a_picture_gives_back_what_it_was_made_with(make, read):
         ("min_tokens", "9" * 5000),
     ],
 )
-def test_a_wrong_value_is_the_default_and_logged(read, log_lines, name, value):
-    found = read({PANEL[name].infotext: value})
-    assert found[name] == PANEL[name].default
+def test_a_wrong_value_is_the_default_and_logged(pasted, log_lines, name, value):
+    values = pasted({PANEL[name].infotext: value})
+    assert values[name] == PANEL[name].default
     assert len(log_lines) == 1
     assert PANEL[name].infotext in log_lines[0]
 
 
-def test_values_that_a_webui_split_or_that_are_no_texts_are_defaults(read, log_lines):
+def test_values_that_a_webui_split_or_that_are_no_texts_are_defaults(pasted, log_lines):
     for value in (None, 8, ["0.5"], {}):
-        assert read({"ToMe schedule": value})["schedule"] == "linear"
+        assert pasted({"ToMe schedule": value})["schedule"] == "linear"
     assert len(log_lines) == 4
-    assert read({"ToMe ratio-1": "8", "ToMe ratio-2": "8"})["enabled"] is False
+    assert pasted({"ToMe ratio-1": "8", "ToMe ratio-2": "8"})["enabled"] is False
 
 
 def test_sending_a_picture_between_the_tabs_takes_all_fields(host):
@@ -129,18 +129,18 @@ def test_sending_a_picture_between_the_tabs_takes_all_fields(host):
         assert runner.script("ToMe").paste_field_names == KEYS
 
 
-def test_a_picture_made_anew_from_its_infotext_is_the_same(make, read):
+def test_a_picture_made_anew_from_its_infotext_is_the_same(make, pasted):
     """By "Send to", or by the API's `infotext`."""
     from modules import infotext_utils
 
     first = make([True, 0.6, 0.1, "linear"], steps=3)
-    again = make([*read(infotext_utils.parse_generation_parameters(first.infotexts[0])).values()], steps=3)
+    again = make([*pasted(infotext_utils.parse_generation_parameters(first.infotexts[0])).values()], steps=3)
     assert again.images[0].tobytes() == first.images[0].tobytes()
     assert again.infotexts == first.infotexts
 
 
 @pytest.mark.parametrize("values", [{"ratio": "abc"}, {"ratio": 0.6, "min_tokens": "0.5"}, {"ratio": "False"}])
-def test_a_wrong_infotext_still_makes_a_merged_picture(make, read, attention, values):
-    processed = make([*read(parsed(**values)).values()], steps=1)
+def test_a_wrong_infotext_still_makes_a_merged_picture(make, pasted, attention, values):
+    processed = make([*pasted(parsed(**values)).values()], steps=1)
     assert attention.tokens == [left(values["ratio"] if "min_tokens" in values else PANEL["ratio"].default)]
     assert "ToMe error" not in processed.extra_generation_params

@@ -18,20 +18,20 @@ def texts(host):
     """What is always said in the same words, in English."""
     from modules import shared
 
-    start, said = "script_txt2img_tome_", set()
+    start, words = "script_txt2img_tome_", set()
     for block in host.demo.blocks.values():
         name = str(getattr(block, "elem_id", None))
         if name.startswith(start) and name.removeprefix(start) not in (*NOT_SHOWN, "enabled", "enabled-checkbox"):
-            said |= {getattr(block, "label", None), block.webui_tooltip}
-            said |= {block.value} if type(block).__name__ == "Button" else set()
+            words |= {getattr(block, "label", None), block.webui_tooltip}
+            words |= {block.value} if type(block).__name__ == "Button" else set()
     section = running("webui.options").SECTION
-    said |= {info.label for info in shared.opts.data_labels.values() if info.section == section}
-    said |= {what_for for _, what_for in running("webui.presets").BUILT_IN.values()}
+    words |= {info.label for info in shared.opts.data_labels.values() if info.section == section}
+    words |= {what_for for _, what_for in running("webui.presets").BUILT_IN.values()}
     settings, describe = running("settings").MergeSettings(), running("webui.preview").describe
-    said |= {describe(settings, layers, (8, 8), "cpu") for layers in (None, [])}
-    said |= {running("webui.preset_row")._export()[0], "Interrupt", "interrupted"}
+    words |= {describe(settings, layers, (8, 8), "cpu") for layers in (None, [])}
+    words |= {running("webui.preset_row")._export()[0], "Interrupt", "interrupted"}
     # A sign is no word, and the hidden numbers, which the page's script reads off the tab, keep gradio's own label.
-    return {text for text in said - {None, "Number"} if any(map(str.isalpha, text))}
+    return {text for text in words - {None, "Number"} if any(map(str.isalpha, text))}
 
 
 @pytest.mark.parametrize("language", ["ko_KR", "ja_JP"])

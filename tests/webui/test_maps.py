@@ -16,7 +16,7 @@ from tomesd_core.settings import PANEL_FIELDS
 CONSTANT = {"ratio": 0.5, "schedule": "constant", "reuse_steps": 1, "method": "paper"}
 
 
-def shown(step=1, layer=1, **values):
+def with_map(step=1, layer=1, **values):
     """The script's arguments with a merge map."""
     settings = {name: values.get(name, CONSTANT.get(name, field.default)) for name, field in PANEL_FIELDS.items()}
     return [True, *settings.values(), step, layer]
@@ -31,13 +31,13 @@ def line(processed):
 
 def pictures_and_maps(processed):
     """The pictures without their grid, and the maps behind them."""
-    found = processed.images[processed.index_of_first_image :]
+    images = processed.images[processed.index_of_first_image :]
     assert len(processed.images) == len(processed.infotexts)
-    return found[: len(found) // 2], found[len(found) // 2 :]
+    return images[: len(images) // 2], images[len(images) // 2 :]
 
 
 @pytest.fixture
-def recorded(host, monkeypatch):
+def merged_calls(host, monkeypatch):
     """Every merged call of the model: step, layer, slots."""
     calls = []
 
@@ -63,76 +63,76 @@ def drawn_over(picture, slots, grid):
 
 
 def test_off_by_default_and_while_merging_is_off(make, merged, plain):
-    assert pixels(make(HALVED)) == pixels(make(shown(step=0))) == merged
-    assert pixels(make([False, *shown()[1:]])) == plain
+    assert pixels(make(HALVED)) == pixels(make(with_map(step=0))) == merged
+    assert pixels(make([False, *with_map()[1:]])) == plain
 
 
 def test_an_extra_picture_that_leaves_the_others_as_they_are(make, merged):
-    processed = make(shown())
-    (picture,), (drawn,) = pictures_and_maps(processed)
+    processed = make(with_map())
+    (picture,), (image,) = pictures_and_maps(processed)
     assert [picture.tobytes()] == merged
-    assert drawn.size == (8 * SIDE, 8 * SIDE)
-    assert processed.infotexts[0] == processed.infotexts[1] == drawn.info["parameters"]
-    assert "ToMe ratio: 0.5" in drawn.info["parameters"] and "map" not in drawn.info["parameters"]
+    assert image.size == (8 * SIDE, 8 * SIDE)
+    assert processed.infotexts[0] == processed.infotexts[1] == image.info["parameters"]
+    assert "ToMe ratio: 0.5" in image.info["parameters"] and "map" not in image.info["parameters"]
     assert "3 of 4" in processed.comments
     assert line(processed).startswith("ToMe: merge map of step 1, layer 1 (") and "32x32 tokens)" in line(processed)
 
 
 @pytest.mark.parametrize(("step", "layer", "says"), [(1, 2, (0, 1)), (2, 1, (1, 0)), (9, 70, (1, 2))])
-def test_the_step_and_the_layer_that_were_asked_for(make, recorded, step, layer, says):
-    processed = make(shown(step, layer))
-    (picture,), (drawn,) = pictures_and_maps(processed)
+def test_the_step_and_the_layer_that_were_asked_for(make, merged_calls, step, layer, says):
+    processed = make(with_map(step, layer))
+    (picture,), (image,) = pictures_and_maps(processed)
     of_step, of_layer = says
-    calls = [call for call in recorded if call[0] == of_step]
+    calls = [call for call in merged_calls if call[0] == of_step]
     _, name, grid, slots = calls[of_layer]
-    assert drawn.tobytes() == drawn_over(picture, slots[0], grid)
+    assert image.tobytes() == drawn_over(picture, slots[0], grid)
     assert f"step {of_step + 1}, layer {of_layer + 1} ({name}" in line(processed)
 
 
-def test_every_picture_of_every_batch_has_the_prompted_halfs_map(make, recorded):
-    processed = make(shown(2, 2), n_iter=2, batch_size=2)
-    pictures, drawn = pictures_and_maps(processed)
-    assert len(pictures) == len(drawn) == 4
-    batches = [slots for step, _, _, slots in recorded if step == 1][1::3]
+def test_every_picture_of_every_batch_has_the_prompted_halfs_map(make, merged_calls):
+    processed = make(with_map(2, 2), n_iter=2, batch_size=2)
+    pictures, images = pictures_and_maps(processed)
+    assert len(pictures) == len(images) == 4
+    batches = [slots for step, _, _, slots in merged_calls if step == 1][1::3]
     assert [len(slots) for slots in batches] == [4, 4], "two pictures, both halves"
-    for number, (picture, one) in enumerate(zip(pictures, drawn, strict=True)):
+    for number, (picture, one) in enumerate(zip(pictures, images, strict=True)):
         slots = batches[number // 2][number % 2]
         assert one.tobytes() == drawn_over(picture, slots, (SIDE, SIDE))
         assert one.info["parameters"] == picture.info["parameters"]
-    assert len({one.tobytes() for one in drawn}) == 4
+    assert len({one.tobytes() for one in images}) == 4
 
 
-def test_halves_in_two_calls(make, recorded):
-    processed = make(shown(1, 3), batch_size=2, override_settings={"batch_cond_uncond": False})
-    pictures, drawn = pictures_and_maps(processed)
-    prompted = [slots for step, _, _, slots in recorded if step == 0][2]
+def test_halves_in_two_calls(make, merged_calls):
+    processed = make(with_map(1, 3), batch_size=2, override_settings={"batch_cond_uncond": False})
+    pictures, images = pictures_and_maps(processed)
+    prompted = [slots for step, _, _, slots in merged_calls if step == 0][2]
     assert len(prompted) == 2
     for number in (0, 1):
-        assert drawn[number].tobytes() == drawn_over(pictures[number], prompted[number], (SIDE, SIDE))
+        assert images[number].tobytes() == drawn_over(pictures[number], prompted[number], (SIDE, SIDE))
 
 
-def test_prompts_of_several_parts(make, recorded):
-    processed = make(shown(), prompt="cat AND red apple", batch_size=2)
-    pictures, drawn = pictures_and_maps(processed)
-    slots = recorded[0][3]
+def test_prompts_of_several_parts(make, merged_calls):
+    processed = make(with_map(), prompt="cat AND red apple", batch_size=2)
+    pictures, images = pictures_and_maps(processed)
+    slots = merged_calls[0][3]
     assert len(slots) == 6
     for number, row in enumerate((0, 2)):
-        assert drawn[number].tobytes() == drawn_over(pictures[number], slots[row], (SIDE, SIDE))
+        assert images[number].tobytes() == drawn_over(pictures[number], slots[row], (SIDE, SIDE))
 
 
 def test_hires_fix_shows_the_last_pass_that_merged(make):
     tokens = {}
     for apply_to in ("both passes", "first pass", "hires pass"):
-        processed = make(shown(2, apply_to=apply_to), **HIRES)
-        (picture,), (drawn,) = pictures_and_maps(processed)
+        processed = make(with_map(2, apply_to=apply_to), **HIRES)
+        (picture,), (image,) = pictures_and_maps(processed)
         assert picture.size == (36, 36)
-        assert drawn.size == (288, 288)
+        assert image.size == (288, 288)
         tokens[apply_to] = line(processed).split(", ")[-1]
     assert tokens == {"both passes": "36x36 tokens)", "first pass": "32x32 tokens)", "hires pass": "36x36 tokens)"}
 
 
 def test_img2img_and_a_picture_that_is_not_square(make):
-    processed = make(shown(), "img2img", init_images=[Image.new("RGB", (48, 32), "red")], width=48, height=32)
+    processed = make(with_map(), "img2img", init_images=[Image.new("RGB", (48, 32), "red")], width=48, height=32)
     assert pictures_and_maps(processed)[1][0].size == (384, 256)
     assert "48x32 tokens)" in line(processed)
 
@@ -158,7 +158,7 @@ def tile(host, monkeypatch):
 @pytest.mark.parametrize(("width", "height"), [(64, 128), (128, 64)])
 def test_a_map_of_one_tile_says_so(make, tile, width, height):
     tile()
-    lines = [line(make(shown(1, layer, max_downsample=2), width=width, height=height)) for layer in range(1, 5)]
+    lines = [line(make(with_map(1, layer, max_downsample=2), width=width, height=height)) for layer in range(1, 5)]
     assert [text.partition("64x64 tokens")[2] or text.partition("32x32 tokens")[2] for text in lines] == [
         "), of one tile"
     ] * 4
@@ -168,19 +168,19 @@ def test_a_map_of_one_tile_says_so(make, tile, width, height):
 def test_a_tile_that_is_hardly_smaller_than_the_picture_is_one(make, tile):
     """Its grid at level 2 is the whole picture's: 65 and 66 tokens both give 33."""
     tile(overlap=32)
-    lines = [line(make(shown(1, layer, max_downsample=2), width=64, height=66)) for layer in range(1, 5)]
+    lines = [line(make(with_map(1, layer, max_downsample=2), width=64, height=66)) for layer in range(1, 5)]
     assert [text.split(", ")[-1] for text in lines] == ["of one tile"] * 4
     assert len([text for text in lines if "32x33 tokens" in text]) == 1
 
 
 def test_a_map_of_the_whole_picture_says_nothing_of_tiles(make):
-    lines = [line(make(shown(1, layer, max_downsample=2), width=65, height=67)) for layer in range(1, 5)]
+    lines = [line(make(with_map(1, layer, max_downsample=2), width=65, height=67)) for layer in range(1, 5)]
     assert [text.split(", ")[-1] for text in lines].count("33x34 tokens)") == 1
     assert [text.split(", ")[-1] for text in lines].count("65x67 tokens)") == 3
 
 
 def test_where_nothing_merges_there_is_no_map(make):
-    processed = make(shown(min_tokens=65536))
+    processed = make(with_map(min_tokens=65536))
     assert len(processed.images) == 1
     assert line(processed) is None
 
@@ -193,7 +193,7 @@ def test_a_batch_that_was_skipped_before_it_merged_has_none_of_the_batch_before(
             shared.state.skip()
 
     script_callbacks.on_cfg_denoiser(skip)
-    processed = make(shown(schedule="step", ratio=0.0, late_ratio=0.5, switch_at=1.0), n_iter=2)
+    processed = make(with_map(schedule="step", ratio=0.0, late_ratio=0.5, switch_at=1.0), n_iter=2)
     script_callbacks.remove_callbacks_for_function(skip)
     assert len(processed.images) == 1 + 2 + 1, "a grid, two pictures and one map"
     assert processed.infotexts[3] == processed.infotexts[1]
@@ -212,7 +212,7 @@ def test_a_batch_that_was_skipped_before_it_merged_has_none_of_the_batch_before(
     ],
 )
 def test_a_wrong_value_is_said_and_the_picture_is_made(make, one_step, step, layer, words):
-    for tome in (shown(step, layer), [{"map_step": step, "map_layer": layer}]):
+    for tome in (with_map(step, layer), [{"map_step": step, "map_layer": layer}]):
         processed = make(tome, steps=1)
         assert pixels(processed) == one_step
         assert all(word in processed.extra_generation_params["ToMe error"] for word in words)
@@ -229,16 +229,16 @@ def test_an_object_takes_them_and_presets_do_not_have_them(make):
 # Life beside others
 
 
-def test_the_map_is_drawn_over_what_other_scripts_made_of_the_picture(make, add_script, recorded):
+def test_the_map_is_drawn_over_what_other_scripts_made_of_the_picture(make, add_script, merged_calls):
     def paint(p, pp):
         pp.image = Image.new("RGB", pp.image.size, "white")
 
     add_script(first=True, postprocess_image=paint)
-    (picture,), (drawn,) = pictures_and_maps(make(shown()))
-    assert drawn.tobytes() == drawn_over(Image.new("RGB", picture.size, "white"), recorded[0][3][0], (SIDE, SIDE))
+    (picture,), (image,) = pictures_and_maps(make(with_map()))
+    assert image.tobytes() == drawn_over(Image.new("RGB", picture.size, "white"), merged_calls[0][3][0], (SIDE, SIDE))
 
 
-def test_a_detailers_postprocess_on_a_copy_takes_nothing_away(make, add_script, recorded):
+def test_a_detailers_postprocess_on_a_copy_takes_nothing_away(make, add_script, merged_calls):
     """It tells scripts that a generation ended, with a copy of p, makes one of its own, and begins anew."""
     from modules import processing
 
@@ -249,16 +249,16 @@ def test_a_detailers_postprocess_on_a_copy_takes_nothing_away(make, add_script, 
         p.scripts.process(again)
 
     add_script(postprocess_image=detail)
-    processed = make(shown(), batch_size=2)
-    pictures, drawn = pictures_and_maps(processed)
+    processed = make(with_map(), batch_size=2)
+    pictures, images = pictures_and_maps(processed)
     for number in (0, 1):
-        assert drawn[number].tobytes() == drawn_over(pictures[number], recorded[0][3][number], (SIDE, SIDE))
+        assert images[number].tobytes() == drawn_over(pictures[number], merged_calls[0][3][number], (SIDE, SIDE))
 
 
 def test_a_p_that_is_used_again_has_its_own_maps(make_p, process):
     from modules import shared
 
-    p = make_p(shown())
+    p = make_p(with_map())
     assert len(process(p).images) == 2
     shared.state.begin()
     assert len(process(p).images) == 2
@@ -268,7 +268,7 @@ def test_a_p_that_is_used_again_has_its_own_maps(make_p, process):
 
 
 def test_a_generation_that_fails_leaves_no_map_behind(make_p, host, process):
-    p = make_p(shown())
+    p = make_p(with_map())
     with failing_unet(host), pytest.raises(ValueError, match="on purpose"):
         process(p)
     assert not [name for name in vars(p) if "map" in name]

@@ -93,13 +93,13 @@ def test_no_parameters_are_left_where_there_were_none(measure, tmp_path, monkeyp
 def test_it_waits_for_its_turn_and_can_be_stopped_meanwhile(measure, attention, stopped):
     from modules import call_queue, progress
 
-    said = []
+    results = []
 
     def run():
         try:
-            said.extend(measure.measure(ASKED, "task(one)"))
+            results.extend(measure.measure(ASKED, "task(one)"))
         except measure.NoResultError as error:
-            said.append(error)
+            results.append(error)
 
     with call_queue.queue_lock:
         thread = threading.Thread(target=run)
@@ -110,7 +110,7 @@ def test_it_waits_for_its_turn_and_can_be_stopped_meanwhile(measure, attention, 
             measure.stop("task(one)")
         assert attention.tokens == []
     thread.join(60)
-    assert [str(error) for error in said if isinstance(error, Exception)] == (["interrupted"] if stopped else [])
+    assert [str(error) for error in results if isinstance(error, Exception)] == (["interrupted"] if stopped else [])
     assert len(attention.tokens) == (0 if stopped else 9)
     assert progress.finished_tasks[-1] == "task(one)"
 
@@ -189,10 +189,12 @@ def test_webuis_own_merging_wins_where_the_settings_say_so(measure, attention):
 def test_the_progress_is_that_of_the_steps(measure, on_denoised):
     from modules import progress, shared
 
-    seen = []
-    on_denoised(lambda _: seen.append((progress.current_task, shared.state.job_count, shared.state.sampling_steps)))
+    progress_a_step = []
+    on_denoised(
+        lambda _: progress_a_step.append((progress.current_task, shared.state.job_count, shared.state.sampling_steps))
+    )
     measure.measure(ASKED, "task(one)")
-    assert seen[3:] == [("task(one)", 1, 9)] * 6
+    assert progress_a_step[3:] == [("task(one)", 1, 9)] * 6
 
 
 ROUNDS = st.lists(st.floats(0.01, 10), min_size=3, max_size=30)
@@ -273,9 +275,9 @@ def test_the_panel_shows_the_line_of_each_size(measure, host):
 
 
 def timed(processed):
-    found = re.findall(r"; sampled in \d+\.\d s(, (?:\d+\.\d\d times|no) faster than unmerged)?\n", processed.comments)
-    assert len(found) == processed.comments.count("sampled in")
-    return [bool(faster) for faster in found]
+    times = re.findall(r"; sampled in \d+\.\d s(, (?:\d+\.\d\d times|no) faster than unmerged)?\n", processed.comments)
+    assert len(times) == processed.comments.count("sampled in")
+    return [bool(faster) for faster in times]
 
 
 def test_the_summary_says_the_time_and_compares_it_with_the_same_unmerged(make):

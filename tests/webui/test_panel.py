@@ -19,8 +19,10 @@ def controls(host, tab):
     """The page's controls by field, in the order of the script's arguments."""
     from modules import scripts
 
-    found = getattr(scripts, f"scripts_{tab}").script("ToMe").controls
-    return dict(zip([c.elem_id.split("_tome_")[1].removesuffix("-checkbox") for c in found], found, strict=True))
+    components = getattr(scripts, f"scripts_{tab}").script("ToMe").controls
+    return dict(
+        zip([c.elem_id.split("_tome_")[1].removesuffix("-checkbox") for c in components], components, strict=True)
+    )
 
 
 @pytest.fixture
@@ -28,9 +30,9 @@ def components(host, tab):
     """All that the panel puts on the page, by id."""
     start = f"script_{tab}_tome_"
     ours = [block for block in host.demo.blocks.values() if str(getattr(block, "elem_id", None)).startswith(start)]
-    found = {block.elem_id.removeprefix(start): block for block in ours}
-    assert len(found) == len(ours), "each id once"
-    return found
+    by_name = {block.elem_id.removeprefix(start): block for block in ours}
+    assert len(by_name) == len(ours), "each id once"
+    return by_name
 
 
 def test_fields_in_the_order_that_programs_rely_on(controls):
@@ -71,8 +73,8 @@ def test_labels_are_unique_in_the_script(controls):
 
 def test_ui_config_holds_the_scripts_controls_and_no_other(components, controls):
     """WebUI keeps what has a label and can, and what it has kept wins over the code for ever."""
-    kept = {name for name, block in components.items() if not getattr(block, "do_not_save_to_config", False)}
-    assert {name for name in kept if hasattr(components[name], "value")} == {
+    names = {name for name, block in components.items() if not getattr(block, "do_not_save_to_config", False)}
+    assert {name for name in names if hasattr(components[name], "value")} == {
         "enabled-checkbox",
         *list(controls)[1:],
     }

@@ -81,8 +81,8 @@ def test_a_ratio_that_only_an_expert_field_allows_is_refused(path):
 
 
 def test_the_built_in_presets(path):
-    values, said = presets.read()
-    assert list(values) == NAMES and not said
+    values, notes = presets.read()
+    assert list(values) == NAMES and not notes
     pairs = [pairs_left(values[name].late_ratio, values[name].method) for name in ("Quality", "Balanced", "Fast")]
     assert pairs == sorted(set(pairs), reverse=True)
     assert values["Balanced"] == MergeSettings()
@@ -379,9 +379,9 @@ def test_processes_and_threads_that_save_at_once_lose_nothing(path):
         thread.start()
     counts = []
     while any(worker.poll() is None for worker in workers) or any(thread.is_alive() for thread in threads):
-        usable, said = presets.read()
+        usable, notes = presets.read()
         counts.append(len(usable))
-        assert not said, "never half a file"
+        assert not notes, "never half a file"
     assert counts == sorted(counts)
     assert [worker.returncode for worker in workers] == [0] * 3
     assert set(names()[len(NAMES) :]) == {f"{who} {number}" for who in range(5) for number in range(12)}
@@ -393,11 +393,11 @@ def test_processes_and_threads_that_save_at_once_lose_nothing(path):
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(path, after):
     process = start(SAVE_FOR_EVER, path)
     go(process)
-    written = [int(process.stdout.readline()) for _ in range(10 + 7 * after)][-1]
+    number = [int(process.stdout.readline()) for _ in range(10 + 7 * after)][-1]
     process.kill()
     process.communicate()
     assert not messages() and not kept_aside(path)
-    assert len(names()) - len(NAMES) >= min(written + 1, 50)
+    assert len(names()) - len(NAMES) >= min(number + 1, 50)
     presets.save("mine", MINE)
     assert presets.get("mine") == MINE
 

@@ -185,9 +185,9 @@ def imports_of(file):
 
 
 def files(folder, without=""):
-    found = [*(ROOT / folder).rglob("*.py")]
-    assert len(found) > 0
-    return [file for file in found if not without or ROOT / without not in file.parents]
+    paths = [*(ROOT / folder).rglob("*.py")]
+    assert len(paths) > 0
+    return [file for file in paths if not without or ROOT / without not in file.parents]
 
 
 def starts(name, *packages):
@@ -241,22 +241,22 @@ def console(host, monkeypatch):
     log = running("webui.log")
 
     def open_console(encoding):
-        written = io.BytesIO()
-        stderr = io.TextIOWrapper(written, encoding, sys.__stderr__.errors, write_through=True)
+        buffer = io.BytesIO()
+        stderr = io.TextIOWrapper(buffer, encoding, sys.__stderr__.errors, write_through=True)
         monkeypatch.setattr(sys, "stderr", stderr)
         monkeypatch.setattr(log.log, "handlers", [])
         log.set_up()
-        return written
+        return buffer
 
     return open_console
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp1252"])
 def test_any_console_shows_every_line(console, make, encoding):
-    written = console(encoding)
+    buffer = console(encoding)
     logging.getLogger("ToMe").info("2×2 → 1")
     make([True, 0.95], steps=1)
-    lines = written.getvalue().decode(encoding).splitlines()
+    lines = buffer.getvalue().decode(encoding).splitlines()
     assert len(lines) == 2, lines
     assert lines[0].startswith("ToMe: 2") and lines[0].endswith(" 1")
     assert "ratio must lie in [0, 0.9375]" in lines[1] and "got 0.95" in lines[1]

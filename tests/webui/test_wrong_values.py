@@ -32,13 +32,15 @@ def path(tmp_path, monkeypatch):
 @given(st.lists(ANYTHING, max_size=14).map(lambda args: [True, *args]) | BY_NAME.map(lambda named: [named]))
 def test_arguments(args):
     try:
-        asked = read_arguments(args, None, presets.get)
+        result = read_arguments(args, None, presets.get)
     except SettingsError as error:
-        said = str(error)
-        assert "unknown setting" in said or ("got" in said and any(name in said for name in (*CONTROLS, "preset")))
+        message = str(error)
+        assert "unknown setting" in message or (
+            "got" in message and any(name in message for name in (*CONTROLS, "preset"))
+        )
     else:
-        for name, setting in PANEL_FIELDS.items() if asked else ():
-            value = getattr(asked.settings, name)
+        for name, setting in PANEL_FIELDS.items() if result else ():
+            value = getattr(result.settings, name)
             # A late ratio that is never reached may be 1.
             assert value in setting.choices or setting.minimum <= value <= max(setting.maximum, 1)
 
@@ -47,9 +49,9 @@ def test_arguments(args):
 @given(st.dictionaries(st.sampled_from([setting.infotext for setting in PANEL_FIELDS.values()]), ANYTHING, min_size=1))
 def test_parameters(log_lines, parameters):
     log_lines.clear()
-    for name, read in infotext.paste_fields({name: name for name in PANEL_FIELDS}):
+    for name, value_of in infotext.paste_fields({name: name for name in PANEL_FIELDS}):
         setting, is_told = PANEL_FIELDS[name], len(log_lines)
-        value = read(parameters)
+        value = value_of(parameters)
         assert setting.check(name, value) == value
         if value == setting.default and setting.infotext in parameters and len(log_lines) == is_told:
             text = parameters[setting.infotext]
@@ -59,8 +61,8 @@ def test_parameters(log_lines, parameters):
 @many(150)
 @given(st.dictionaries(st.text(max_size=5), st.dictionaries(st.sampled_from([*PANEL_FIELDS]), ANYTHING) | ANYTHING))
 def test_presets(path, entries):
-    kept = {"kept": {"ratio": 0.25, "x": [1]}}
-    path.write_text(json.dumps({"version": 1, "presets": kept}), encoding="utf-8")
+    mine = {"kept": {"ratio": 0.25, "x": [1]}}
+    path.write_text(json.dumps({"version": 1, "presets": mine}), encoding="utf-8")
     content = json.dumps({"version": 1, "presets": entries}).encode()
     try:
         added, refused = presets.import_(content)
@@ -69,7 +71,7 @@ def test_presets(path, entries):
         added, refused = [], []
     usable, said = presets.read()
     assert not said and {*presets.BUILT_IN, "kept", *added} == set(usable) and all(refused)
-    assert json.loads(path.read_text(encoding="utf-8"))["presets"]["kept"] == kept["kept"]
+    assert json.loads(path.read_text(encoding="utf-8"))["presets"]["kept"] == mine["kept"]
 
 
 @many(150)
