@@ -293,6 +293,30 @@ def test_the_summary_says_the_time_and_compares_it_with_the_same_unmerged(make):
     assert timed(make([True, 9])) == []
 
 
+def test_a_time_is_compared_only_where_options_and_what_others_are_asked_for_are_the_same(make_p, process, add_script):
+    from modules import shared
+
+    running("webui.timing")._fastest.clear()
+    add_script()
+
+    def time_of(tome, weight):
+        p = make_p(tome)
+        other = p.scripts.alwayson_scripts[-1]
+        other.args_from = len(p.script_args)
+        other.args_to = other.args_from + 1
+        p.script_args = (*p.script_args, weight)
+        shared.state.begin()
+        return timed(process(p))
+
+    assert time_of([False], 0.0) == []
+    assert time_of(HALVED, 0.0) == [True]
+    assert time_of(HALVED, 0.7) == [False]
+    assert time_of([False], 0.7) == []
+    assert time_of(HALVED, 0.7) == [True]
+    shared.opts.data["cross_attention_optimization"] = "another"
+    assert time_of(HALVED, 0.7) == [False]
+
+
 def test_what_was_cut_short_or_merged_by_webui_is_not_compared_with(make, on_denoised):
     from modules import script_callbacks, shared
 

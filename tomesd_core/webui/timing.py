@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 from modules import devices, shared
 
-from . import generation
+from . import generation, host
+from .log import harmless
 
 ALIKE = (
     *("sd_model_name", "width", "height", "batch_size", "sampler_name", "scheduler", "steps", "cfg_scale"),
     *("enable_hr", "hr_scale", "hr_upscale_to_x", "hr_upscale_to_y", "hr_second_pass_steps", "hr_sampler_name"),
     *("hr_checkpoint_name", "denoising_strength", "refiner_checkpoint", "refiner_switch_at"),
 )
-"""The fields of `p` that two batches share whose times are compared."""
+"""The fields of `p` that two batches share whose times are compared, beside the options and what `_others` gives."""
 
 _fastest: dict[tuple[Any, ...], float] = {}
 """Seconds of the fastest unmerged batch by its kind: a model's first one is slow."""
@@ -42,12 +44,30 @@ def arm(p: Any) -> None:
 
 def begin() -> None:
     """A step is about to run."""
-    global _armed, _clock
-    if _armed is not None and (p := _armed()) is not None:
+    global _armed
+    armed, _armed = _armed, None
+    if armed is not None:
+        harmless("timing", _start)(armed)
+
+
+def _start(armed: Any) -> None:
+    global _clock
+    if (p := armed()) is not None:
         alike = (getattr(p, name, None) for name in ALIKE)
-        kind = (type(p).__name__, getattr(p, "firstpass_image", None) is None, *alike)
-        _clock = _armed, kind, time.perf_counter()
-    _armed = None
+        own = type(p).__name__, getattr(p, "firstpass_image", None) is None
+        # Texts of any length: an image may be among what others are given.
+        kind = (*own, *alike, hash(repr(shared.opts.data)), hash(repr(_others(p))))
+        _clock = armed, kind, time.perf_counter()
+
+
+def _others(p: Any) -> list[Any]:
+    """What other extensions' scripts are asked for; what the host's own are asked for stands on `p` too."""
+    return [
+        p.script_args[script.args_from : script.args_to]
+        for script in getattr(p.scripts, "alwayson_scripts", ())
+        if not getattr(script, "setup_for_ui_only", False)
+        and Path(str(script.filename)).resolve() != host.EXTENSION / "scripts" / "tome.py"
+    ]
 
 
 def note_unmerged(p: Any) -> None:
