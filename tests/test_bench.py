@@ -29,7 +29,7 @@ from lab.bench.contenders import (
     TODO_FACTORS,
     TOKENS,
     UNMERGED,
-    UNWEIGHED,
+    UNWEIGHTED,
     Contender,
     contenders,
     matchers,
@@ -45,7 +45,7 @@ pytest.importorskip("tqdm")
 CPU = torch.device("cpu")
 FORCED = MergeSettings(schedule="constant", skip_unprofitable=False)
 OURS_AND_PEERS = [KEYS, PAPER, CORNER, RANDOM]
-EVERYONE = [UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, CORNER, RANDOM, TODO, LIMIT_KEYS, LIMIT]
+EVERYONE = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, CORNER, RANDOM, TODO, LIMIT_KEYS, LIMIT]
 
 
 def one_contender(name: str, ratio: float, tokens: int = 256) -> Contender:
@@ -98,8 +98,8 @@ def test_speed(bench: Callable) -> None:
     seconds = {name: float(row["seconds"]) for name, row in by_name.items()}
     for name, limit in ((KEYS, LIMIT_KEYS), (PAPER, LIMIT), (CORNER, LIMIT)):
         assert float(by_name[name]["over_limit"]) == pytest.approx(seconds[name] / seconds[limit])
-    assert "128 -> 52 tokens" in by_name[PAPER]["merged"] and by_name[PAPER]["merged"] in printed
-    assert "128 -> 52 keys" in by_name[KEYS]["merged"]
+    assert "128 → 52 tokens" in by_name[PAPER]["merged"] and by_name[PAPER]["merged"] in printed
+    assert "128 → 52 keys" in by_name[KEYS]["merged"]
     assert "nothing merged" in at["0.0"][KEYS]["merged"]
 
 
@@ -126,7 +126,7 @@ def test_speed_of_presets(bench: Callable) -> None:
     names = [row["contender"] for row in rows]
     assert names == [UNMERGED, "Quality", "Quality before", "Fast", "Fast before"]
     # 0.75 and 0.5 of 256 tokens, and of 64 at level 2.
-    merged = "7 of 7 self-attention layers, 256 -> 64 to 128 tokens, 64 -> 16 to 32 tokens, 8 of 8 steps"
+    merged = "7 of 7 self-attention layers, 256 → 64 to 128 tokens, 64 → 16 to 32 tokens, 8 of 8 steps"
     assert rows[4]["merged"] == merged
 
 
@@ -134,7 +134,7 @@ def test_layer(bench: Callable) -> None:
     pytest.importorskip("tomesd")
     rows, _ = bench("layer", "--tiny", "--rounds", 1, "--ratios", 0.3, 0.75)
     matchers_alone = [EXACT]
-    names = [UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM]
+    names = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM]
     limits = [LIMIT_KEYS, LIMIT]
     assert [(row["tokens"], row["ratio"], row["contender"]) for row in rows] == [
         (tokens, ratio, name)
@@ -154,7 +154,7 @@ def test_layer(bench: Callable) -> None:
                 assert float(row["gain"]) == pytest.approx(seconds[UNMERGED] / seconds[name])
             if name in LIMIT_OF:
                 assert float(row["over_limit"]) == pytest.approx(seconds[name] / seconds[LIMIT_OF[name]])
-            assert bool(row["weighing"]) == (name in (KEYS, TOKENS))
+            assert bool(row["weighting"]) == (name in (KEYS, TOKENS))
             assert bool(row["merging"]) == (name in (KEYS, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM))
             if row["merging"]:
                 parts = [float(row[part]) for part in ("match", "merge", "unmerge") if row[part]]
@@ -164,8 +164,8 @@ def test_layer(bench: Callable) -> None:
                 assert float(row["over_tomesd_corner"]) == pytest.approx(float(row["merging"]) / corner)
             # A slope needs two sizes.
             assert bool(row["growth"]) == (bool(row["merging"]) and row["tokens"] == "256")
-        assert float(by_name[KEYS]["weighing"]) == pytest.approx(seconds[KEYS] / seconds[UNWEIGHED])
-        assert float(by_name[TOKENS]["weighing"]) == pytest.approx(seconds[TOKENS] / seconds[PAPER])
+        assert float(by_name[KEYS]["weighting"]) == pytest.approx(seconds[KEYS] / seconds[UNWEIGHTED])
+        assert float(by_name[TOKENS]["weighting"]) == pytest.approx(seconds[TOKENS] / seconds[PAPER])
 
 
 def test_layers_run_with_their_contender_on(monkeypatch: pytest.MonkeyPatch, bench: Callable) -> None:
@@ -189,7 +189,7 @@ def test_layers_run_with_their_contender_on(monkeypatch: pytest.MonkeyPatch, ben
     whole, fewer, both = {(256, 256)}, {(256, 64)}, {(64, 64)}
     assert lengths == {
         UNMERGED: whole,
-        **dict.fromkeys((KEYS, UNWEIGHED, TODO, LIMIT_KEYS), fewer),
+        **dict.fromkeys((KEYS, UNWEIGHTED, TODO, LIMIT_KEYS), fewer),
         **dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM, LIMIT), both),
     }
 
@@ -307,11 +307,11 @@ def keys_of(tiny: nn.Module) -> Callable[[Contender], list[tuple[torch.Tensor, t
 def test_limits_attend_to_as_many_tokens_as_ours(keys_of: Callable) -> None:
     lengths = {
         name: {(queries.shape[1], keys.shape[1]) for queries, keys in keys_of(one_contender(name, 0.6, 1024))}
-        for name in (UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, LIMIT_KEYS, LIMIT)
+        for name in (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, LIMIT_KEYS, LIMIT)
     }
     assert lengths == {
         UNMERGED: {(1024, 1024)},
-        **{name: {(1024, 416)} for name in (KEYS, UNWEIGHED, LIMIT_KEYS)},
+        **{name: {(1024, 416)} for name in (KEYS, UNWEIGHTED, LIMIT_KEYS)},
         **{name: {(416, 416)} for name in (TOKENS, PAPER, LIMIT)},
     }
     # No projection copies its input.
@@ -329,13 +329,13 @@ def test_todo_attends_to_every_so_manyth_token_in_each_direction(keys_of: Callab
         assert keys.shape[1] == (1 - ratio) * queries.shape[1]
 
 
-def test_unweighed_keys_are_those_of_keys(keys_of: Callable) -> None:
-    (_, merged), *_ = keys_of(one_contender(UNWEIGHED, 0.6, 1024))
-    (_, weighed), *_ = keys_of(one_contender(KEYS, 0.6, 1024))
-    assert torch.equal(merged, weighed)
+def test_unweighted_keys_are_those_of_keys(keys_of: Callable) -> None:
+    (_, merged), *_ = keys_of(one_contender(UNWEIGHTED, 0.6, 1024))
+    (_, weighted), *_ = keys_of(one_contender(KEYS, 0.6, 1024))
+    assert torch.equal(merged, weighted)
 
 
-def test_what_weighing_changes(tiny: nn.Module) -> None:
+def test_what_weighting_changes(tiny: nn.Module) -> None:
     step = models.one_step(tiny, models.TINY, (256, 256))
 
     def output_of(name: str) -> torch.Tensor:
@@ -343,8 +343,8 @@ def test_what_weighing_changes(tiny: nn.Module) -> None:
             return step()
 
     plain = output_of(UNMERGED)
-    wrong = {name: float((output_of(name) - plain).square().mean()) for name in (KEYS, UNWEIGHED)}
-    assert 0 < wrong[KEYS] < wrong[UNWEIGHED]
+    wrong = {name: float((output_of(name) - plain).square().mean()) for name in (KEYS, UNWEIGHTED)}
+    assert 0 < wrong[KEYS] < wrong[UNWEIGHTED]
 
 
 @pytest.mark.parametrize("name", EVERYONE)

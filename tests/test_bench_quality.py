@@ -30,7 +30,7 @@ from lab.bench.contenders import (
     TODO,
     TOKENS,
     UNMERGED,
-    UNWEIGHED,
+    UNWEIGHTED,
 )
 from lab.bench.pictures import CHUNK, Album, Studio
 from lab.demo import model as demo_model
@@ -224,7 +224,7 @@ def test_keys_is_compared_with_the_peers_at_equal_time(bench: Callable, tmp_path
             assert float(row["faster"]) <= float(mine["faster"])
     faster = {(row["contender"], row["ratio"]): row["faster"] for row in rows_of(tmp_path / "quality-what.csv")}
     assert float(faster[CORNER, "0.5"]) == pytest.approx(1.71)
-    assert faster[UNWEIGHED, "0.75"] == faster[KEYS, "0.84"] == ""
+    assert faster[UNWEIGHTED, "0.75"] == faster[KEYS, "0.84"] == ""
     assert "x faster" in printed
 
 
@@ -269,7 +269,7 @@ def test_a_rows_ratio_and_pairs_are_the_means_over_its_steps(row: ablations.Row)
     if variant.settings is not None:
         ratios = [variant.settings.ratio_at(step / 49) for step in range(50)]
     assert variant.mean_ratio == pytest.approx(sum(ratios) / 50, abs=1e-3)
-    power = 1 if variant.contender in (KEYS, UNWEIGHED, TODO) else 2
+    power = 1 if variant.contender in (KEYS, UNWEIGHTED, TODO) else 2
     assert variant.pairs == pytest.approx(sum((1 - ratio) ** power for ratio in ratios) / 50, abs=2e-3)
 
 
@@ -367,7 +367,7 @@ def test_pictures_depend_on_no_random_state_and_move_none(contender: str) -> Non
 
 
 def test_what_pictures_depend_on_is_in_their_folders_name() -> None:
-    variants = [WHOLE.variant, ours(), ours(ratio=0.4), ours(window=8), ours(KEYS), ours(UNWEIGHED), ours(TOKENS)]
+    variants = [WHOLE.variant, ours(), ours(ratio=0.4), ours(window=8), ours(KEYS), ours(UNWEIGHTED), ours(TOKENS)]
     variants += [Variant(contender, 0.75) for contender in (CORNER, RANDOM, TODO)]
     studios = [
         STUDIO,

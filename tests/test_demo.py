@@ -37,7 +37,7 @@ def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
     assert main(["cat qwxyz", "--ratio", "0.5", "--steps", "3", "--out", str(out)]) == 0
     output = capsys.readouterr().out
     assert "does not know the word 'qwxyz'" in output and "'cat'" not in output
-    assert "1024 -> 512 keys, 3 of 3 steps" in output
+    assert "1024 → 512 keys, 3 of 3 steps" in output
     assert "merge map of step 1, layer 1" in output
     assert len(re.findall(r"^with(out)? merging: \d+\.\d\d s$", output, re.MULTILINE)) == 2
     assert output.endswith(f"saved: {out.resolve()}\n")

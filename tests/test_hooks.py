@@ -15,7 +15,7 @@ from torch import nn
 
 import tomesd_core as tome
 from tomesd_core import hooks, token_map
-from tomesd_core.hook import Hook
+from tomesd_core.foreign_hooks import Hook
 from tomesd_core.matching import match
 from tomesd_core.partition import make_partition
 
@@ -345,9 +345,9 @@ def test_layers_merge_up_to_max_downsample_at_any_size(
             assert (layer.tokens, layer.merged_tokens) == (rows * columns, calls[layer.name].q.shape[1])
             continue
         assert_unmerged(calls[layer.name])
-        assert layer.left_out
+        assert layer.reason
         if layer.level > max_downsample:
-            assert layer.left_out == f"level {layer.level} is above max downsample {max_downsample}"
+            assert layer.reason == f"level {layer.level} is above max downsample {max_downsample}"
 
 
 def test_layers_with_fewer_than_min_tokens_are_left_alone_and_the_report_says_so(unet, whole, make_inputs):
@@ -356,10 +356,10 @@ def test_layers_with_fewer_than_min_tokens_are_left_alone_and_the_report_says_so
             unet(*make_inputs())
         layers = merging.report().layers
         assert sum(layer.merged_calls > 0 for layer in layers) == merged
-        assert {layer.left_out for layer in layers if not layer.merged_calls} <= {
+        assert {layer.reason for layer in layers if not layer.merged_calls} <= {
             f"{tokens} tokens are under min tokens {least}" for tokens in (64, 256)
         }
-        assert all(layer.left_out for layer in layers if not layer.merged_calls)
+        assert all(layer.reason for layer in layers if not layer.merged_calls)
 
 
 class Resized(nn.Module):
@@ -430,7 +430,7 @@ def test_blocks_with_disable_self_attn_are_left_alone_and_are_no_attention_level
         for layer in merging.report().layers:
             if layer.level == 1:
                 assert_unmerged(calls[layer.name])
-                assert "disable_self_attn" in layer.left_out
+                assert "disable_self_attn" in layer.reason
             else:
                 assert_merged(calls[layer.name], merging.settings)
 
@@ -467,7 +467,7 @@ def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, record,
     with tome.attach(unet, whole(), leave_out) as merging, record(unet) as calls:
         unet(*make_inputs())
     layers = {layer.name: layer for layer in merging.report().layers}
-    assert layers[FIRST].left_out == layers[FIRST].conflict == "another extension tiles it"
+    assert layers[FIRST].reason == layers[FIRST].conflict == "another extension tiles it"
     assert [layer.name for layer in layers.values() if layer.conflict] == [FIRST]
     assert merging.report().summary.endswith("; 1 left out: another extension tiles it")
     assert_unmerged(calls[FIRST])
@@ -479,7 +479,7 @@ def test_a_ratio_that_removes_nothing_leaves_all_bits_and_says_so(unet, whole, m
     unmerged = unet(*inputs)
     with tome.attach(unet, whole(ratio=0)) as merging:
         assert torch.equal(unet(*inputs), unmerged)
-    assert "nothing" in merging.report().layers[0].left_out
+    assert "nothing" in merging.report().layers[0].reason
     assert merging.report().summary.startswith("nothing merged: ")
 
 
@@ -607,7 +607,7 @@ def test_where_the_token_count_is_not_the_grids_it_stays_unmerged(drive):
 
     layer = drive(body)
     assert (layer.calls, layer.merged_calls) == (2, 0)
-    assert "100 tokens are not the grid's 16x12" in layer.left_out
+    assert "100 tokens are not the grid's 16x12" in layer.reason
 
 
 def test_attention_masked_token_by_token_stays_unmerged(drive):
@@ -619,25 +619,23 @@ def test_attention_masked_token_by_token_stays_unmerged(drive):
 
     layer = drive(body)
     assert layer.merged_calls == 0
-    assert "mask" in layer.left_out
+    assert "mask" in layer.reason
 
 
-class Attention(nn.Module):
-    """An attention with more arguments, which it notes, as sgm's or another extension's."""
+def with_more_arguments(kind, calls):
+    """A class of attention whose forward takes more arguments, which it notes, as sgm's."""
 
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.calls = inner, []
+    class Attention(kind):
+        def forward(self, x, context=None, mask=None, *more, **named):
+            calls.append((x, context, mask, more, named))
+            return super().forward(x, context=context)
 
-    def forward(self, x, context=None, mask=None, *more, **named):
-        self.calls.append((x, context, mask, more, named))
-        return self.inner(x, context=context)
+    return Attention
 
 
 def test_extra_arguments_pass_through(unet, whole, make_inputs, blocks_of, monkeypatch):
-    block = blocks_of(unet)[FIRST]
-    block.attn1 = Attention(block.attn1)
-    extra = object()
+    block, calls, extra = blocks_of(unet)[FIRST], [], object()
+    block.attn1.__class__ = with_more_arguments(type(block.attn1), calls)
 
     def body(x, context=None):
         y = block.norm1(x)
@@ -650,8 +648,8 @@ def test_extra_arguments_pass_through(unet, whole, make_inputs, blocks_of, monke
     monkeypatch.setattr(block, "_forward", body)
     with tome.attach(unet, whole()):
         unet(*make_inputs())
-    first, second, sgms = block.attn1.calls
-    assert all(call[0].shape == (2, 128, 32) for call in block.attn1.calls)
+    first, second, sgms = calls
+    assert all(call[0].shape == (2, 128, 32) for call in calls)
     assert first[1:] == (None, None, (extra, 5), {"scale": extra})
     assert sgms[1:] == (None, None, (), {"additional_tokens": None, "n_times_crossframe_attn_in_self": 0})
     assert second[1] is second[0]
@@ -873,7 +871,7 @@ def test_a_layer_with_anothers_hook_in_its_attention_is_left_to_it(
     with tome.attach(unet, small_settings(method=method)) as merging:
         unet(*inputs)
         layers = {layer.name: layer for layer in merging.report().layers}
-        assert layers[FIRST].left_out == f"left to {__name__}, whose hook sees its tokens"
+        assert layers[FIRST].reason == f"left to {__name__}, which hooks it"
         assert layers[FIRST].conflict in merging.report().summary
         assert all(torch.equal(a, b) for a, b in zip(*calls, strict=True))
         handle.remove()
@@ -887,7 +885,7 @@ def test_a_layer_with_anothers_forward_is_left_to_it(unet, small_settings, make_
     with tome.attach(unet, small_settings(method=method)) as merging:
         unet(*make_inputs())
     layers = {layer.name: layer for layer in merging.report().layers}
-    assert layers[FIRST].left_out == f"left to {__name__}, which has its own forward there"
+    assert layers[FIRST].reason == f"left to {__name__}, which replaces its forward"
     assert len(merging.report().merged_layers) == 2
 
 
@@ -899,7 +897,7 @@ def test_a_forward_that_wraps_the_layers_own_is_named_by_its_own_module_until_it
     attention.forward = functools.wraps(before)(lambda *args, **kwargs: before(*args, **kwargs))
     with tome.attach(unet, small_settings()) as merging:
         unet(*make_inputs())
-        assert f"1 left out: left to {__name__}, which has its own forward there" in merging.report().summary
+        assert f"1 left out: left to {__name__}, which replaces its forward" in merging.report().summary
         attention.forward = before
         unet(*make_inputs())
     assert {layer.name: layer for layer in merging.report().layers}[FIRST].merged_calls == 1
@@ -922,8 +920,8 @@ def test_an_attention_that_gives_something_else_costs_no_picture(
         first, second = unet(*inputs), unet(*inputs)
     assert torch.equal(first, unmerged) == (not is_whole)
     assert torch.equal(second, unmerged) == (not is_whole)
-    left = [layer.left_out for layer in merging.report().layers if layer.level == 1]
-    assert left == 3 * [None if is_whole else "its attention gave something else than its tokens"]
+    left = [layer.reason for layer in merging.report().layers if layer.level == 1]
+    assert left == 3 * [None if is_whole else "its attention returned an unexpected shape"]
 
 
 def test_a_device_that_lacks_an_operation_costs_no_picture(unet, small_settings, make_inputs, monkeypatch, method):
@@ -939,7 +937,7 @@ def test_a_device_that_lacks_an_operation_costs_no_picture(unet, small_settings,
         monkeypatch.undo()
         assert torch.equal(unet(*inputs), unmerged)
     assert merging.report().summary == (
-        "nothing merged: level 2 is above max downsample 1; matching failed: NotImplementedError: "
+        "nothing merged: level 2 is above max downsample 1; merging failed: NotImplementedError: "
         "The operator 'aten::searchsorted.Tensor' is not implemented for this device."
     )
     with tome.attach(unet, small_settings(method=method)) as merging:

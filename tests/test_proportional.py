@@ -1,4 +1,4 @@
-"""Weighed keys: exact for equal tokens, and what softmax with log-counts added gives for any."""
+"""Weighted keys: exact for equal tokens, and what softmax with log-counts added gives for any."""
 
 import contextlib
 import math
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tomesd_core as tome
-from tomesd_core.proportional import BIAS_CHANNELS, WIDTH, Heads, Projections, ask_heads, can_be_weighed
+from tomesd_core.proportional import BIAS_CHANNELS, WIDTH, Heads, Projections, has_projections, probe_heads
 from tomesd_core.settings import MergeSettings
 
 GRID = (8, 8)
@@ -171,8 +171,8 @@ def test_the_scale_is_read_off_the_attention(kind, dtype, size):
         yield
         running.pop()
 
-    handles = Projections(attention, lambda: running[-1] if running else None).handles
-    heads = ask_heads(attention, torch.zeros(2, 64, 2 * size, dtype=dtype), run_as)
+    handles = list(Projections(attention, lambda: running[-1] if running else None, None).register())
+    heads = probe_heads(attention, torch.zeros(2, 64, 2 * size, dtype=dtype), run_as)
     for handle in handles:
         handle.remove()
     wide = math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
@@ -180,20 +180,20 @@ def test_the_scale_is_read_off_the_attention(kind, dtype, size):
 
 
 @pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_an_attention_that_cant_be_weighed_is_left_alone_and_that_is_said(method):
+def test_an_attention_whose_scale_is_unknown_is_left_alone_and_that_is_said(method):
     block, x = make("own scale", cls=Strange), image(16)
     unmerged = block(x)
     with tome.attach(block, settings(method)) as merging:
         assert torch.equal(block(x), unmerged)
-    assert "no scale that is known" in merging.report().summary
+    assert "no known scale" in merging.report().summary
     assert run(block, x, settings("paper"))
 
 
-def test_an_attention_without_heads_is_none_that_can_be_weighed():
+def test_an_attention_without_heads_is_none_that_can_be_merged():
     attention = make("own scale").transformer_blocks[0].attn1
-    assert can_be_weighed(attention)
+    assert has_projections(attention)
     del attention.heads
-    assert not can_be_weighed(attention)
+    assert not has_projections(attention)
 
 
 @pytest.mark.parametrize("method", ["keys", "tokens"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .reasons import NotMerged
 from .settings import MergeSettings
 from .unet import Layer, finest_level
 
@@ -26,7 +27,7 @@ def pairs_left(ratio: float, method: str) -> float:
 def pays(tokens: int, channels: int, ratio: float, device_type: str, method: str) -> bool:
     """Whether merging `ratio` of a layer's `tokens` of `channels` saves more time than it takes.
 
-    Attention over N tokens takes N² C operations; matching, merging and weighing take a number that grows with N C. So
+    Attention over N tokens takes N² C operations; matching, merging and weighting take a number that grows with N C. So
     what decides is N times the share of the pairs that are saved: the tokens that each token need not attend to. From
     `LEAST_GAIN` on no layer was slower merged on two CPU cores with SDP attention (`docs/speed.md`). A slower attention
     pays earlier, but which one runs isn't asked. The threshold of other devices is an estimate: their attention is
@@ -55,22 +56,19 @@ def coarsest_level(settings: MergeSettings, layers: Sequence[Layer]) -> int:
     return max(settings.max_downsample, finest_level(layers) or 1)
 
 
-def why_left_out(settings: MergeSettings, level: int | None, tokens: int, coarsest: int) -> str | None:
-    """Why a layer of this level and token count never merges, or None."""
+def check_layer(settings: MergeSettings, level: int | None, tokens: int, coarsest: int) -> None:
+    """Raises `NotMerged` where a layer of this level and token count never merges."""
     if level is not None and level > coarsest:
-        return f"level {level} is above max downsample {settings.max_downsample}"
+        raise NotMerged(f"level {level} is above max downsample {settings.max_downsample}")
     if tokens < settings.min_tokens:
-        return f"{tokens} tokens are under min tokens {settings.min_tokens}"
-    return None
+        raise NotMerged(f"{tokens} tokens are under min tokens {settings.min_tokens}")
 
 
-def removed_or_why_not(
-    settings: MergeSettings, tokens: int, channels: int, ratio: float, device_type: str
-) -> int | str:
-    """How many of a layer's tokens a ratio removes, or why it removes none."""
+def tokens_to_remove(settings: MergeSettings, tokens: int, channels: int, ratio: float, device_type: str) -> int:
+    """How many of a layer's tokens a ratio removes. Raises `NotMerged` where it removes none."""
     removed = tokens_removed(tokens, ratio, rounded=not settings.exact)
     if not removed:
-        return f"at ratio {ratio:g} there is nothing to remove"
+        raise NotMerged(f"at ratio {ratio:g} there is nothing to remove", by_ratio=True)
     if settings.skip_unprofitable and not pays(tokens, channels, ratio, device_type, settings.method):
-        return f"merging {ratio:g} of {tokens} tokens would not save time"
+        raise NotMerged(f"merging {ratio:g} of {tokens} tokens would not save time", by_ratio=True)
     return removed

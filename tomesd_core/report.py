@@ -19,8 +19,10 @@ class LayerReport:
     """How many of them attention saw when it last merged."""
     calls: int = 0
     merged_calls: int = 0
-    left_out: str | None = None
-    """The reason of the last call that was left unmerged."""
+    reason: str | None = None
+    """Why the last call that wasn't merged wasn't."""
+    whole_calls: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Calls that weren't merged, by reason, but for those in which the step's ratio removed nothing."""
     fewest_tokens: int = 0
     most_tokens: int = 0
     """Between which numbers `merged_tokens` lay, under a schedule."""
@@ -36,17 +38,26 @@ class LayerReport:
         self.fewest_tokens = min(self.fewest_tokens or tokens, tokens)
         self.most_tokens = max(self.most_tokens, tokens)
 
+    def count_whole(self, reason: str, by_ratio: bool = False) -> None:
+        """Notes a call that wasn't merged; `by_ratio`: since the step's ratio removes nothing there."""
+        self.reason = reason
+        self.whole_calls[reason] += not by_ratio
+
+    def copy(self) -> LayerReport:
+        """What is known now; the copy doesn't change any more."""
+        return dataclasses.replace(self, whole_calls=Counter(self.whole_calls))
+
     @property
     def change(self) -> str:
         """Tokens before and after, in words."""
         fewest, most = self.fewest_tokens or self.merged_tokens, self.most_tokens or self.merged_tokens
         what = "keys" if self.method == "keys" else "tokens"
-        return f"{self.tokens} -> {fewest if fewest == most else f'{fewest} to {most}'} {what}"
+        return f"{self.tokens} → {fewest if fewest == most else f'{fewest} to {most}'} {what}"
 
 
 @dataclasses.dataclass
 class Report:
-    """What one `attach` merged. `str()` of it is for people, in ASCII, so that any console can print it."""
+    """What one `attach` merged. `str()` of it is for people."""
 
     layers: list[LayerReport]
     steps: int
@@ -65,24 +76,32 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: layers, tokens, steps, conflicts, notes."""
+        """One line: layers, tokens, steps, calls that merged layers left whole, conflicts, notes."""
         merged = self.merged_layers
         if not merged:
-            why = "; ".join([*sorted({layer.left_out for layer in self.layers if layer.left_out}), *self.notes])
+            reasons = sorted({layer.reason for layer in self.layers if layer.reason})
+            why = "; ".join(dict.fromkeys([*reasons, *self.notes]))
             return f"nothing merged{f': {why}' if why else ''}"
         # Largest first; a dict keeps one of each.
         changes = dict.fromkeys(layer.change for layer in sorted(merged, key=lambda layer: -layer.tokens))
         line = f"{len(merged)} of {len(self.layers)} self-attention layers, {', '.join(changes)}"
         line += f", {self.merged_steps} of {self.steps} steps"
-        conflicts = Counter(layer.conflict for layer in self.layers if layer.conflict)
-        return "; ".join([line, *(f"{count} left out: {why}" for why, count in conflicts.items()), *self.notes])
+        calls = sum(layer.calls for layer in merged)
+        # A failure is among the notes too.
+        whole = sum((layer.whole_calls for layer in merged), Counter())
+        for note in self.notes:
+            del whole[note]
+        unmerged = [
+            f"{count} of {calls} calls not merged: {why}" for why, count in whole.items() if why not in self.notes
+        ]
+        conflicts = Counter(layer.conflict for layer in self.layers if layer.conflict and not layer.merged_calls)
+        foreign = [f"{count} left out: {why}" for why, count in conflicts.items()]
+        return "; ".join([line, *unmerged, *foreign, *self.notes])
 
     def __str__(self) -> str:
         lines = [f"token merging: {self.summary}"]
         for layer in self.layers:
             calls = f"in {layer.merged_calls} of {layer.calls} calls"
             what = f"{layer.change} {calls}" if layer.merged_calls else "not merged"
-            lines.append(
-                f"  {layer.name} (level {layer.level}): {what}{f', {layer.left_out}' if layer.left_out else ''}"
-            )
+            lines.append(f"  {layer.name} (level {layer.level}): {what}{f', {layer.reason}' if layer.reason else ''}")
         return "\n".join(lines)

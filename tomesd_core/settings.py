@@ -219,6 +219,16 @@ class MergeSettings:
         return next(cell for cell in CELLS if largest <= max_ratio(cell, self.partition))
 
     @property
+    def merges_queries(self) -> bool:
+        """Whether queries are merged too, so that the output must be unmerged."""
+        return self.method != "keys"
+
+    @property
+    def weights_keys(self) -> bool:
+        """Whether a merged key counts as often as the tokens that it stands for (proportional attention)."""
+        return self.method != "paper"
+
+    @property
     def exact(self) -> bool:
         """Whether matching is as published: over the whole image, in the tokens' own precision, no count rounded."""
         return self.window is None

@@ -25,7 +25,7 @@ from .contenders import (
     TODO_FACTORS,
     TOKENS,
     UNMERGED,
-    UNWEIGHED,
+    UNWEIGHTED,
     Running,
     put_on,
 )
@@ -58,7 +58,7 @@ class Variant:
     @property
     def pairs(self) -> float:
         """The share of query-key pairs left in a layer that merges, over many steps."""
-        method = KEYS if self.contender in (KEYS, UNWEIGHED, TODO) else PAPER
+        method = KEYS if self.contender in (KEYS, UNWEIGHTED, TODO) else PAPER
         return _mean([pairs_left(ratio, method) for ratio in self._ratios])
 
     @property
@@ -79,7 +79,7 @@ def by_settings(settings: MergeSettings, steps: int | None = None) -> Variant:
 
 def ours(contender: str = PAPER, **settings: Any) -> Variant:
     """A contender of ours with `BASE`, where `settings` do not say otherwise."""
-    whole = MergeSettings(**{**BASE, **settings, "method": KEYS if contender == UNWEIGHED else contender})
+    whole = MergeSettings(**{**BASE, **settings, "method": KEYS if contender == UNWEIGHTED else contender})
     return Variant(contender, whole.ratio, whole)
 
 
@@ -139,7 +139,7 @@ def _change(schedule: str, early: float, late: float) -> dict[str, Any]:
 
 def _at(contender: str, ratio: float) -> Row:
     """A contender at one ratio in all steps, under its own name."""
-    is_ours = contender in (*METHODS, UNWEIGHED)
+    is_ours = contender in (*METHODS, UNWEIGHTED)
     return Row(contender, ours(contender, ratio=ratio) if is_ours else Variant(contender, ratio))
 
 
@@ -148,7 +148,7 @@ def _what() -> list[Row]:
     rows = [WHOLE]
     for keys, tokens in EQUAL_PAIRS.items():
         others = [_at(name, tokens) for name in (TOKENS, PAPER, CORNER, RANDOM) if tokens is not None]
-        others += [_at(UNWEIGHED, keys)] if others else []
+        others += [_at(UNWEIGHTED, keys)] if others else []
         others += [_at(TODO, keys)] if keys in TODO_FACTORS else []
         rows += _beside(_at(KEYS, keys), *others)
     return rows

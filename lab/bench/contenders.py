@@ -17,14 +17,13 @@ from tomesd_core.matching import match
 from tomesd_core.partition import make_partition
 from tomesd_core.plan import coarsest_level, tokens_removed
 from tomesd_core.settings import METHODS, MergeSettings
-from tomesd_core.token_map import TokenMap
 from tomesd_core.unet import Layer, find_layers
 
 from .packages import INSTALL, MissingPackage, require
 
 UNMERGED = "unmerged"
 KEYS, TOKENS, PAPER = METHODS
-UNWEIGHED = "keys unweighed"
+UNWEIGHTED = "keys unweighted"
 CORNER, RANDOM = "tomesd corner", "tomesd random"
 TODO = "ToDo"
 LIMIT_KEYS, LIMIT = "limit keys", "limit"
@@ -35,7 +34,7 @@ EXACT = f"{OURS}, exact"
 """It without a lower precision for the similarities: what that brings."""
 
 LIMIT_OF = {
-    **dict.fromkeys((KEYS, UNWEIGHED, TODO), LIMIT_KEYS),
+    **dict.fromkeys((KEYS, UNWEIGHTED, TODO), LIMIT_KEYS),
     **dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM), LIMIT),
 }
 """By contender: what none that merges as it does can beat."""
@@ -199,28 +198,24 @@ def put_on(unet: nn.Module, name: str, ratio: float, settings: MergeSettings | N
 
     Ours merge by `settings`, but for the method and the ratio.
     """
-    if name not in (*METHODS, UNWEIGHED):
+    if name not in (*METHODS, UNWEIGHTED):
         return _OTHERS[name](unet, ratio)
-    method = KEYS if name == UNWEIGHED else name
+    method = KEYS if name == UNWEIGHTED else name
     settings = dataclasses.replace(settings or MergeSettings(), method=method, ratio=ratio)
-    return merging(unet, settings, weighs=name != UNWEIGHED)
+    return merging(unet, Unweighted(**vars(settings)) if name == UNWEIGHTED else settings)
 
 
 @contextlib.contextmanager
-def merging(unet: nn.Module, settings: MergeSettings, weighs: bool = True) -> Iterator[Running]:
-    """Ours, as the settings say; `weighs` False is the method keys with each key counted once."""
+def merging(unet: nn.Module, settings: MergeSettings) -> Iterator[Running]:
+    """Ours, as the settings say."""
     with hooks.attach(unet, settings) as attached:
-        if not weighs:
-            for layer in attached._layers:
-                # Of the benchmark alone: nobody has a use for it but to see what weighing brings, and what it takes.
-                layer._inputs = _keys_alone
         yield Running(attached.set_step, lambda: attached.report().summary)
 
 
-def _keys_alone(call: hooks._Call, attention: nn.Module, token_map: TokenMap, inputs: hooks._Inputs) -> hooks._Inputs:
-    x = inputs.get("x")
-    call.tokens = x.shape[1]
-    return hooks._Inputs((x,), {"context": token_map.merge(x)})
+class Unweighted(MergeSettings):
+    """The method keys with each merged key counted once: what proportional attention brings, and what it takes."""
+
+    weights_keys = False
 
 
 @contextlib.contextmanager

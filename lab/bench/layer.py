@@ -3,7 +3,7 @@
 Batch 2, 320 channels, 8 heads, on smooth tokens with noise, as pictures give. "layer" is the norm and the attention
 behind it with all that a contender does there: ours run by their hooks, as on a UNet. "x faster" is the unmerged layer
 over it, "/limit" it over the same attention without any merging: to as many keys for the method keys and ToDo, of as
-many tokens for the others. "weighing" is keys over the same unweighed, and tokens over paper. "rule" says whether
+many tokens for the others. "weighting" is keys over the same unweighed, and tokens over paper. "rule" says whether
 `plan.pays` lets such a layer merge.
 
 Match, merge and unmerge are timed alone besides, which all our methods do alike, but that keys unmerges nothing;
@@ -40,7 +40,7 @@ from .contenders import (
     TODO,
     TOKENS,
     UNMERGED,
-    UNWEIGHED,
+    UNWEIGHTED,
     Contender,
     Matcher,
     Running,
@@ -61,17 +61,17 @@ TINY = {"tokens": [8, 16], "channels": 32, "rounds": 1}
 MOST_SIDE = {"plain": 64, "sdp": 128}
 """Of a grid whose layers are timed: above it plain attention takes more than 4 GB, and sdp minutes on a CPU."""
 
-HOOKED = (UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, TODO, LIMIT_KEYS, LIMIT)
+HOOKED = (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, TODO, LIMIT_KEYS, LIMIT)
 """What runs on a layer as on a UNet. `tomesd` replaces whole blocks: around a layer its parts are called."""
 
-ORDER = (UNMERGED, KEYS, UNWEIGHED, TOKENS, PAPER, EXACT, CORNER, RANDOM, TODO, LIMIT_KEYS, LIMIT)
+ORDER = (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, EXACT, CORNER, RANDOM, TODO, LIMIT_KEYS, LIMIT)
 """In which rows stand."""
 
 PARTS = ("match", "merge", "unmerge")
 Parts = dict[str, float]
 """Seconds by part; `layer` is the whole layer."""
 
-OVER_OTHERS = {"over_limit": LIMIT_OF, "weighing": {KEYS: UNWEIGHED, TOKENS: PAPER}}
+OVER_OTHERS = {"over_limit": LIMIT_OF, "weighting": {KEYS: UNWEIGHTED, TOKENS: PAPER}}
 
 COLUMNS = {
     "grid": ("tokens", str),
@@ -85,7 +85,7 @@ COLUMNS = {
     "layer": ("layer ms", output.number(1, 1e3)),
     **output.spread("gain", "x faster"),
     "over_limit": ("/limit", output.number(3)),
-    "weighing": ("weighing", output.number(3)),
+    "weighting": ("weighting", output.number(3)),
     "rule": ("rule", str),
 }
 

@@ -24,7 +24,7 @@ from tomesd_core import hooks, matching, partition, plan, proportional, schedule
 from ..demo.model import FeatureNet, TinyModel
 from . import contenders
 from .ablations import Variant
-from .contenders import CORNER, RANDOM, TODO, UNWEIGHED, Running
+from .contenders import CORNER, RANDOM, TODO, UNWEIGHTED, Running
 from .models import attention
 from .options import DTYPES
 from .packages import require
@@ -126,7 +126,7 @@ class Studio:
             code += [_code_digest(), variant.settings.cell, variant.settings.draws_anew, variant.settings.exact]
         if variant.contender in (CORNER, RANDOM):
             code.append(importlib.metadata.version("tomesd"))
-        if variant.contender in (TODO, UNWEIGHED):
+        if variant.contender in (TODO, UNWEIGHTED):
             code.append(inspect.getsource(contenders))
         how = [self.scale, self.attention, self.dtype, self.device.type, CHUNK, torch.__version__]
         way = {**dataclasses.asdict(variant), "steps": self.steps_of(variant)}

@@ -134,7 +134,7 @@ def test_the_api_reaches_the_first_and_it_merges(answers):
 def test_the_one_that_is_asked_merges_and_the_other_takes_nothing_away(answers, which):
     one = answers[which]
     assert one["keys"]["ToMe ratio" if which == "second" else "ToMe share"] == 0.5
-    assert len(one["said"]) == 1 and "1024 -> " in one["said"][0]
+    assert len(one["said"]) == 1 and "1024 → " in one["said"][0]
     assert (one["hooked"], one["wrapped"]) == (0, False)
     assert one["picture"] == answers["first"]["picture"]
 

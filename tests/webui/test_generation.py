@@ -65,22 +65,22 @@ def test_on_merges_and_off_does_not(make, plain, attention):
 
 def test_summary_under_the_picture_and_once_in_the_log(make, log_lines):
     processed = make(ON, n_iter=2)
-    line = "3 of 4 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps"
+    line = "3 of 4 self-attention layers, 1024 → 512 tokens, 2 of 2 steps"
     assert untimed(processed.comments) == f"ToMe: {line}\n"
     assert [untimed(text) for text in log_lines] == [line]
 
 
 def test_max_downsample_and_min_tokens(make):
     request = {"steps": 1, "width": 64, "height": 64}
-    assert "3 of 4 self-attention layers, 4096 -> 2048 tokens" in make(ON, **request).comments
-    assert "4 of 4 self-attention layers, 4096 -> 2048 tokens, 1024" in make(arguments(level=2), **request).comments
+    assert "3 of 4 self-attention layers, 4096 → 2048 tokens" in make(ON, **request).comments
+    assert "4 of 4 self-attention layers, 4096 → 2048 tokens, 1024" in make(arguments(level=2), **request).comments
     assert "nothing merged: " in make(arguments(least=2048)).comments
 
 
 @pytest.mark.parametrize(
     ("tome", "said"),
     [
-        (ON, "3 of 4 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps"),
+        (ON, "3 of 4 self-attention layers, 1024 → 512 tokens, 2 of 2 steps"),
         ([True, 1.5], "nothing merged: ratio must lie in [0, 0.9375], got 1.5"),
         (arguments(apply_to="hires pass"), "nothing merged: apply to is 'hires pass', and a picture without hires fix"),
         ([False], None),
@@ -207,7 +207,7 @@ def test_linear_goes_from_the_first_evaluation_to_the_last(make, attention, samp
     processed = make(arguments(0.7, 0.2, "linear"), steps=4, sampler_name=sampler_name)
     tokens = attention.tokens
     assert len(tokens) == evaluations
-    assert f"1024 -> {left(0.7)} to {left(0.2)} tokens, {evaluations} of {evaluations} steps" in processed.comments
+    assert f"1024 → {left(0.7)} to {left(0.2)} tokens, {evaluations} of {evaluations} steps" in processed.comments
     assert (tokens[0], tokens[-1]) == (left(0.7), left(0.2))
     assert tokens == sorted(tokens)
 
@@ -434,7 +434,7 @@ def test_a_generation_inside_another(host, make, make_p, once, inside, attention
     ratio = inner[1] if inner and inner[0] else 0.0
     assert attention.tokens == [HALF] + [left(ratio)] * (2 if ends == "made" else 1) + [HALF]
     assert pixels(processed) == merged
-    assert "1024 -> 512 tokens" in processed.comments
+    assert "1024 → 512 tokens" in processed.comments
 
 
 def test_a_generation_inside_another_where_webui_does_not_say_whose_a_step_is(make, make_p, inside, attention, process):
@@ -501,7 +501,7 @@ def test_a_copy_of_p_makes_its_own_picture_unmerged(make, copying, attention, me
     assert all(keys_of(one) == {} and "ToMe" not in one.comments for one in with_merging)
     assert attention.tokens.count(16 * 16) == 4 and attention.tokens.count(HALF) == 4
     assert processed.images[1].tobytes() == merged[0]
-    assert "ToMe ratio: 0.5" in processed.infotexts[1] and "1024 -> 512 tokens" in processed.comments
+    assert "ToMe ratio: 0.5" in processed.infotexts[1] and "1024 → 512 tokens" in processed.comments
 
 
 @pytest.mark.parametrize("when", ["before_process", "process", "postprocess_image"])
@@ -528,7 +528,7 @@ def test_a_copy_of_p_made_at_any_time_claims_no_merging(make, add_script, attent
     assert keys_of(inner) == {} and "ToMe" not in inner.comments
     assert ("Token merging ratio: 0.4" in inner.infotexts[0]) == bool(own_merging)
     assert pixels(processed) == merged
-    assert keys_of(processed)["ToMe ratio"] == 0.5 and "1024 -> 512 tokens" in processed.comments
+    assert keys_of(processed)["ToMe ratio"] == 0.5 and "1024 → 512 tokens" in processed.comments
     assert "Token merging ratio" not in processed.infotexts[0]
     assert HALF in attention.tokens
 
@@ -713,9 +713,9 @@ def test_layers_that_hypertile_tiles_are_left_to_it_and_this_is_said(host, make,
         for attention in attentions:
             delattr(attention, "__webui_hypertile_params")
     some, nothing, off = map(untimed, log_lines)
-    assert some == "2 of 4 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps; 1 left out: tiled by Hypertile"
+    assert some == "2 of 4 self-attention layers, 1024 → 512 tokens, 2 of 2 steps; 1 left out: tiled by Hypertile"
     assert nothing.startswith("nothing merged: ") and "tiled by Hypertile" in nothing
-    assert off == "3 of 4 self-attention layers, 1024 -> 512 tokens, 2 of 2 steps"
+    assert off == "3 of 4 self-attention layers, 1024 → 512 tokens, 2 of 2 steps"
 
 
 # WebUI's own token merging

@@ -129,7 +129,7 @@ assert f"{package}.webui.panel" in new
 
 def generate():
     processed = processing.process_images(host.make_p([True], **request))
-    said["merged"].append("1024 ->" in processed.comments)
+    said["merged"].append("1024 →" in processed.comments)
     return processed
 
 

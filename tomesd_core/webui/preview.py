@@ -9,7 +9,8 @@ from typing import Any
 
 from modules import devices, processing
 
-from ..plan import coarsest_level, removed_or_why_not, why_left_out
+from ..plan import check_layer, coarsest_level, tokens_to_remove
+from ..reasons import NotMerged
 from ..schedule import progress_of
 from ..settings import HIGHEST_RATIO, PASSES, MergeSettings
 from ..unet import Layer
@@ -66,11 +67,18 @@ def _change(
 ) -> str | None:
     """Tokens before and after in one layer, or None where it won't merge."""
     tokens = math.prod(math.ceil(side / (layer.level or 1)) for side in latent)
-    if not layer.is_self_attention or why_left_out(settings, layer.level, tokens, coarsest):
+    if not layer.is_self_attention:
         return None
-    ratios = settings.ratio_at(0.0), settings.ratio_at(1.0)
-    removed = [removed_or_why_not(settings, tokens, layer.channels, ratio, device_type) for ratio in ratios]
-    counts = dict.fromkeys(tokens if isinstance(count, str) else tokens - count for count in removed)
+    try:
+        check_layer(settings, layer.level, tokens, coarsest)
+    except NotMerged:
+        return None
+    counts = {}
+    for ratio in (settings.ratio_at(0.0), settings.ratio_at(1.0)):
+        try:
+            counts[tokens - tokens_to_remove(settings, tokens, layer.channels, ratio, device_type)] = ratio
+        except NotMerged:
+            counts[tokens] = ratio
     return None if set(counts) == {tokens} else f"{tokens} → {' to '.join(map(str, counts))}"
 
 

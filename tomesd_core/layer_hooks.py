@@ -1,0 +1,299 @@
+"""One self-attention layer's hooks: merge the inputs of its attention, and unmerge the output.
+
+A call of `attn1` goes on the layer's stack once its inputs are merged, and comes off it with its output. Whatever of
+ours fails before that leaves the call unmerged; whatever fails later has the call repeated unmerged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .foreign_hooks import Hook, whose_forward, whose_hook
+from .passes import LayerPass, Place
+from .proportional import Heads, Projections, Rest, Weighted, has_projections, probe_heads
+from .reasons import NotMerged
+from .report import LayerReport
+from .token_map import TokenMap
+from .unet import Layer
+
+if TYPE_CHECKING:
+    from .hooks import Merging
+
+ODD_OUTPUT = "its attention returned an unexpected shape"
+
+# A private function of torch: without it nothing is known of backward, and checkpointed passes look like any other.
+_graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arguments of a call of `attn1`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """An argument by name; `x`, `context` and `mask` may be positional. None if absent."""
+        by_place = dict(zip(("x", "context", "mask"), self.args, strict=False))
+        return by_place.get(name, self.kwargs.get(name))
+
+    @property
+    def attends_to_itself(self) -> bool:
+        """Whether the keys are made of x."""
+        context = self.get("context")
+        return context is None or context is self.get("x")
+
+    def each(self, change: Callable[[Any], Any]) -> Inputs:
+        """All of them changed."""
+        return Inputs(tuple(map(change, self.args)), {name: change(value) for name, value in self.kwargs.items()})
+
+    def replaced(self, place: int, name: str, value: Any) -> Inputs:
+        """One of them replaced, or added: by position if it is positional, else by name."""
+        if place < len(self.args):
+            return Inputs((*self.args[:place], value, *self.args[place + 1 :]), self.kwargs)
+        return Inputs(self.args, {**self.kwargs, name: value})
+
+
+@dataclasses.dataclass
+class Call:
+    """A running call of `attn1`: unmerged, unless it is a `MergedCall`."""
+
+    weighted: Weighted | None = None
+    """What the hooks on its projections do."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class MergedCall(Call):
+    """A running call of `attn1` whose inputs are merged."""
+
+    inputs: Inputs
+    """The original arguments, each as `_weak` gives it."""
+    tokens: int
+    token_map: TokenMap
+    has_merged_queries: bool
+    output: Any = None
+    """Of the same call unmerged, where it had to be repeated."""
+
+    def unmerge(self, output: Any) -> Any:
+        """The output of attention for every token. Raises `NotMerged` where it isn't of the tokens that went in."""
+        merged_shape = self.token_map.slots.shape[0], self.token_map.merged_tokens
+        if self.has_merged_queries and isinstance(output, Tensor) and output.shape[:2] == merged_shape:
+            return self.token_map.unmerge(output)
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == self.tokens:
+            return output
+        raise NotMerged(ODD_OUTPUT)
+
+
+class LayerHooks:
+    """The hooks of one self-attention layer."""
+
+    def __init__(self, merging: Merging, layer: Layer, place: Any) -> None:
+        """`place` is what the layer's `Place` is kept under, in the passes of `merging`."""
+        self._merging, self._place_key = merging, place
+        self.report = LayerReport(layer.name, layer.level, method=merging.settings.method)
+        self._was_checkpointed = False
+        self._odd_output: str | None = None
+
+    def register(self, layer: Layer) -> Iterator[RemovableHandle]:
+        """Puts the hooks on the layer's modules, one after the other."""
+        attention = layer.block.attn1
+        if not layer.is_self_attention:
+            self.report.reason = "it is not self-attention (disable_self_attn)"
+            return
+        yield layer.block.norm1.register_forward_hook(Hook(self._after_norm))
+        yield attention.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
+        yield attention.register_forward_hook(Hook(self._after))
+        if self._merging.settings.weights_keys and has_projections(attention):
+            yield from Projections(attention, self._running, self._repeat_weighted).register()
+
+    @property
+    def _state(self) -> LayerPass:
+        return self._merging.passes.layers[self]
+
+    @property
+    def _place(self) -> Place:
+        return self._merging.passes.places.get(self._place_key) or Place(level=self.report.level)
+
+    def _running(self) -> Weighted | None:
+        calls = self._state.calls
+        return calls[-1].weighted if calls else None
+
+    @contextlib.contextmanager
+    def _runs(self, call: Call) -> Iterator[None]:
+        """Makes `call` the innermost one: for the projections' hooks, it is the running call."""
+        calls = self._state.calls
+        calls.append(call)
+        try:
+            yield
+        finally:
+            calls.pop()
+
+    def _after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._place.reason is None and args:
+            self._state.normed = weakref.ref(args[0]), weakref.ref(output)
+            self._was_checkpointed |= will_run_again(args[0])
+
+    def _before(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, inputs = Call(), Inputs(args, kwargs)
+        if is_in_backward():
+            if self.report.merged_calls and not self._was_checkpointed:
+                raise RuntimeError(
+                    f"{self.report.name} was merged, and gradient checkpointing runs it again in backward, where it "
+                    "would not be: detach merging, or switch checkpointing off (use_checkpoint=False)"
+                )
+        else:
+            try:
+                call, inputs = self._merge(attention, inputs)
+            except NotMerged as reason:
+                self.report.count_whole(str(reason), by_ratio=reason.by_ratio)
+            except Exception as error:
+                # The picture is worth more than its speed.
+                self.report.count_whole(self._merging.fail(error))
+        self._state.calls.append(call)
+        return inputs.args, inputs.kwargs
+
+    def _merge(self, attention: nn.Module, inputs: Inputs) -> tuple[MergedCall, Inputs]:
+        """The call with its merged inputs. Raises `NotMerged` with the reason where it stays whole."""
+        self.report.calls += 1
+        self.report.level = self._place.level
+        grid = self._check(attention, inputs)
+        merging, state, x = self._merging, self._state, inputs.get("x")
+        source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
+        # A call with another tensor than norm1's output (part of the batch, say) is matched by its own input.
+        source = source if normed is x and source is not None else x
+        self.report.tokens = x.shape[1]
+        token_map = merging.token_map(self, source, grid)
+        # Keys from elsewhere aren't merged and keep weight 1.
+        weights = merging.settings.weights_keys and inputs.attends_to_itself
+        heads = self._heads(attention, x) if weights else None
+        merged = token_map.merge(x)
+        queries = merged if merging.settings.merges_queries else x
+        # Every argument that is x itself is replaced; others aren't merged.
+        arguments = inputs.each(lambda value: merged if value is x else value)
+        call = MergedCall(
+            Weighted(heads, token_map.counts) if heads else None,
+            inputs=inputs.each(_weak),
+            tokens=x.shape[1],
+            token_map=token_map,
+            has_merged_queries=merging.settings.merges_queries,
+        )
+        if heads is not None or queries is x:
+            arguments = arguments.replaced(1, "context", merged)
+        if heads is not None:
+            queries = heads.pad_input(queries)
+        if merging.on_map is not None:
+            merging.on_map(self.report.name, merging.passes.step.number, grid, token_map)
+        return call, arguments.replaced(0, "x", queries)
+
+    def _check(self, attention: nn.Module, inputs: Inputs) -> tuple[int, int]:
+        """The grid of the call's tokens. Raises `NotMerged` where anything but their number keeps the call whole."""
+        merging, place, x = self._merging, self._place, inputs.get("x")
+        if reason := place.reason or merging.failure or self._odd_output:
+            raise NotMerged(reason)
+        if place.grid is None:
+            raise NotMerged("its token grid is unknown")
+        rows, columns = place.grid
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            raise NotMerged("its input is not a batch of tokens")
+        if x.shape[1] != rows * columns:
+            raise NotMerged(f"its {x.shape[1]} tokens are not the grid's {rows}x{columns}")
+        if inputs.get("mask") is not None and inputs.attends_to_itself:
+            raise NotMerged("its attention has a mask for each token")
+        value = inputs.get("value")
+        is_whole = inputs.attends_to_itself and (value is None or value is x)
+        if not merging.settings.merges_queries and not is_whole:
+            raise NotMerged("it attends to other tokens too")
+        self._was_checkpointed |= merging.passes.is_checkpointed
+        if self._was_checkpointed:
+            raise NotMerged("backward would run it again (gradient checkpointing)")
+        self.report.conflict = (merging.leave_out and merging.leave_out(attention)) or conflict_in(attention)
+        if self.report.conflict:
+            raise NotMerged(self.report.conflict)
+        return rows, columns
+
+    def _heads(self, attention: nn.Module, x: Tensor) -> Heads:
+        """How this layer's attention splits and scales: probed once for each implementation and size."""
+        heads = self._merging.heads
+        forward = getattr(attention.forward, "__func__", attention.forward)
+        key = forward, attention.heads, x.shape[-1], getattr(attention, "scale", None)
+        if key not in heads:
+            heads[key] = probe_heads(attention, x, lambda probe: self._runs(Call(probe)))
+        if (answer := heads[key]) is None:
+            raise NotMerged("its attention has no known scale to weight merged keys with (the method paper needs none)")
+        return answer
+
+    def _after(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        calls = self._state.calls
+        call = calls.pop() if calls else None
+        if not isinstance(call, MergedCall):
+            return None
+        if call.output is not None:
+            return call.output
+        try:
+            unmerged = call.unmerge(output)
+        except NotMerged as reason:
+            self._odd_output = str(reason)
+            self.report.count_whole(str(reason))
+        except Exception as error:
+            self.report.count_whole(self._merging.fail(error))
+        else:
+            self.report.count_merged(call.token_map.merged_tokens)
+            self._merging.count_merged_step()
+            return unmerged
+        calls.append(call)  # It stays there if the repetition fails too.
+        whole = self._repeat(attention, call)
+        calls.pop()
+        return whole
+
+    def _repeat(self, attention: nn.Module, call: MergedCall) -> Any:
+        """The output of the call without merging."""
+        whole = call.inputs.each(lambda value: value())
+        with self._runs(Call()):
+            return attention.forward(*whole.args, **whole.kwargs)
+
+    def _repeat_weighted(self, attention: nn.Module, error: Exception) -> Weighted:
+        """Repeats the running call unmerged, after an error in a hook on its projections; gives what these do then."""
+        call = self._state.calls[-1]
+        if not isinstance(call, MergedCall) or call.weighted is None:
+            raise error
+        self.report.count_whole(self._merging.fail(error))
+        call.output = self._repeat(attention, call)
+        call.weighted = Rest(call.weighted.heads)
+        return call.weighted
+
+
+def conflict_in(attention: nn.Module) -> str | None:
+    """Whose code inside attention counts on all tokens, so that the layer is left to it; or None."""
+    if not has_projections(attention):
+        return f"left to {type(attention).__module__}, which replaces attn1"
+    if name := whose_forward(attention):
+        return f"left to {name}, which replaces its forward"
+    to_out: Any = attention.to_out
+    for part in (attention, attention.to_q, attention.to_k, attention.to_v, to_out, *to_out.children()):
+        if name := whose_hook(part):
+            return f"left to {name}, which hooks it"
+    return None
+
+
+def will_run_again(x: Tensor) -> bool:
+    """Whether x runs under gradient checkpointing: it needs a gradient, and yet none is recorded."""
+    return x.requires_grad and not torch.is_grad_enabled()
+
+
+def is_in_backward() -> bool:
+    """Whether autograd's engine is running in this thread."""
+    return bool(_graph_task_id() != -1)
+
+
+def _weak(value: Any) -> Callable[[], Any]:
+    """A function that gives `value`, without keeping it alive if it is a tensor."""
+    return weakref.ref(value) if isinstance(value, Tensor) else lambda: value

@@ -1,0 +1,82 @@
+"""What the hooks on one UNet share: the running step, pass and calls, a set of them for each thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .matching import Matching
+from .token_map import TokenMap
+
+if TYPE_CHECKING:
+    from .layer_hooks import Call
+
+Grid = tuple[int, int]
+"""Rows and columns."""
+
+
+@dataclasses.dataclass
+class Step:
+    """One step of the sampling; each step has a new one."""
+
+    number: int
+    ratio: float
+    passes: int = 0
+    """Passes of the UNet in this step so far."""
+    has_merged: bool = False
+
+
+@dataclasses.dataclass
+class Place:
+    """Grid and level of a SpatialTransformer in the current pass, and why its layers don't merge there."""
+
+    grid: Grid | None = None
+    level: int | None = None
+    """The measured level."""
+    reason: str | None = None
+
+
+@dataclasses.dataclass
+class LayerPass:
+    """One layer in the current pass."""
+
+    normed: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+    """The block's input, before norm1, and norm1's output; weak, to keep no activations."""
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    """The running calls of attention, the innermost last."""
+    matched_calls: int = 0
+
+
+@dataclasses.dataclass
+class KeptMatching:
+    """A matching for the steps that reuse it, with the last map made from it."""
+
+    matching: Matching
+    removed: int = -1
+    token_map: TokenMap | None = None
+
+    def map_of(self, removed: int) -> TokenMap:
+        """The map that removes so many tokens."""
+        if self.token_map is None or self.removed != removed:
+            self.removed, self.token_map = removed, self.matching.token_map(removed)
+        return self.token_map
+
+
+class Passes(threading.local):
+    """What one thread's passes share. Every thread has its own."""
+
+    def __init__(self, ratio: float) -> None:
+        self.step = Step(-1, ratio)
+        self.counts_passes = True
+        self.latent: Grid | None = None
+        self.is_checkpointed = False
+        self.places: dict[Hashable, Place] = {}
+        self.layers: defaultdict[Hashable, LayerPass] = defaultdict(LayerPass)
+        self.matchings: dict[tuple[Any, ...], KeptMatching] = {}
+        self.kept_tokens = 0
