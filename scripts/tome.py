@@ -89,9 +89,6 @@ class ToMe(scripts.Script):
     def process_batch(self, p: Any, *args: Any, batch_number: int = 0, **kwargs: Any) -> None:
         sampling.bind(p, first_batch=batch_number == 0)
 
-    def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
-        sampling.timing.note_unmerged(p)
-
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
         maps.draw_on(p, pp.image)
 

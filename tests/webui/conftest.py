@@ -182,6 +182,7 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
 
     shared.opts.reset()
     errors.exceptions.clear()
+    sampling._too_large.clear()
     ps: list[Any] = []
     with other_script(first=True, before_process=ps.append):
         yield

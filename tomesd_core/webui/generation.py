@@ -35,9 +35,10 @@ class Generation:
     """None where it doesn't merge."""
     map_place: tuple[int, int] | None = None
     """Step and layer of the merge map."""
-    parameters: set[str] = dataclasses.field(default_factory=set)
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Those of a picture in which something merged."""
     comments: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Each as it stands on `p`, by its line without the time that it may end with."""
+    """Each as it stands on `p`, by its line without its suffix."""
     maps: Sequence[MergeMap] = ()
     """The maps of the batch that was sampled last, one a picture."""
     drawn_maps: dict[int, Image.Image] = dataclasses.field(default_factory=dict)
@@ -89,7 +90,7 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         arguments = read_arguments(args, getattr(p, OVERRIDES, None), presets.get)
     except SettingsError as error:
         leave_unmerged(p, str(error))
-        _write(p, {ERROR_KEY: str(error)})
+        claim(p, has_merged=False, failure=str(error))
         # Copies of p are to be told; another copy of the extension may merge, and has its own there.
         vars(p).setdefault("get_token_merging_ratio", _begun(p).token_merging_ratio)
     else:
@@ -100,9 +101,11 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         else:
             useful = useful_fields(arguments.settings.schedule, arguments.settings.min_tokens, has_hires_pass(p))
             values = panel_values(arguments.settings)
-            _write(p, {str(PANEL_FIELDS[name].infotext): values[name] for name in values if name in useful})
             generation = _begun(p)
             generation.settings, generation.map_place = arguments
+            named = {name: value for name, value in values.items() if name in useful}
+            generation.parameters = {str(PANEL_FIELDS[name].infotext): value for name, value in named.items()}
+            claim(p, has_merged=True)
             p.get_token_merging_ratio = generation.token_merging_ratio
     if line := namesakes.warning(p, is_asked=of(p) is not None):
         say(p, line)
@@ -110,20 +113,27 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
 
 def leave_unmerged(p: Any, why: str) -> None:
     """Says that p's generation doesn't merge although it was asked to, and takes back what claims that it does."""
-    generation = _begun(p)
-    generation.settings = None
-    p.extra_generation_params = _without(p.extra_generation_params, generation.parameters)
+    _begun(p).settings = None
+    claim(p, has_merged=False)
     line = f"nothing merged: {why}"
     last.settings, last.summary = None, line
     say(p, line)
     log.warning(line)
 
 
-def say(p: Any, line: str, time: str = "") -> None:
-    """Shows a line under the picture; where an earlier batch said the same with another `time`, in its place."""
+def claim(p: Any, has_merged: bool, failure: str | None = None) -> None:
+    """Writes the parameters of p's coming pictures: ours if something merged and nothing failed, or the failure."""
+    generation = _begun(p)
+    own = {ERROR_KEY: failure} if failure else generation.parameters if has_merged else {}
+    others = _without(p.extra_generation_params, (*generation.parameters, ERROR_KEY))
+    p.extra_generation_params = {**others, **own}
+
+
+def say(p: Any, line: str, suffix: str = "") -> None:
+    """Shows a line under the picture; where an earlier batch said the same with another `suffix`, in its place."""
     comments = _begun(p).comments
     p.comments.pop(comments.get(line), None)
-    comments[line] = COMMENT + line + time
+    comments[line] = COMMENT + line + suffix
     p.comment(comments[line])
 
 
@@ -131,7 +141,7 @@ def erase(p: Any) -> None:
     """Takes what was written for a generation off p, which loops use again; not off a p that it is a copy of."""
     generation: Generation | None = vars(p).pop(ON_P, None)
     if generation is not None:
-        p.extra_generation_params = _without(p.extra_generation_params, generation.parameters)
+        p.extra_generation_params = _without(p.extra_generation_params, (*generation.parameters, ERROR_KEY))
         p.comments = _without(p.comments, generation.comments.values())
         if vars(p).get("get_token_merging_ratio") == generation.token_merging_ratio:
             del p.get_token_merging_ratio
@@ -150,7 +160,7 @@ def has_hires_pass(p: Any) -> bool:
 
 def is_left_to_built_in(p: Any) -> bool:
     """Whether the settings page says to leave p's generation to WebUI's own token merging."""
-    return built_in_is_on(p) and not options.option(options.OVERRULE_BUILT_IN, True)
+    return built_in_is_on(p) and not options.option(options.OVERRULE_BUILT_IN)
 
 
 def _begun(p: Any) -> Generation:
@@ -161,11 +171,6 @@ def _begun(p: Any) -> Generation:
         setattr(p, ON_P, generation)
         p.extra_generation_params, p.comments = dict(p.extra_generation_params), dict(p.comments)
     return generation
-
-
-def _write(p: Any, parameters: dict[str, Any]) -> None:
-    _begun(p).parameters.update(parameters)
-    p.extra_generation_params.update(parameters)
 
 
 def _without(mapping: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

@@ -53,6 +53,11 @@ def loaded_layers() -> list[Layer] | None:
     return None if unet is None else find_layers(unet)
 
 
+def needs_a_picture() -> bool:
+    """Whether the loaded model is InstructPix2Pix: its UNet takes a picture's latent beside the noise."""
+    return getattr(loaded_unet(), "in_channels", 4) == 8
+
+
 def p_in(function: str, otherwise: Any) -> Any:
     """The `p` of WebUI's innermost running `function`; `otherwise` where none of the name runs.
 
@@ -63,6 +68,20 @@ def p_in(function: str, otherwise: Any) -> Any:
     while frame is not None and frame.f_code.co_name != function:
         frame = frame.f_back
     return otherwise if frame is None else frame.f_locals.get("p", otherwise)
+
+
+def denoiser_of(params: Any) -> Any:
+    """The denoiser whose callback `params` are of; None where it can't be found."""
+    if hasattr(params, "denoiser"):
+        return params.denoiser
+    # WebUI before 1.8 doesn't pass it on.
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        denoiser = frame.f_locals.get("self")
+        if frame.f_code.co_name == "forward" and hasattr(denoiser, "total_steps"):
+            return denoiser
+        frame = frame.f_back
+    return None
 
 
 def hypertile_of(attention: nn.Module) -> str | None:

@@ -27,8 +27,10 @@ def draw_on(p: Any, image: Image.Image) -> None:
 def append(p: Any, processed: Any) -> None:
     """Puts the drawn maps behind the pictures, each with its picture's parameters."""
     prepared = generation.of(p)
-    for number, picture in (prepared.drawn_maps if prepared is not None else {}).items():
-        picture.info["parameters"] = processed.infotext(p, number)
+    # ADetailer ends generations that have no pictures.
+    texts = processed.infotexts[processed.index_of_first_image :]
+    for number, picture in (prepared.drawn_maps if prepared is not None and texts else {}).items():
+        picture.info["parameters"] = texts[number]
         processed.images.append(picture)
         processed.infotexts.append(picture.info["parameters"])
 

@@ -7,7 +7,8 @@ import dataclasses
 import math
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
@@ -17,18 +18,22 @@ from modules import call_queue, devices, processing, progress, scripts, shared
 from modules.sd_samplers_common import InterruptedException
 from torch import nn
 
+from ..reasons import is_out_of_memory
 from ..settings import MergeSettings, Setting, SettingsError
 from . import generation, host, presets
 from .arguments import read_arguments
+from .clock import now
 from .generation import Generation
 from .log import NoResultError, failed
 from .sampling import Sampling, merges_in
-from .timing import now
 
-SECONDS, FEWEST_ROUNDS, STEPS = 10.0, 3, 150
-WARM_UP, MOST_REUSED = 3, 4
-OUT_OF_MEMORY = "out of memory", "allocate memory"
-"""What the devices' errors have in common."""
+STEPS, WARM_UP, MOST_REUSED = 150, 3, 4
+FEWEST_PAIRS = 2
+"""Of rounds, in one walk through the schedule."""
+SECONDS, MOST_SECONDS = 10.0, 30.0
+"""What one walk takes, and after what time no other one begins."""
+MOST_SPREAD = 0.1
+"""The spread above which another walk begins, or nothing can be told."""
 
 FIELDS = {
     "width": Setting(512, "integer", minimum=16, maximum=16384),
@@ -40,8 +45,8 @@ FIELDS = {
 }
 """What a measurement is asked for, beside `settings`. A hires size of 0: no hires fix."""
 
-_stopped: set[str] = set()
-"""The tasks that are to end."""
+_stopped: deque[str] = deque(maxlen=16)
+"""The last tasks that were stopped: maybe before their requests came, maybe after they had ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Result:
     times_faster: float | None = None
     """None where the settings merge nothing there."""
     spread: float | None = None
-    """Half of the range in which the middle half of the rounds lies, as a share of `times_faster`."""
+    """Standard error of `times_faster`, as a share of it."""
     attention_share: float | None = None
     """Of an unmerged step's time, in self-attention."""
     memory_saved: float | None = None
@@ -86,12 +91,11 @@ def measure(request: Mapping[str, Any], task: str = "") -> list[Result]:
             progress.finish_task(task)
             shared.state.end()
             shared.state.skipped = shared.state.interrupted = shared.state.stopping_generation = False
-            _stopped.discard(task)
 
 
 def stop(task: str) -> None:
     """Ends the measurement of a task before its next step, also where it waits for its turn."""
-    _stopped.add(task)
+    _stopped.append(task)
 
 
 def _read(request: Mapping[str, Any]) -> tuple[dict[str, Any], MergeSettings]:
@@ -102,8 +106,7 @@ def _read(request: Mapping[str, Any]) -> tuple[dict[str, Any], MergeSettings]:
     settings = request.get("settings", {})
     if not isinstance(settings, Mapping):
         raise SettingsError(f"settings must be an object of settings, got {settings!r}")
-    arguments = read_arguments([{**settings, "enabled": True}], None, presets.get)
-    return values, arguments.settings if arguments else MergeSettings()
+    return values, read_arguments([{**settings, "enabled": True}], None, presets.get).settings
 
 
 def _of_size(
@@ -126,6 +129,8 @@ def _of_size(
     p.cached_c, p.cached_uc = [None, None], [None, None]
     if generation.is_left_to_built_in(p):
         return Result(f"no faster at {name}: {generation.LEFT_TO_BUILT_IN}")
+    if host.needs_a_picture():
+        raise NoResultError("this model (InstructPix2Pix) makes no picture without another one to start from")
     run = _Run(p, settings, lambda: task in _stopped)
     sample = p.sample
 
@@ -140,12 +145,18 @@ def _of_size(
         with contextlib.closing(p), contextlib.suppress(_SampledError):
             processing.process_images(p)
     except Exception as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        if is_out_of_memory(error):
             raise NoResultError(f"too little memory to measure at {name}") from error
         raise NoResultError(failed(f"measuring at {name}", error)) from error
-    if shared.state.interrupted or shared.state.skipped or task in _stopped:
+    if is_interrupted() or task in _stopped:
         raise NoResultError("interrupted")
     return run.result(name)
+
+
+def is_interrupted() -> bool:
+    """Whether a person has pressed one of the host's own buttons that end what is running."""
+    state = shared.state
+    return bool(state.interrupted or state.skipped or getattr(state, "stopping_generation", False))
 
 
 class _SampledError(Exception):
@@ -156,7 +167,9 @@ class _Run(Sampling):
     """One sampling that merges in some of its steps, and its clock.
 
     Three steps warm up: an unmerged one, a merged one, and an unmerged one in which self-attention is timed too. Then
-    come rounds of an unmerged step and the merged ones that share a matching, which walk the settings' schedule.
+    come rounds of an unmerged step and the merged ones that share a matching. Every second round runs backwards, so
+    that a pair of rounds has each kind of step at odd and at even places: some hosts leave out half of the batch in
+    every other step. The pairs walk the settings' schedule, once, or as long as the spread is too large.
     """
 
     def __init__(self, p: Any, settings: MergeSettings, is_stopped: Callable[[], bool]) -> None:
@@ -169,34 +182,39 @@ class _Run(Sampling):
         self._peaks: list[int] = []
         """Bytes, of each step."""
         self._attention = 0.0
-        self._merged_a_round = min(settings.reuse_steps, MOST_REUSED)
-        self._rounds = 0
+        self._turns = min(settings.reuse_steps, MOST_REUSED) + 1
+        """Steps of a round."""
+        self._pairs = FEWEST_PAIRS
+        """Of rounds, in a walk."""
         self._clocks: list[Any] = []
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
         self._stop_clocks()
         super().__exit__(*exc)
 
     def follow(self, params: Any) -> None:
         """A step is about to run."""
-        step, turns = len(self._seconds), self._merged_a_round + 1
-        if step == WARM_UP:
-            most = (STEPS - WARM_UP) // turns
-            self._rounds = max(FEWEST_ROUNDS, min(int(SECONDS / turns / max(self._seconds[-1], 1e-6)), most))
-        steps = WARM_UP + self._rounds * turns
-        unet, layers = host.loaded_unet(), host.loaded_layers()
+        step, unet, layers = len(self._seconds), host.loaded_unet(), host.loaded_layers()
         # A failure of ours has taken the settings.
-        if self.settings is None or unet is None or not layers or self._is_stopped() or step == steps > WARM_UP:
+        if self.settings is None or unet is None or not layers or self._is_stopped() or is_interrupted():
             raise InterruptedException
-        if step >= WARM_UP:
-            shared.state.sampling_steps = steps
-        number, turn = divmod(step - WARM_UP, turns)
-        if step == 1 or (step >= WARM_UP and turn):
+        if 0 < step <= WARM_UP:
+            at_once = 2 * self._turns * max(self._seconds[-1], 1e-6)
+            # Three walks fit into the sampling.
+            self._pairs = max(FEWEST_PAIRS, min(int(SECONDS / at_once), (STEPS - WARM_UP) // (6 * self._turns)))
+        a_walk = self._pairs * 2 * self._turns
+        walk, place = divmod(max(step - WARM_UP, 0), a_walk)
+        if walk and not place and self._is_enough():
+            raise InterruptedException
+        shared.state.sampling_steps = WARM_UP + (walk + 1) * a_walk
+        number, turn = divmod(place, self._turns)
+        merged = self._merged_turn(number, turn) if step >= WARM_UP else step % 2 - 1
+        if merged >= 0:
             if self._merging is None:
-                self._hook(unet, False, params.x.shape)
+                self._hook(unet, False, params.x.shape, self._p.sampler)
             if self._merging is not None:
                 every = self.settings.reuse_steps
-                self._merging.set_step(max(number, 0) * every + max(turn - 1, 0), max(self._rounds, 1) * every)
+                self._merging.set_step(number // 2 * every + merged, self._pairs * every)
         else:
             self.unhook()
         self._stop_clocks()
@@ -207,7 +225,12 @@ class _Run(Sampling):
         self._seconds.append(0.0)
         self._peaks.append(0)
         if devices.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(devices.device)
+
+    def _merged_turn(self, number: int, turn: int) -> int:
+        """Which of its round's merged steps this is, from 0; -1 for the unmerged one."""
+        backwards = number % 2
+        return -1 if turn == (self._turns - 1) * backwards else turn - 1 + backwards
 
     def _time(self, module: nn.Module, add: Callable[[float], None]) -> None:
         began: list[float] = []
@@ -224,10 +247,25 @@ class _Run(Sampling):
     def _add_pass(self, seconds: float) -> None:
         self._seconds[-1] += seconds
         if devices.device.type == "cuda":
-            self._peaks[-1] = torch.cuda.max_memory_allocated()
+            self._peaks[-1] = torch.cuda.max_memory_allocated(devices.device)
 
     def _add_attention(self, seconds: float) -> None:
         self._attention += seconds
+
+    def _steps(self, of: Sequence[float]) -> Iterator[tuple[list[float], list[float]]]:
+        """What `of` holds of a pair's unmerged and merged steps, pair by pair."""
+        size = 2 * self._turns
+        for first in range(WARM_UP, len(of) - size + 1, size):
+            pair: tuple[list[float], list[float]] = [], []
+            for place in range(size):
+                pair[self._merged_turn(*divmod(place, self._turns)) >= 0].append(of[first + place])
+            yield pair
+
+    def _measured(self) -> tuple[float, float]:
+        return times_faster([(fmean(unmerged), fmean(merged)) for unmerged, merged in self._steps(self._seconds)])
+
+    def _is_enough(self) -> bool:
+        return self._measured()[1] < MOST_SPREAD or sum(self._seconds) + SECONDS > MOST_SECONDS
 
     def result(self, size: str) -> Result:
         """What came out, once the sampling has ended."""
@@ -236,12 +274,14 @@ class _Run(Sampling):
         if not any(report.merged_layers for report in self.reports):
             why = next(iter(self._summaries), "this model has no self-attention layers that can be merged")
             return Result(f"no faster at {size}: {why}")
-        turns = self._merged_a_round + 1
-        rounds = [self._seconds[first : first + turns] for first in range(WARM_UP, len(self._seconds), turns)]
-        times, spread = _times_faster([(unmerged, fmean(merged)) for unmerged, *merged in rounds])
+        times, spread = self._measured()
         share = self._attention / self._seconds[WARM_UP - 1]
-        peaks = self._peaks[WARM_UP::turns], self._peaks[WARM_UP + 1 :: turns]
-        saving = 1 - max(peaks[1]) / max(peaks[0]) if max(peaks[0]) else None
+        peaks = [max(map(max, kind)) for kind in zip(*self._steps(self._peaks), strict=True)]
+        saving = 1 - peaks[1] / peaks[0] if peaks[0] else None
+        if spread >= MOST_SPREAD:
+            least, most = times / (1 + spread), times * (1 + spread)
+            line = f"too noisy to tell at {size}: between {least:.2f} and {most:.2f} times faster"
+            return Result(line, times, spread, share, saving)
         line = f"no faster at {size}: attention is {share:.0%} of a step here"
         if times > 1 + max(spread, 0.005):
             memory = f", {saving:.0%} less memory" if saving and saving >= 0.005 else ""
@@ -249,15 +289,22 @@ class _Run(Sampling):
         return Result(line.replace("%", " %"), times, spread, share, saving)
 
 
-def _times_faster(rounds: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """How many times faster the rounds' merged steps are than the unmerged ones, and the spread (see `Result`).
+def times_faster(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """How many times faster merged steps are, and the standard error of that as a share of it.
 
-    Each step counts as the median of itself and its neighbours: so a hiccup counts for nothing, and each part of the
-    schedule for what it is of a sampling. The spread is that of normal noise with the same differences from round to
-    round, in which the schedule doesn't show.
+    `pairs` holds the mean seconds of an unmerged and of a merged step for each pair of rounds, in the order of time.
+    Each counts as the median of itself and its neighbours, so that a hiccup counts for nothing, and each part of the
+    schedule for its share of a sampling. The error comes from the differences between neighbours among the unmerged
+    steps, in which the schedule doesn't show, and which are as noisy as the merged ones.
     """
-    unmerged, merged = (
-        sum(median(times[first : first + 3]) for first in range(len(times) - 2)) for times in zip(*rounds, strict=True)
-    )
-    changes = [abs(math.log(one[0] / one[1]) - math.log(other[0] / other[1])) for one, other in pairwise(rounds)]
-    return unmerged / merged, median(changes) / math.sqrt(2)
+    unmerged, merged = (_smoothed(times) for times in zip(*pairs, strict=True))
+    changes = [abs(math.log(one / other)) for (one, _), (other, _) in pairwise(pairs)]
+    # Of differences of normal noise half are below 0.95 of its deviation.
+    deviation = median(changes) / 0.954
+    return sum(unmerged) / sum(merged), math.sqrt(2 / len(pairs)) * deviation
+
+
+def _smoothed(times: Sequence[float]) -> list[float]:
+    if len(times) < 3:
+        return list(times)
+    return [median(times[first : first + 3]) for first in range(len(times) - 2)]

@@ -15,26 +15,41 @@ OVERRULE_BUILT_IN = "tome_overrule_built_in"
 LOG_LEVEL = "tome_log_level"
 LOG_LAYERS = "tome_log_layers"
 
+LEVELS = ["WARNING", "INFO", "DEBUG"]
+OPTIONS: dict[str, tuple[Any, str]] = {
+    OVERRULE_BUILT_IN: (True, "Leave WebUI's own token merging out of generations that ToMe merges"),
+    LOG_LEVEL: ("INFO", "What to log: warnings, a line for each generation, or more"),
+    LOG_LAYERS: (False, "Log what was merged layer by layer"),
+}
+"""Default and label of each."""
+
+_wrong: set[str] = set()
+
 
 def add_options() -> None:
     """Adds the extension's section."""
     import gradio as gr
 
-    levels = {"choices": ["WARNING", "INFO", "DEBUG"]}
-    for key, default, label, component, arguments in (
-        (OVERRULE_BUILT_IN, True, "Leave WebUI's own token merging out of generations that ToMe merges", None, None),
-        (LOG_LEVEL, "INFO", "What to log: warnings, a line for each generation, or more", gr.Radio, levels),
-        (LOG_LAYERS, False, "Log what was merged layer by layer", None, None),
-    ):
-        shared.opts.add_option(key, shared.OptionInfo(default, label, component, arguments, section=SECTION))
+    for key, (default, label) in OPTIONS.items():
+        choice = (gr.Radio, {"choices": LEVELS}) if key == LOG_LEVEL else ()
+        shared.opts.add_option(key, shared.OptionInfo(default, label, *choice, section=SECTION))
     shared.opts.onchange(LOG_LEVEL, apply_log_level, call=False)
 
 
-def option(key: str, default: Any) -> Any:
-    """An option's value; its default where the Settings page has not been built (yet)."""
-    return getattr(shared.opts, key, default)
+def option(key: str) -> Any:
+    """An option's value; its default where it isn't set, or where `config.json` or the API set what it can't be."""
+    default = OPTIONS[key][0]
+    value = getattr(shared.opts, key, default)
+    if value in LEVELS if key == LOG_LEVEL else isinstance(value, bool):
+        return value
+    allowed = f"one of {', '.join(LEVELS)}" if key == LOG_LEVEL else "true or false"
+    line = f"{key} must be {allowed}, got {value!r}; {default!r} is used"
+    if line not in _wrong:
+        _wrong.add(line)
+        log.warning(line)
+    return default
 
 
 def apply_log_level() -> None:
     """Sets the log to the level that was chosen."""
-    log.setLevel(getattr(logging, str(option(LOG_LEVEL, "INFO")), logging.INFO))
+    log.setLevel(getattr(logging, option(LOG_LEVEL)))

@@ -8,15 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from modules import shared
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..foreign_hooks import Hook
 from ..hooks import Merging, attach
 from ..merge_map import MapRecorder, MergeMap
+from ..reasons import in_a_line, is_out_of_memory
 from ..report import Report
 from ..settings import MergeSettings
 from ..token_map import TokenMap
-from . import generation, host, options, timing
+from . import generation, host, options
+from .clock import now
 from .generation import Generation
 from .log import harmless, log
 
@@ -24,6 +28,9 @@ UNetInput = tuple[Sequence[int], Mapping[str, Any]]
 """What a call of the UNet is given: the latent's rows and columns, and in Forge `transformer_options`."""
 
 _running: Sampling | None = None
+
+_too_large: dict[tuple[int, ...], str] = {}
+"""Shapes of latents at which a merged call of attention raised, with the reason: the next pictures run unmerged."""
 
 
 def settings_in_use() -> MergeSettings | None:
@@ -34,13 +41,12 @@ def settings_in_use() -> MergeSettings | None:
 def bind(p: Any, first_batch: bool = True) -> None:
     """Binds merging to the coming `p.sample`, whichever way it ends: done, failed, interrupted or skipped."""
     _unwrap(p)
-    timing.arm(p)
     prepared = generation.of(p)
     if prepared is None or prepared.settings is None:
         return
     # Not every host has loaded the model earlier than this.
     layers = host.loaded_layers()
-    # The hires pass may be another model's, which has such layers.
+    # The hires checkpoint may have attention layers even if this model has none.
     if layers or (layers is not None and getattr(p, "hr_checkpoint_info", None)):
         p.sample = _MergedSample(p, prepared, first_batch)
     else:
@@ -50,16 +56,15 @@ def bind(p: Any, first_batch: bool = True) -> None:
 
 def on_denoise(params: Any) -> None:
     """WebUI's denoiser is about to run the UNet: sees that the right one is hooked, and knows its step."""
-    timing.begin()
     if _running is not None:
-        harmless("merging", _running.follow, lambda line: stop())(params)
+        harmless("merging", _running.follow, _running.stop)(params)
 
 
 def stop() -> None:
-    """Takes merging off whatever it is on, for good: the script is being unloaded, or has failed."""
+    """Takes merging off whatever it is on, for good: the script is being unloaded, from whichever thread."""
     if _running is not None:
-        _running.settings = None
-        _running.unhook()
+        _running.stop("the UI was reloaded meanwhile")
+    _too_large.clear()
 
 
 class _MergedSample:
@@ -88,21 +93,23 @@ class _MergedSample:
                 samples = self._before(*args, **kwargs)
         finally:
             _unwrap(self._p)
-            # The picture is worth more than what is said of it.
-            harmless("telling what was merged", self._tell)(sampling)
+            # The picture is worth more than its summary.
+            harmless("the summary", self._report)(sampling)
         return samples
 
-    def _tell(self, sampling: Sampling) -> None:
-        """Says what was merged: under the picture, and once a generation in the log."""
+    def _report(self, sampling: Sampling) -> None:
+        """Reports what was merged: in the parameters, under the picture, and once a generation in the log."""
         summary = sampling.summary()
         if generation.built_in_is_on(self._p):
             summary += "; WebUI's own token merging is left out"
-        time = timing.told(self._p) if any(report.merged_layers for report in sampling.reports) else ""
-        generation.last.settings, generation.last.summary = self._generation.settings, summary + time
-        generation.say(self._p, summary, time)
+        has_merged = any(report.merged_layers for report in sampling.reports)
+        generation.claim(self._p, has_merged, sampling.failure)
+        suffix = f"; sampled in {sampling.seconds:.1f} s" if has_merged and sampling.seconds is not None else ""
+        generation.last.settings, generation.last.summary = self._generation.settings, summary + suffix
+        generation.say(self._p, summary, suffix)
         if self._in_log:
-            log.info(summary + time)
-        if options.option(options.LOG_LAYERS, False):
+            log.info(summary + suffix)
+        if options.option(options.LOG_LAYERS):
             for report in sampling.reports:
                 log.info(str(report))
         self._generation.maps, line = sampling.maps()
@@ -133,6 +140,10 @@ class Sampling:
         self.settings = prepared.settings
         self.reports: list[Report] = []
         """Of each part of the sampling between two changes of the UNet or the pass."""
+        self.failure: str | None = None
+        """Why merging ended before the sampling did."""
+        self.seconds: float | None = None
+        """How long sampling took, from its first step on; None where it was cut short."""
         self._p = p
         self._map_place = prepared.map_place
         self._summaries: Counter[str] = Counter()
@@ -143,50 +154,71 @@ class Sampling:
         self._unet: nn.Module | None = None
         self._handle: RemovableHandle | None = None
         self._is_hires = False
+        self._shape: tuple[int, ...] = ()
         self._unet_input: UNetInput = ((), {})
         self._outer: Sampling | None = None
+        self._began: float | None = None
 
     def __enter__(self) -> Sampling:
         global _running
         self._outer, _running = _running, self
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         global _running
         _running = self._outer
-        harmless("telling what was merged", self.unhook)()
+        harmless("the end of merging", self._end)(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        if isinstance(error, Exception) and self._merging is not None and self._merging.has_unfinished_call:
+            lack = "ran out of memory" if is_out_of_memory(error) else "failed"
+            line = f"merged attention {lack} at this size ({in_a_line(error)})"
+            _too_large[self._shape] = line
+            log.error(f"{line}; pictures of this size are made without merging until the UI is reloaded")
+        self.unhook()
+        if error is None and self._began is not None and not (shared.state.interrupted or shared.state.skipped):
+            self.seconds = now() - self._began
+
+    def stop(self, reason: str) -> None:
+        """Merges nothing any more, whatever runs and in whichever thread this is called."""
+        merging, self.settings, self.failure = self._merging, None, self.failure or reason
+        if merging is not None:
+            merging.detach()
 
     def follow(self, params: Any) -> None:
         """Hooks the UNet that is about to run, if it is this sampling's and its pass merges; unhooks any other."""
-        denoiser = self._p.sampler.model_wrap_cfg
+        denoiser = host.denoiser_of(params)
         is_hires = bool(getattr(self._p, "is_hr_pass", False))
-        # Another extension's generation may run inside this one. WebUI before 1.8 doesn't say whose the call is.
-        if hasattr(params, "denoiser"):
-            is_ours = params.denoiser is denoiser
-        else:
-            is_ours = host.p_in("process_images_inner", otherwise=self._p) is self._p
+        # Another extension's generation may run inside this one; a script may sample ours with a sampler of its own.
+        is_ours = denoiser is not None and denoiser.p is self._p
+        if is_ours and self._began is None:
+            self._began = now()
         unet = host.loaded_unet()
         if self.settings is None or not is_ours or unet is None or not merges_in(self.settings, is_hires):
             self.unhook()
             return
+        if reason := _too_large.get(tuple(params.x.shape)):
+            self.unhook()
+            self._summaries[f"nothing merged: {reason}"] = 1
+            return
         if self._merging is None or not self._merging.attached or self._unet is not unet or self._is_hires != is_hires:
             self.unhook()
-            self._hook(unet, is_hires, params.x.shape)
+            self._hook(unet, is_hires, params.x.shape, denoiser.sampler)
         # Samplers that run the model twice a step run it once in the last; WebUI's total counts that one twice too.
-        options_of_sampler = getattr(getattr(self._p.sampler, "config", None), "options", None) or {}
+        options_of_sampler = getattr(getattr(denoiser.sampler, "config", None), "options", None) or {}
         twice_a_step = bool(options_of_sampler.get("second_order"))
         if self._merging is not None:
             self._merging.set_step(denoiser.step, denoiser.total_steps - twice_a_step)
 
-    def _hook(self, unet: nn.Module, is_hires: bool, shape: Any) -> None:
+    def _hook(self, unet: nn.Module, is_hires: bool, shape: Any, sampler: Any) -> None:
         if self._map_place and is_hires not in self._recorders:
-            first_items = host.first_items(self._p.sampler.sampler_extra_args["cond"])
+            first_items = host.first_items(sampler.sampler_extra_args["cond"])
             self._recorders[is_hires] = PictureRecorder(
                 self._map_place, first_items, tuple(shape[-2:]), lambda: self._unet_input
             )
         self._merging = attach(unet, self.settings, host.hypertile_of, self._recorders.get(is_hires))
-        self._handle = unet.register_forward_pre_hook(self._note_input, with_kwargs=True)
-        self._unet, self._is_hires = unet, is_hires
+        self._handle = unet.register_forward_pre_hook(Hook(self._note_input), with_kwargs=True)
+        self._unet, self._is_hires, self._shape = unet, is_hires, tuple(shape)
 
     def _note_input(self, unet: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         x, options = args[0] if args else kwargs.get("x"), kwargs.get("transformer_options")
@@ -201,6 +233,7 @@ class Sampling:
         self._handle.remove()
         self._merging = self._unet = self._handle = None
         self._unet_input = (), {}
+        self.failure = self.failure or merging.failure
         report = merging.report()
         where = f"{'hires' if self._is_hires else 'first'} pass: " if generation.has_hires_pass(self._p) else ""
         why = None if report.merged_layers else host.why_layers_did_not_run(options)
@@ -210,7 +243,8 @@ class Sampling:
     def summary(self) -> str:
         """What was merged, in one line."""
         parts = [part if times == 1 else f"{part} ({times} times)" for part, times in self._summaries.items()]
-        return "; ".join(parts) or "nothing merged: no step reached the UNet"
+        line = "; ".join(parts) or "nothing merged: no step reached the UNet"
+        return line if self.failure is None or self.failure in line else f"{line}; {self.failure}"
 
     def maps(self) -> tuple[list[MergeMap], str]:
         """The merge map of each picture, from the last pass that merged, and in a line what they are; or none."""
