@@ -37,6 +37,8 @@ class Generation:
     """Step and layer of the merge map."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Those of a picture in which something merged."""
+    overwritten: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What another copy of the extension had under the same keys."""
     comments: dict[str, str] = dataclasses.field(default_factory=dict)
     """Each as it stands on `p`, by its line without its suffix."""
     maps: Sequence[MergeMap] = ()
@@ -105,6 +107,8 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             generation.settings, generation.map_place = arguments
             named = {name: value for name, value in values.items() if name in useful}
             generation.parameters = {str(PANEL_FIELDS[name].infotext): value for name, value in named.items()}
+            written = p.extra_generation_params
+            generation.overwritten = {key: written[key] for key in generation.parameters if key in written}
             claim(p, has_merged=True)
             p.get_token_merging_ratio = generation.token_merging_ratio
     if line := namesakes.warning(p, is_asked=of(p) is not None):
@@ -126,7 +130,7 @@ def claim(p: Any, has_merged: bool, failure: str | None = None) -> None:
     generation = _begun(p)
     own = {ERROR_KEY: failure} if failure else generation.parameters if has_merged else {}
     others = _without(p.extra_generation_params, (*generation.parameters, ERROR_KEY))
-    p.extra_generation_params = {**others, **own}
+    p.extra_generation_params = {**others, **generation.overwritten, **own}
 
 
 def say(p: Any, line: str, suffix: str = "") -> None:
