@@ -18,7 +18,10 @@ PACKAGE = f"tomesd_core_{hashlib.sha256(os.fsencode(EXTENSION)).hexdigest()[:12]
 extensions and installed packages may have a `tomesd_core` too, and each goes on using its own."""
 
 
-MODULES = ["axes", "generation", "infotext", "log", "maps", "namesakes", "options", "panel", "routes", "sampling"]
+MODULES = [
+    *("axes", "defaults", "generation", "host", "infotext", "log"),
+    *("maps", "namesakes", "options", "panel", "routes", "sampling"),
+]
 
 
 def _import_package() -> None:
@@ -53,7 +56,7 @@ def _module(name: str) -> ModuleType:
 try:
     _import_package()
     PANEL_FIELDS = _module("settings").PANEL_FIELDS
-    axes, generation, infotext, log, maps, namesakes, options, panel, routes, sampling = (
+    axes, defaults, generation, host, infotext, log, maps, namesakes, options, panel, routes, sampling = (
         _module(f"webui.{name}") for name in MODULES
     )
     log.set_up()
@@ -81,6 +84,10 @@ class ToMe(scripts.Script):
         controls = panel.build("img2img" if is_img2img else "txt2img", self.elem_id)
         self.infotext_fields = infotext.paste_fields(controls)
         self.paste_field_names = [setting.infotext for setting in PANEL_FIELDS.values()]
+        if host.makes_api_defaults():
+            # So that a request's positions can be told from those that it leaves out.
+            for control in controls.values():
+                control.value = None
         return list(controls.values())
 
     def before_process(self, p: Any, *args: Any) -> None:
@@ -99,7 +106,8 @@ class ToMe(scripts.Script):
 # "Reload custom script bodies" executes this file again without clearing the callbacks.
 script_callbacks.remove_current_script_callbacks()
 script_callbacks.on_before_ui(log.harmless("adding the plot's axes", axes.add_axes))
-script_callbacks.on_before_ui(log.harmless("languages", _module("webui.host").leave_languages_to_others))
+script_callbacks.on_before_ui(log.harmless("languages", host.leave_languages_to_others))
+script_callbacks.on_before_ui(log.harmless("updating ui-config.json", defaults.update_file))
 script_callbacks.on_ui_settings(log.harmless("adding the settings", options.add_options))
 script_callbacks.on_app_started(log.harmless("adding the routes", routes.add_routes))
 script_callbacks.on_app_started(log.harmless("looking for scripts of the same title", namesakes.log_namesakes))

@@ -65,8 +65,8 @@ class Setting:
                 raise SettingsError(f"{name} must be true or false, got {value!r}")
             return value
         if self.kind == "choice":
-            # A number chosen on a page may come back as a float; True is not the choice 1.
-            match = [choice for choice in self.choices if choice == value and not isinstance(value, bool)]
+            # A number chosen on a page comes back as its text, or as a float; True is not the choice 1.
+            match = [one for one in self.choices if value in (one, str(one)) and not isinstance(value, bool)]
             if not match:
                 raise SettingsError(f"{name} must be one of {', '.join(map(str, self.choices))}, got {value!r}")
             return match[0]
@@ -95,8 +95,12 @@ class Setting:
 
 
 def _field(default: Any, kind: str, *values: Any, **options: Any) -> Any:
-    """A field of `MergeSettings` and its `Setting`: label, help, minimum, maximum and step come in this order."""
-    return dataclasses.field(default=default, metadata={"setting": Setting(default, kind, *values, **options)})
+    """A field of `MergeSettings` and its `Setting`: label, help, minimum, maximum and step come in this order.
+
+    `initial` is the field's value before `MergeSettings` has worked out which default it has.
+    """
+    initial = options.pop("initial", default)
+    return dataclasses.field(default=initial, metadata={"setting": Setting(default, kind, *values, **options)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +124,11 @@ class MergeSettings:
         0.75,
         "number",
         "Late ratio",
-        "The ratio in the late steps, where details are made.",
+        "The ratio in the late steps, where details are made. Where only the ratio is set, it is at most that.",
         0,
         HIGHEST_RATIO,
         RATIO_STEP,
+        initial=None,
     )
     schedule: str = _field(
         "linear",
@@ -191,6 +196,9 @@ class MergeSettings:
     def __post_init__(self) -> None:
         for name in ("stride", "partition"):
             object.__setattr__(self, name, FIELDS[name].check(name, getattr(self, name)))
+        if self.late_ratio is None:
+            late = FIELDS["late_ratio"].default
+            object.__setattr__(self, "late_ratio", late_ratio_beside(self.ratio, late))
         highest = max_ratio(self.stride or CELLS[-1], self.partition)
         where = ""
         if self.partition == "alternating":
@@ -250,6 +258,12 @@ FIELDS: dict[str, Setting] = {
 
 PANEL_FIELDS: dict[str, Setting] = {name: setting for name, setting in FIELDS.items() if setting.infotext}
 """The settings of a generation: those that the panel shows and a preset holds. The others are for experts."""
+
+
+def late_ratio_beside(ratio: Any, late_ratio: Any) -> Any:
+    """The late ratio where only the ratio was changed: never above it, so that late steps don't merge more."""
+    numbers = all(isinstance(value, (int, float)) for value in (ratio, late_ratio))
+    return min(ratio, late_ratio) if numbers else late_ratio
 
 
 def max_ratio(stride: tuple[int, int], partition: str) -> float:

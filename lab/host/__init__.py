@@ -68,10 +68,9 @@ class Host:
         with gr.Blocks(analytics_enabled=False) as self.demo:
             for runner in runners:
                 runner.setup_ui()
-        with gr.Blocks(analytics_enabled=False):
-            # With the API on, WebUI does so again: what a script keeps on itself is then not the page's.
-            for script in (script for runner in runners for script in runner.scripts):
-                script.ui(script.is_img2img)
+        self.default_args = {
+            tab: scripts.init_default_script_args(getattr(scripts, f"scripts_{tab}")) for tab in ("txt2img", "img2img")
+        }
 
     def load_page(self, build: Callable[[Any], gr.Blocks]) -> None:
         """Takes another page than a bare one: `build` makes it around what txt2img's runner builds by `setup_ui`."""
@@ -114,7 +113,7 @@ class Host:
         from modules import scripts
 
         runner = getattr(scripts, f"scripts_{tab}")
-        args = [0, *(control.value for control in runner.inputs[1:])]
+        args = list(self.default_args[tab])
         if tome:
             script = runner.script("ToMe")
             values = list(tome)[: len(script.controls)]

@@ -812,13 +812,11 @@ def test_webuis_own_merging_is_as_it_was_after_a_failure(host, make, own_merging
         (arguments(apply_to="no pass"), ["apply_to", "'no pass'", "both passes, first pass, hires pass"]),
         (["yes"], ["enabled", "'yes'", "true or false"]),
         ([1, 0.5], ["enabled", "1", "true or false"]),
-        ([None, 0.5], ["enabled", "None", "true or false"]),
         ([{"ratio": 2}], ["ratio", "2", "[0, 0.9375]"]),
         ([{"rato": 0.5}], ["unknown setting", "'rato'", "late_ratio"]),
         ([{"stride": [2, 2]}], ["unknown setting", "'stride'"]),
         ([{"enabled": "yes"}], ["enabled", "'yes'", "true or false"]),
         ([{"preset": "No such"}], ["preset", "No such", "Balanced"]),
-        ([{"preset": None}], ["preset", "None"]),
         ([{"preset": ["Fast"]}], ["preset", "['Fast']"]),
     ],
     ids=lambda value: ascii(value)[:40] if isinstance(value, list) else None,
@@ -847,6 +845,27 @@ def test_what_means_the_same_makes_the_same_picture(make, merged, tome):
     assert pixels(make(tome)) == merged
 
 
+OF_0_1_0 = [True, 0.6, 0.4, "linear", 0.5, 1, 0, "both passes", 4]
+
+
+@pytest.mark.parametrize("args", [OF_0_1_0, [*OF_0_1_0, 0, 1], [*OF_0_1_0, 1, 1]], ids=["9", "11", "a map"])
+def test_a_list_of_version_0_1_0_means_what_it_meant(make, args):
+    """It had one method, which is `paper`, and the map's two numbers behind the others."""
+    processed, today = make(args), make([*OF_0_1_0, "paper"])
+    assert processed.images[0].tobytes() == today.images[0].tobytes()
+    assert keys_of(processed)["ToMe method"] == "paper" and keys_of(processed) == keys_of(today)
+    assert len(processed.images) == 1 + (args[9:10] == [1])
+
+
+@pytest.mark.parametrize("args", [[True], [True, 0.8], [True, 0.8, 0.7, "linear"]], ids=len)
+def test_a_shorter_list_has_the_defaults_of_today(make, args):
+    assert keys_of(make(args))["ToMe method"] == "keys"
+
+
+def test_choices_may_be_texts(make, merged):
+    assert pixels(make([*HALVED[:5], "1", *HALVED[6:]])) == merged
+
+
 def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
     assert "ToMe error" in keys_of(make([True, 9], **HIRES))
     assert "ToMe error" in keys_of(make([True, 9], "img2img", init_images=[Image.new("RGB", (32, 32))]))
@@ -859,16 +878,20 @@ def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
     "given",
     [
         {},
-        {"ratio": 0.5},
-        {"ratio": 0.6, "late_ratio": 0.3},
+        {"ratio": 0.6},
+        {"ratio": 0.6, "late_ratio": 0.3, "preset": None},
+        {"ratio": 0.6, "late_ratio": 0.9},
         {"late_ratio": 0.3, "schedule": "constant"},
         {"enabled": True, "min_tokens": 512},
     ],
     ids=str,
 )
 def test_an_object_switches_on_and_missing_keys_are_defaults(make, given):
-    names = ["ratio", "late_ratio", "schedule", "max_downsample", "reuse_steps", "method", *given]
-    values = {FIELDS[name].infotext: given.get(name, FIELDS[name].default) for name in names if name != "enabled"}
+    names = ["ratio", "late_ratio", "schedule", "max_downsample", "reuse_steps", "method", *(given.keys() & FIELDS)]
+    values = {FIELDS[name].infotext: given.get(name, FIELDS[name].default) for name in names}
+    # A ratio alone never merges more late than early.
+    if "late_ratio" not in given:
+        values["ToMe late ratio"] = min(values["ToMe ratio"], FIELDS["late_ratio"].default)
     if given.get("schedule") == "constant":
         del values["ToMe late ratio"]
     assert keys_of(make([given], steps=1)) == values
@@ -876,9 +899,10 @@ def test_an_object_switches_on_and_missing_keys_are_defaults(make, given):
 
 def test_an_object_may_name_a_preset_and_change_it(make):
     preset = keys_of(make([{"preset": "Fast"}], steps=1))
-    changed = keys_of(make([{"preset": "Fast", "ratio": 0.3}], steps=1))
-    assert preset["ToMe ratio"] != 0.3
-    assert changed == {**preset, "ToMe ratio": 0.3}
+    changed = keys_of(make([{"preset": "Fast", "ratio": 0.6}], steps=1))
+    assert changed == {**preset, "ToMe ratio": 0.6, "ToMe late ratio": 0.6}
+    lower = keys_of(make([{"preset": "Fast", "ratio": 0.55}], steps=1))
+    assert lower == {**preset, "ToMe ratio": 0.55, "ToMe late ratio": 0.55}
 
 
 # Off

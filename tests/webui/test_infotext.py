@@ -6,6 +6,7 @@ import pytest
 from in_host import KEYS, left
 
 from tomesd_core.settings import FIELDS
+from tomesd_core.webui.arguments import shown
 
 PANEL = {name: setting for name, setting in FIELDS.items() if setting.infotext}
 
@@ -14,7 +15,7 @@ VALUES = {
     "late_ratio": 0.15,
     "schedule": "step",
     "switch_at": 0.25,
-    "max_downsample": 2,
+    "max_downsample": "2",
     "min_tokens": 1024,
     "apply_to": "hires pass",
     "reuse_steps": 3,
@@ -66,7 +67,7 @@ def test_the_values_of_this_test_are_no_defaults():
 
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 def test_an_absent_key_is_the_default_and_switches_off(pasted, tab):
-    expected = {"enabled": False, **{name: setting.default for name, setting in PANEL.items()}}
+    expected = {"enabled": False, **{name: shown(name, setting.default) for name, setting in PANEL.items()}}
     assert pasted({}, tab) == pasted(parsed(), tab) == expected
 
 
@@ -81,14 +82,16 @@ def test_every_field_comes_back_typed(pasted, tab):
 @pytest.mark.parametrize("name", PANEL)
 def test_a_field_alone_leaves_the_others_at_their_defaults(pasted, name):
     values = pasted(parsed(**{name: VALUES[name]}))
-    defaults = {field: setting.default for field, setting in PANEL.items()}
+    defaults = {field: shown(field, setting.default) for field, setting in PANEL.items()}
+    if name == "ratio":
+        defaults["method"] = "paper"  # Version 0.1.0 had one method, and didn't name it.
     assert values == {"enabled": name == "ratio", **defaults, name: VALUES[name]}
 
 
 def test_a_picture_gives_back_what_it_was_made_with(make, pasted):
     from modules import infotext_utils
 
-    values = {**VALUES, "ratio": 0.6, "max_downsample": 1}
+    values = {**VALUES, "ratio": 0.6, "max_downsample": "1"}
     processed = make([True, *values.values()], enable_hr=True, hr_scale=1.25, steps=1)
     from_text = pasted(infotext_utils.parse_generation_parameters(processed.infotexts[0]))
     assert from_text == {"enabled": True, **values}
@@ -110,7 +113,7 @@ def test_a_picture_gives_back_what_it_was_made_with(make, pasted):
 )
 def test_a_wrong_value_is_the_default_and_logged(pasted, log_lines, name, value):
     values = pasted({PANEL[name].infotext: value})
-    assert values[name] == PANEL[name].default
+    assert values[name] == shown(name, PANEL[name].default)
     assert len(log_lines) == 1
     assert PANEL[name].infotext in log_lines[0]
 

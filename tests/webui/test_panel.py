@@ -48,10 +48,12 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
     assert controls["enabled"].value is False
     for name, setting in PANEL.items():
         control = controls[name]
-        assert control.value == setting.default
         if setting.kind == "choice":
-            assert [choice[1] for choice in control.choices] == [*setting.choices]
+            # WebUI takes numbers for places in the list of choices.
+            assert [choice[1] for choice in control.choices] == [*map(str, setting.choices)]
+            assert control.value == str(setting.default)
         else:
+            assert control.value == setting.default
             assert (control.minimum, control.maximum) == (setting.minimum, setting.maximum)
             assert isinstance(control.value, float), "the API casts by this value's type"
     assert controls["ratio"].maximum == controls["late_ratio"].maximum == 0.9375

@@ -68,10 +68,19 @@ def test_a_preset_holds_every_field_of_the_panel_and_no_other(path):
     presets.save("mine", MergeSettings(ratio=0.4, stride=(4, 4), partition="uniform"))
     assert list(on_disk(path)["presets"]["mine"]) == list(PANEL_FIELDS)
     assert presets.get("mine") == MergeSettings(ratio=0.4)
-    write(path, {"mine": {"ratio": 0.4, "stride": [4, 4], "enabled": True}, "none": {}})
+    write(path, {"mine": {"ratio": 0.4, "stride": [4, 4], "enabled": True, "method": "keys"}, "none": {}})
     assert presets.get("mine") == MergeSettings(ratio=0.4)
     assert presets.get("none") == MergeSettings()
+    assert presets.named(MergeSettings(ratio=0.4)) == "mine" and presets.named(MergeSettings()) == "Balanced"
+    assert presets.named(MergeSettings(ratio=0.41)) is None
     assert set(FIELDS) > set(PANEL_FIELDS) and not messages()
+
+
+def test_a_preset_of_version_0_1_0_means_what_it_meant(path):
+    """It had one method, and didn't name it."""
+    former = {"ratio": 0.6, "late_ratio": 0.4, "schedule": "linear", "max_downsample": 1, "reuse_steps": 4}
+    write(path, {"mine": former})
+    assert presets.get("mine") == MergeSettings(**former, method="paper")
 
 
 def test_a_ratio_that_only_an_expert_field_allows_is_refused(path):
@@ -98,7 +107,7 @@ def test_a_built_in_one_is_found_in_any_case_and_never_replaced(path, name):
     presets.save("mine", MINE)
     before = path.read_bytes()
     assert "is a built-in preset" in error_of(presets.save, name, MINE)
-    assert "there is no preset" in error_of(presets.delete, name)
+    assert "is a built-in preset, which can't be deleted" in error_of(presets.delete, name)
     added, refused = importing(json.dumps({"version": 1, "presets": {name: {"ratio": 0.11}}}))
     assert (added, len(refused)) == ([], 1) and "is a built-in preset" in refused[0]
     assert on_disk(path) == json.loads(before)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tomesd_core.settings import PANEL_FIELDS, SettingsError
 from tomesd_core.webui import infotext, presets
-from tomesd_core.webui.arguments import CONTROLS, from_text, read_arguments
+from tomesd_core.webui.arguments import CONTROLS, from_text, read_arguments, shown
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 ANYTHING = PLAIN | st.lists(PLAIN, max_size=2) | st.dictionaries(st.text(max_size=3), PLAIN, max_size=2)
@@ -52,10 +52,10 @@ def test_parameters(log_lines, parameters):
     for name, value_of in infotext.paste_fields({name: name for name in PANEL_FIELDS}):
         setting, is_told = PANEL_FIELDS[name], len(log_lines)
         value = value_of(parameters)
-        assert setting.check(name, value) == value
-        if value == setting.default and setting.infotext in parameters and len(log_lines) == is_told:
+        assert shown(name, setting.check(name, value)) == value
+        if value == shown(name, setting.default) and setting.infotext in parameters and len(log_lines) == is_told:
             text = parameters[setting.infotext]
-            assert setting.check(name, from_text(setting, text)) == value, "its own default"
+            assert shown(name, setting.check(name, from_text(setting, text))) == value, "its own default"
 
 
 @many(150)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
+from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError, late_ratio_beside
 
 ENABLED = Setting(False, "flag", "ToMe", "Merge tokens in this generation.")
 
@@ -50,24 +50,37 @@ def read_arguments(
     """What arguments ask a generation to do, or None where merging is off.
 
     `args` are positional, in the order of `CONTROLS`, or one mapping of any of them and `preset`, a name that the
-    function of this name knows. Missing ones get their defaults, with a preset the preset's. While `enabled` is false
+    function of this name knows. Missing ones, and None, get their defaults, with a preset the preset's. While `enabled` is false
     the others don't matter. `overrides` is a mapping too, and wins over the arguments. A mapping switches merging on
     unless it says `enabled` itself.
 
     Raises `SettingsError` for a value that its field can't have, an unknown name and an unknown preset.
     """
-    values = {name: setting.default for name, setting in CONTROLS.items()}
     if args and isinstance(args[0], Mapping):
-        values = _changed(values, args[0], preset)
+        values = _changed({}, args[0], preset)
     else:
-        values.update(zip(CONTROLS, args, strict=False))
+        values = _by_name(args)
     if overrides is not None:
         values = _changed(values, overrides, preset)
-    if not ENABLED.check("enabled", values["enabled"]):
+    if not ENABLED.check("enabled", values.get("enabled", ENABLED.default)):
         return None
-    settings = MergeSettings(**{name: values[name] for name in PANEL_FIELDS})
-    step, layer = (field.check(name, values[name]) for name, field in MAP_FIELDS.items())
+    settings = MergeSettings(**{name: value for name, value in values.items() if name in PANEL_FIELDS})
+    step, layer = (field.check(name, values.get(name, field.default)) for name, field in MAP_FIELDS.items())
     return Asked(settings, (step, layer) if step else None)
+
+
+def _by_name(args: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments by name, without those that weren't given.
+
+    A list of version 0.1.0 has no method, which was `paper`: it ends with `reuse_steps`, or with the map's two numbers.
+    """
+    place, args = list(CONTROLS).index("method"), list(args)
+    method = args[place] if place < len(args) else None
+    if isinstance(method, (int, float)) and not isinstance(method, bool):
+        args.insert(place, "paper")
+    elif method is None and len(args) >= place and args[place - 1] is not None:
+        args[place : place + 1] = ["paper"]
+    return {name: value for name, value in zip(CONTROLS, args, strict=False) if value is not None}
 
 
 def _changed(
@@ -78,11 +91,15 @@ def _changed(
     unknown = [repr(name) for name in named if name not in names]
     if unknown:
         raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(names)}")
+    named = {name: value for name, value in named.items() if value is not None}
     of_preset = panel_values(preset(named["preset"])) if "preset" in named else {}
     panel = {**values, **of_preset, "enabled": True, **named}
     # Who gives a late ratio wants it reached.
-    if "late_ratio" in named and "schedule" not in named and panel["schedule"] == "constant":
+    schedule = panel.get("schedule", PANEL_FIELDS["schedule"].default)
+    if "late_ratio" in named and "schedule" not in named and schedule == "constant":
         panel["schedule"] = "linear"
+    if "ratio" in named and "late_ratio" not in named and "late_ratio" in panel:
+        panel["late_ratio"] = late_ratio_beside(named["ratio"], panel["late_ratio"])
     return panel
 
 
@@ -100,6 +117,11 @@ def type_of_text(setting: Setting) -> type:
     """What reads a text as the field's value. A flag stays text."""
     types = {"number": float, "integer": int, "flag": str}
     return types.get(setting.kind) or type(setting.choices[0])
+
+
+def shown(name: str, value: Any) -> Any:
+    """A control's value as the page has it: choices are texts, since WebUI takes numbers for places in a list."""
+    return str(value) if CONTROLS[name].kind == "choice" else value
 
 
 def panel_values(settings: MergeSettings) -> dict[str, Any]:

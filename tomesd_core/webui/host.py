@@ -58,6 +58,14 @@ def needs_a_picture() -> bool:
     return getattr(loaded_unet(), "in_channels", 4) == 8
 
 
+def makes_api_defaults() -> bool:
+    """Whether the host builds a script's controls to learn the values that requests to its API may leave out."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "init_default_script_args":
+        frame = frame.f_back
+    return frame is not None
+
+
 def p_in(function: str, otherwise: Any) -> Any:
     """The `p` of WebUI's innermost running `function`; `otherwise` where none of the name runs.
 

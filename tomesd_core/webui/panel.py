@@ -10,7 +10,7 @@ import gradio as gr
 from gradio.context import Context
 from modules import ui_components
 
-from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError
+from ..settings import PANEL_FIELDS, Setting, SettingsError
 from . import generation, host, presets, preview
 from .arguments import CONTROLS, ENABLED, MAP_FIELDS, read_arguments, useful_fields
 from .log import failed
@@ -60,12 +60,13 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         component.do_not_save_to_config = True
     controls, settings = {"enabled": enabled, **fields}, [fields[name] for name in PANEL_FIELDS]
     read_size = f"(...given) => toMeTabSize('{tab}', given)"
-    preview_made = host.listen(refresh.click, _preview, [*sizes, *controls.values()], [chart], js=read_size)
+    inputs, outputs = [*sizes, preset_row.preset, *controls.values()], [chart, preset_row.preset]
+    preview_made = host.listen(refresh.click, _preview, inputs, outputs, js=read_size)
     host.listen(preview_made.then, js=f"() => toMeAnswered('{tab}')")
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
         host.listen(event, js=f"() => toMeChanged('{tab}')")
     host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], settings)
-    preset_row.connect(settings, sizes, read_size)
+    preset_row.connect(settings)
     measure_row.connect(list(controls.values()))
     return controls
 
@@ -77,7 +78,7 @@ def _bare_controls(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
 def _control(setting: Setting, elem_id: str, visible: bool = True) -> Any:
     common = {"label": setting.label, "elem_id": elem_id, "visible": visible, "tooltip": setting.help}
     if setting.kind == "choice":
-        return gr.Radio(choices=list(setting.choices), value=setting.default, **common)
+        return gr.Radio(choices=[*map(str, setting.choices)], value=str(setting.default), **common)
     if setting.kind == "flag":
         return gr.Checkbox(value=setting.default, **common)
     # WebUI casts what the API sends by the type of a control's value: a float lets every number pass.
@@ -91,15 +92,22 @@ def _visibility(schedule: str) -> list[dict[str, Any]]:
     return [gr.update(visible=name in useful) for name in PANEL_FIELDS]
 
 
-def _preview(width: Any, height: Any, steps: Any, *args: Any) -> str:
-    """The preview's HTML. The page's script takes the panel's title from it."""
+def _preview(width: Any, height: Any, steps: Any, preset: Any, *args: Any) -> list[Any]:
+    """The preview's HTML, from which the page's script takes the panel's title, and the preset that the values are."""
+    name = None
     try:
-        settings, _ = read_arguments([True, *args[1:]], None, presets.get) or (MergeSettings(), None)
+        settings, _ = read_arguments([True, *args[1:]], None, presets.get)
+        name = presets.named(settings)
         line = preview.of_loaded_model(settings, width, height)
         chart = preview.chart(settings, min(max(int(steps), 1), 150))
         title = preview.title(settings if args[0] else None)
     except (SettingsError, TypeError, ValueError, OverflowError) as error:
         line, chart, title = str(error), "", preview.title(None)
-    summary = generation.last.summary
-    last = f'<p class="tome-last">Last: {html.escape(summary)}</p>' if summary else ""
-    return f'<div data-title="{html.escape(title)}">{chart}<p>{html.escape(line)}</p>{last}</div>'
+    what_for = presets.BUILT_IN.get(str(name), ("", ""))[1]
+    lines = [f"<p>{html.escape(text)}</p>" for text in (line, what_for) if text]
+    if summary := generation.last.summary:
+        lines.append(f'<p class="tome-last">Last: {html.escape(summary)}</p>')
+    # What a person has typed to save the values under stays.
+    is_typed = name is None and preset not in presets.read()[0]
+    content = f'<div data-title="{html.escape(title)}">{chart}{"".join(lines)}</div>'
+    return [content, gr.update() if is_typed else gr.update(value=name)]

@@ -14,8 +14,8 @@ from gradio.context import Context
 from modules import ui_components
 
 from ..settings import PANEL_FIELDS, MergeSettings
-from . import host, presets, preview
-from .arguments import panel_values, useful_fields
+from . import host, presets
+from .arguments import panel_values, shown, useful_fields
 
 BUTTONS = {
     "save": ("💾", "Save the settings under the name in the preset field"),
@@ -30,7 +30,7 @@ class PresetRow:
 
     def __init__(self, elem_id: Callable[[str], str]) -> None:
         with ui_components.FormRow(elem_classes=["tome-presets"]):
-            self._preset = gr.Dropdown(
+            self.preset = gr.Dropdown(
                 choices=list(presets.read()[0]),
                 label="Preset",
                 value=None,
@@ -50,18 +50,15 @@ class PresetRow:
             )
         self._message = gr.HTML(elem_id=elem_id("preset_message"), elem_classes=["tome-message"])
         self._file = gr.File(label="Your presets", visible=False, interactive=False, elem_id=elem_id("preset_file"))
-        for component in (self._preset, *self._buttons.values(), self._upload, self._message, self._file):
+        for component in (self.preset, *self._buttons.values(), self._upload, self._message, self._file):
             component.do_not_save_to_config = True
 
-    def connect(self, fields: Sequence[Any], sizes: Sequence[Any], read_size: str) -> None:
-        """Lets the row set `fields`, the panel's, and save what they are set to.
-
-        JavaScript's `read_size` reads `sizes` off the page: the tab's width, height and steps.
-        """
-        preset, outputs = self._preset, [self._message, self._preset]
+    def connect(self, fields: Sequence[Any]) -> None:
+        """Lets the row set `fields`, the panel's, and save what they are set to."""
+        preset, outputs = self.preset, [self._message, self.preset]
         click = {name: button.click for name, button in self._buttons.items()}
         connect = partial(host.listen, what="this button")
-        connect(preset.select, _choose, [*sizes, preset], [self._message, *fields], read_size)
+        connect(preset.select, _choose, [preset], [self._message, *fields])
         connect(click["save"], _save, [preset, *fields], outputs)
         connect(click["delete"], _delete, [preset], outputs)
         # The page as it was made holds the presets that there were then.
@@ -71,13 +68,11 @@ class PresetRow:
         connect(self._upload.upload, _import, [self._upload], outputs)
 
 
-def _choose(width: Any, height: Any, steps: Any, name: str) -> list[Any]:
+def _choose(name: str) -> list[Any]:
     settings = presets.get(name)
     useful = useful_fields(settings.schedule)
-    updates = [gr.update(value=value, visible=field in useful) for field, value in panel_values(settings).items()]
-    what_for, merges = presets.BUILT_IN.get(name, ("", ""))[1], preview.of_loaded_model(settings, width, height)
-    # Each in an element of its own: WebUI's languages replace whole texts.
-    return [f"<span>{html.escape(what_for)}</span> <span>{html.escape(f'At this size: {merges}.')}</span>", *updates]
+    values = panel_values(settings).items()
+    return ["", *(gr.update(value=shown(field, value), visible=field in useful) for field, value in values)]
 
 
 def _save(name: str, *values: Any) -> list[Any]:

@@ -54,7 +54,7 @@ class _DamagedError(PresetError):
 
 def read() -> tuple[dict[str, MergeSettings], list[str]]:
     """Every preset that can be used, the built-in ones first, and what the user must be told of the file."""
-    presets = {name: _settings(fields) for name, (fields, _) in BUILT_IN.items()}
+    presets = {name: MergeSettings(**fields) for name, (fields, _) in BUILT_IN.items()}
     try:
         own = _load()["presets"]
     except PresetError as error:
@@ -78,6 +78,11 @@ def get(name: Any) -> MergeSettings:
     return presets[key]
 
 
+def named(settings: MergeSettings) -> str | None:
+    """The first preset with these settings, or None."""
+    return next((name for name, preset in read()[0].items() if panel_values(preset) == panel_values(settings)), None)
+
+
 def save(name: Any, settings: MergeSettings) -> Any:
     """Saves the panel's fields of `settings`, also over a preset of the user's. Gives the name as it is stored."""
     name, fields = clean_name(name), panel_values(settings)
@@ -90,6 +95,8 @@ def save(name: Any, settings: MergeSettings) -> Any:
 def delete(name: str) -> None:
     """Deletes one of the user's presets, also one that can't be used."""
     with _changing() as own:
+        if name not in own and (built_in := _built_in(name)):
+            raise PresetError(f"{built_in!r} is a built-in preset, which can't be deleted")
         if name not in own:
             raise PresetError(f"there is no preset {name!r} of yours")
         del own[name]
@@ -144,7 +151,9 @@ def _settings(entry: Any) -> MergeSettings:
     """A preset's settings, with defaults for missing fields."""
     if not isinstance(entry, dict):
         raise PresetError(f"a preset must be an object of settings, got {brief(entry)}")
-    return MergeSettings(**{name: entry[name] for name in PANEL_FIELDS if name in entry})
+    fields = {name: entry[name] for name in PANEL_FIELDS if name in entry}
+    # Version 0.1.0 had one method, and didn't name it.
+    return MergeSettings(**{"method": "paper", **fields} if "ratio" in fields else fields)
 
 
 def _load() -> dict[str, Any]:

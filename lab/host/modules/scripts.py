@@ -152,5 +152,18 @@ class ScriptRunner:
                     errors.report(f"Error running {name}: {script.filename}")
 
 
+def init_default_script_args(runner: ScriptRunner) -> list[Any]:
+    """What a request to the API leaves out, by position; a method of WebUI's `Api`.
+
+    WebUI builds all controls once more for it: what a script keeps on itself is then not the page's.
+    """
+    script_args = [0, *[None] * (len(runner.inputs) - 1)]
+    with gr.Blocks(analytics_enabled=False):
+        for script in runner.scripts:
+            values = [control.value for control in script.ui(script.is_img2img)]
+            script_args[script.args_from : script.args_to] = values
+    return script_args
+
+
 scripts_txt2img: ScriptRunner | None = None
 scripts_img2img: ScriptRunner | None = None

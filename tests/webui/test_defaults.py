@@ -1,0 +1,137 @@
+"""What WebUI keeps in ui-config.json: no range of ours, no default that nobody chose, and every one that somebody did."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from in_host import running
+
+TABS = "txt2img", "img2img"
+CHOSEN = {"Ratio": 0.5, "Late ratio": 0.25, "Schedule": "step", "Switch at": 0.25, "Min tokens": 1024.0}
+CHOSEN |= {"Apply to": "hires pass", "Max downsample": 4, "Merge map: step": 3.0, "ToMe": True}
+
+
+def key(label, field, tab="txt2img"):
+    return f"customscript/tome.py/{tab}/{label}/{field}"
+
+
+def written(highest, **values):
+    """A file as WebUI wrote it with version 0.1.0 (whose highest ratio was 0.75) or 1.0.0."""
+    ranges = {"minimum": 0, "maximum": highest, "step": 0.01}
+    content = {"txt2img/Steps/value": 20, "customscript/tome.py/txt2img/Ratio/visible": True}
+    for tab in TABS:
+        content |= {key(label, "value", tab): value for label, value in values.items()}
+        content |= {
+            key(label, field, tab): value for label in ("Ratio", "Late ratio") for field, value in ranges.items()
+        }
+    return content
+
+
+OF_0_1_0 = {"Ratio": 0.6, "Late ratio": 0.4, "Schedule": "linear", "Switch at": 0.5, "Max downsample": 1}
+OF_0_1_0 |= {"Min tokens": 0.0, "Apply to": "both passes", "Rematch every": 4.0, "ToMe": False}
+OF_1_0_0 = {**OF_0_1_0, "Ratio": 0.9375, "Late ratio": 0.75, "Rematch every": 1.0, "Method": "keys"}
+FILES = {
+    "0.1.0": written(0.75, **OF_0_1_0),
+    "0.1.0, then 1.0.0": written(0.75, **OF_0_1_0, Method="keys"),
+    "1.0.0": written(0.9375, **OF_1_0_0),
+}
+
+
+@pytest.fixture
+def updated(host):
+    return running("webui.defaults").updated
+
+
+@pytest.fixture
+def update(host, tmp_path, monkeypatch):
+    """What becomes of a file at a start."""
+    from modules import shared
+
+    path = tmp_path / "ui-config.json"
+    monkeypatch.setattr(shared.cmd_opts, "ui_config_file", str(path))
+
+    def start(content=None):
+        if content is not None:
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        running("webui.defaults").update_file()
+        return path
+
+    return start
+
+
+def ours(content):
+    return {name.split("/", 2)[2]: value for name, value in content.items() if "tome.py/" in name and "/value" in name}
+
+
+@pytest.mark.parametrize("version", FILES)
+def test_ranges_and_defaults_that_nobody_chose_are_those_of_today(updated, version):
+    after = updated(FILES[version])
+    assert ours(after) == {} and not any(field in name for name in after for field in ("minimum", "maximum", "step"))
+    assert after["txt2img/Steps/value"] == 20 and after["customscript/tome.py/txt2img/Ratio/visible"] is True
+    assert updated(after) == after
+
+
+@pytest.mark.parametrize("version", FILES)
+@pytest.mark.parametrize("label", CHOSEN)
+def test_a_default_that_somebody_chose_stays(updated, version, label):
+    before = FILES[version] | {key(label, "value", "img2img"): CHOSEN[label]}
+    after = updated(before)
+    expected = str(CHOSEN[label]) if label == "Max downsample" else CHOSEN[label]
+    chosen = {f"img2img/{label}/value": expected}
+    if label == "Ratio":
+        chosen["img2img/Late ratio/value"] = 0.5  # Never above the ratio that was chosen.
+    assert ours(after) == chosen
+    assert updated(after) == after
+
+
+def test_a_later_version_takes_its_own_defaults_and_leaves_what_was_chosen(updated, monkeypatch):
+    chosen = updated(FILES["1.0.0"] | {key("Schedule", "value"): "step", key("Ratio", "value"): 0.8})
+    # WebUI writes the rest.
+    later = chosen | {key("Late ratio", "value"): 0.75, key("Rematch every", "value"): 1.0}
+    later[running("webui.defaults").COPY] = {**later[running("webui.defaults").COPY], "reuse_steps": 1, "ratio": 0.9375}
+    assert ours(updated(later)) == {"txt2img/Schedule/value": "step", "txt2img/Ratio/value": 0.8}
+    later[running("webui.defaults").COPY]["reuse_steps"] = 2
+    assert ours(updated(later))["txt2img/Rematch every/value"] == 1.0, "it was chosen where 2 was the default"
+
+
+def test_what_apply_made_of_max_downsample_is_undone(updated):
+    """Version 1.0.0's page stood at 1, and Settings, Defaults, Apply wrote the text of the place 1."""
+    assert ours(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "2"})) == {}
+    changed = ours(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "4"}))
+    assert changed == {"txt2img/Max downsample/value": "2"}
+    after = updated({}) | {key("Max downsample", "value"): "2"}
+    assert ours(updated(after)) == {"txt2img/Max downsample/value": "2"}, "and today's stays"
+
+
+@pytest.mark.parametrize(
+    ("label", "value"), [("Ratio", 7), ("Ratio", "much"), ("Max downsample", "3"), ("Min tokens", None), ("ToMe", 1)]
+)
+def test_a_value_that_cant_be_used_gives_the_default_and_is_logged_once(updated, log_lines, label, value):
+    after = updated(FILES["1.0.0"] | {key(label, "value"): value})
+    assert ours(after) == {} and len(log_lines) == 1
+    assert "a default in ui-config.json (txt2img) can't be used" in log_lines[0] and repr(value) in log_lines[0]
+    updated(after)
+    assert len(log_lines) == 1
+
+
+def test_the_file_is_written_before_webui_reads_it_and_only_where_it_changes(update, host):
+    path = update(FILES["0.1.0"])
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert ours(content) == {}
+    before = path.stat().st_mtime_ns
+    assert update().stat().st_mtime_ns == before
+    path.write_text(json.dumps(FILES["0.1.0"]), encoding="utf-8")
+    host.reload_ui()
+    assert json.loads(path.read_text(encoding="utf-8")) == content
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_that_is_not_there_yet_gets_the_copy_of_the_defaults(update):
+    content = json.loads(update().read_text(encoding="utf-8"))
+    assert list(content) == [running("webui.defaults").COPY] and content[running("webui.defaults").COPY]["ratio"] > 0
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5"])
+def test_a_damaged_file_is_left_to_webui(update, content):
+    assert update(content).read_text(encoding="utf-8") == content

@@ -1,0 +1,103 @@
+"""What WebUI keeps of the panel in `ui-config.json`, brought up to this version before WebUI reads it.
+
+At its first start WebUI writes every control's default and every slider's range to that file, and from then on what is
+written there wins over the code. So each start of ours takes out the ranges, and the defaults that nobody chose: WebUI
+then writes this version's. Which those are is told by a copy of the defaults that we leave in the file; a file without
+one is of version 0.1.0 or 1.0.0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modules import shared
+
+from ..settings import Setting, SettingsError
+from .arguments import CONTROLS, shown
+from .log import log
+
+SCRIPT = "customscript/tome.py"
+COPY = f"{SCRIPT}/defaults"
+"""The key of the copy of the defaults."""
+RANGE = ("minimum", "maximum", "step")
+
+VERSION_1_0_0 = {
+    "enabled": False,
+    "ratio": 0.9375,
+    "late_ratio": 0.75,
+    "schedule": "linear",
+    "switch_at": 0.5,
+    "max_downsample": 1,
+    "min_tokens": 0,
+    "apply_to": "both passes",
+    "reuse_steps": 1,
+    "method": "keys",
+    "map_step": 0,
+    "map_layer": 1,
+}
+VERSION_0_1_0 = {**VERSION_1_0_0, "ratio": 0.6, "late_ratio": 0.4, "reuse_steps": 4}
+HIGHEST_RATIO_0_1_0 = 0.75
+
+APPLIED = {"2": 1, "4": 2}
+"""Settings, Defaults, Apply took the numbers of version 1.0.0's Max downsample for places in the list of choices."""
+
+
+def update_file() -> None:
+    """Brings WebUI's file up to this version; a file that is damaged is left to WebUI, which says so."""
+    name = getattr(shared.cmd_opts, "ui_config_file", None)
+    if not name:
+        return
+    path = Path(name).resolve()
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        before = {}
+    except ValueError:
+        return
+    after = updated(before) if isinstance(before, dict) else before
+    if after != before:
+        temporary = path.with_name(f"{path.name}.tome")
+        temporary.write_text(json.dumps(after, indent=4, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def updated(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's content without ranges and defaults of ours that nobody chose; values that can't be used are logged."""
+    after, copy = dict(content), content.get(COPY)
+    for tab in ("txt2img", "img2img"):
+        is_first = content.get(_key(tab, "ratio", "maximum")) == HIGHEST_RATIO_0_1_0
+        former = copy if isinstance(copy, Mapping) else VERSION_0_1_0 if is_first else VERSION_1_0_0
+        for name, setting in CONTROLS.items():
+            for field in RANGE:
+                after.pop(_key(tab, name, field), None)
+            key = _key(tab, name, "value")
+            if key not in after:
+                continue
+            value = after.pop(key)
+            if copy is None and name == "max_downsample":
+                value = APPLIED.get(value, value)
+            if value == former.get(name):
+                continue
+            try:
+                after[key] = shown(name, setting.check(name, value))
+            except SettingsError as error:
+                log.warning(f"a default in ui-config.json ({tab}) can't be used, and this version's is: {error}")
+        _keep_late_ratio_low(after, tab)
+    after[COPY] = {name: setting.default for name, setting in CONTROLS.items()}
+    return after
+
+
+def _keep_late_ratio_low(content: dict[str, Any], tab: str) -> None:
+    """Beside a ratio that somebody chose, the default late ratio isn't above it."""
+    ratio, late = content.get(_key(tab, "ratio", "value")), _key(tab, "late_ratio", "value")
+    if ratio is not None and late not in content and ratio < CONTROLS["late_ratio"].default:
+        content[late] = ratio
+
+
+def _key(tab: str, name: str, field: str) -> str:
+    setting: Setting = CONTROLS[name]
+    return f"{SCRIPT}/{tab}/{setting.label}/{field}"
