@@ -57,6 +57,35 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
         text?.replaceWith(name);  // WebUI's languages look at new nodes only.
     }
 
+    // WebUI's languages replace whole texts. Lines of ours hold numbers: each part of a line is looked up, with {0}, {1}
+    // and so on in their place.
+    function translated(line) {
+        const words = window.localization ?? {};
+        return words[line] ?? line.split(/(, |; |: )/).map(part => {
+            const numbers = [];
+            const key = part.replace(/\d+(\.\d+)?/g, number => `{${numbers.push(number) - 1}}`);
+            return (words[key] ?? key).replace(/{(\d+)}/g, (_, place) => numbers[place]);
+        }).join("");
+    }
+
+    function translate(element, isOurs = () => true) {
+        const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+        for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+            const text = node.data.trim();
+            if (text && isOurs(text) && translated(text) !== text) node.data = translated(text);
+        }
+    }
+
+    // A ratio that a person lowers takes the late ratio along: never more merging late than early.
+    function keepLateRatioLow(ratio, late) {
+        ratio?.addEventListener("change", event => {
+            const input = late?.querySelector("input[type=number]");
+            if (!input || Number(input.value) <= Number(event.target.value)) return;
+            input.value = event.target.value;
+            input.dispatchEvent(new Event("input"));
+        });
+    }
+
     // The title folds and unfolds by keyboard too: gradio's can't be reached by it.
     function makeReachable(title) {
         const tell = () => title.setAttribute("aria-expanded", title.classList.contains("open"));
@@ -116,9 +145,17 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
         }
         // A finished generation.
         const results = byId(`html_info_${tab}`);
-        if (results) new MutationObserver(refresh).observe(results, {childList: true, subtree: true});
+        const finished = () => {
+            translate(results, text => text.startsWith("ToMe: "));
+            refresh();
+        };
+        if (results) new MutationObserver(finished).observe(results, {childList: true, subtree: true});
+        for (const lines of ["preview", "preset_message", "measure_lines"].map(name => byId(prefix + name))) {
+            if (lines) new MutationObserver(() => translate(lines)).observe(lines, {childList: true, subtree: true});
+        }
+        keepLateRatioLow(byId(prefix + "ratio"), byId(prefix + "late_ratio"));
         const entitle = () => {
-            const title = preview.querySelector("[data-title]")?.dataset.title;
+            const title = translated(preview.querySelector("[data-title]")?.dataset.title ?? "");
             const label = panel.querySelector(".label-wrap > span");
             if (!title || !label) return;
             const text = [...label.childNodes].filter(node => node.nodeType === Node.TEXT_NODE).pop();

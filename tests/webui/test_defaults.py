@@ -1,4 +1,4 @@
-"""What WebUI keeps in ui-config.json: no range of ours, no default that nobody chose, and every one that somebody did."""
+"""What WebUI keeps in ui-config.json: no range of ours, no default that nobody chose, and all that somebody did."""
 
 from __future__ import annotations
 

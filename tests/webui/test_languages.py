@@ -1,13 +1,15 @@
-"""The panel's words in Korean and Japanese: every label, tooltip and message that is always the same."""
+"""The panel's words in Korean and Japanese: labels, tooltips, choices, messages, and parts of lines with numbers."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
-from in_host import ROOT, running
+from in_host import HIRES, ROOT, running
 
 NOT_SHOWN = ("refresh", "measure_start", "measure_stop", "measure_asked")
 """Components that only the page's script uses."""
@@ -29,16 +31,51 @@ def texts(host):
     words |= {what_for for _, what_for in running("webui.presets").BUILT_IN.values()}
     settings, describe = running("settings").MergeSettings(), running("webui.preview").describe
     words |= {describe(settings, layers, (8, 8), "cpu") for layers in (None, [])}
-    words |= {running("webui.preset_row")._export()[0], "Interrupt", "interrupted"}
+    words |= {running("webui.preset_row")._export()[0], "Interrupt", "interrupted", *running("webui.presets").BUILT_IN}
+    words |= {choice for field in running("settings").PANEL_FIELDS.values() for choice in field.choices}
     # A sign is no word, and the hidden numbers, which the page's script reads off the tab, keep gradio's own label.
-    return {text for text in words - {None, "Number"} if any(map(str.isalpha, text))}
+    return {text for text in words - {None, "Number"} if any(map(str.isalpha, str(text)))}
+
+
+def parts_of(line):
+    """The parts that the page's script looks up, with {0}, {1} and so on in the place of numbers."""
+    for part in re.split(", |; |: ", line):
+        between = re.split(r"\d+(?:\.\d+)?", part)
+        yield "".join(f"{text}{{{place}}}" for place, text in enumerate(between[:-1])) + between[-1]
+
+
+@pytest.fixture
+def lines(host, make):
+    """Titles, previews, summaries and results of measurements, as they are made."""
+    settings, preview, measure = (running(name) for name in ("settings", "webui.preview", "webui.measure"))
+    lines, kinds = ["Last: x"], [{"ratio": 0.75, "late_ratio": 0.6}, {"ratio": 0.75}]
+    layers = running("webui.host").loaded_layers()
+    for method, kind in itertools.product(("keys", "tokens"), kinds):
+        for values in ({}, {"max_downsample": 2}, {"apply_to": "hires pass"}, {"apply_to": "first pass"}):
+            asked = settings.MergeSettings(**{**kind, **values}, method=method, skip_unprofitable=False)
+            lines += [preview.title(asked), preview.describe(asked, layers, (64, 64), "cpu")]
+            if "apply_to" in values:
+                lines.append(preview.describe(asked, [layers[1]], (64, 64), "cpu"))
+            lines.append(make([{**kind, **values, "method": method}], **HIRES).comments.strip())
+    lines.append(preview.describe(settings.MergeSettings(min_tokens=65536), layers, (64, 64), "cpu"))
+    for values in ({"min_tokens": 65536}, {"ratio": 0, "schedule": "constant"}, {"ratio": 0.3}):
+        lines.append(make([values]).comments.strip())
+    lines += [measure.line_of("64x64", *result, 0.5, 0.5) for result in ((2.0, 0.01), (0.5, 0.01), (2.0, 0.5))]
+    return lines
 
 
 @pytest.mark.parametrize("language", ["ko_KR", "ja_JP"])
-def test_a_language_has_every_text_and_no_other(texts, language):
+def test_a_language_has_every_text_and_no_other(texts, lines, language):
     words = json.loads((ROOT / "localizations" / f"{language}.json").read_text(encoding="utf-8"))
-    assert len(texts) > 35
-    assert set(words) == texts
+    assert len(texts) > 50
+    assert texts <= set(words)
+    parts = {part for line in lines for part in parts_of(line) if line not in texts} - {"ToMe", "x", "paper"}
+    assert parts <= set(words)
+    rare = {part for part in set(words) - texts - parts if "{0}" in part or part.startswith("WebUI's own")}
+    assert set(words) == texts | parts | rare
+    # What no generation of these tests says: a reason that stands in the code.
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tomesd_core").rglob("*.py"))
+    assert [part for part in rare if max(re.split(r"\{\d\}", part), key=len) not in code] == []
     # Another alphabet's: none was left in English.
     assert all(not translation.isascii() for translation in words.values())
 

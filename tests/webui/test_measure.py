@@ -266,7 +266,7 @@ def test_pairs_of_one_quotient_give_it_without_a_spread(seconds, times, pairs):
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.02, 0.2), st.floats(0.2, 5))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_the_spread_is_the_standard_error(seed, deviation, times):
     """Of 200 measurements of normal noise."""
     noise = np.random.default_rng(seed).normal(0, deviation, (200, 25, 2))

@@ -50,16 +50,13 @@ def read_arguments(
     """What arguments ask a generation to do, or None where merging is off.
 
     `args` are positional, in the order of `CONTROLS`, or one mapping of any of them and `preset`, a name that the
-    function of this name knows. Missing ones, and None, get their defaults, with a preset the preset's. While `enabled` is false
-    the others don't matter. `overrides` is a mapping too, and wins over the arguments. A mapping switches merging on
-    unless it says `enabled` itself.
+    function of this name knows. Missing ones, and None, get their defaults, with a preset the preset's. While `enabled`
+    is false the others don't matter. `overrides` is a mapping too, and wins over the arguments. A mapping switches
+    merging on unless it says `enabled` itself.
 
     Raises `SettingsError` for a value that its field can't have, an unknown name and an unknown preset.
     """
-    if args and isinstance(args[0], Mapping):
-        values = _changed({}, args[0], preset)
-    else:
-        values = _by_name(args)
+    values = _changed({}, args[0], preset) if args and isinstance(args[0], Mapping) else _by_name(args)
     if overrides is not None:
         values = _changed(values, overrides, preset)
     if not ENABLED.check("enabled", values.get("enabled", ENABLED.default)):

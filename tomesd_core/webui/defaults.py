@@ -66,7 +66,7 @@ def update_file() -> None:
 
 
 def updated(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's content without ranges and defaults of ours that nobody chose; values that can't be used are logged."""
+    """The content without our ranges and defaults that nobody chose. What can't be used is logged."""
     after, copy = dict(content), content.get(COPY)
     for tab in ("txt2img", "img2img"):
         is_first = content.get(_key(tab, "ratio", "maximum")) == HIGHEST_RATIO_0_1_0

@@ -278,15 +278,19 @@ class _Run(Sampling):
         share = self._attention / self._seconds[WARM_UP - 1]
         peaks = [max(map(max, kind)) for kind in zip(*self._steps(self._peaks), strict=True)]
         saving = 1 - peaks[1] / peaks[0] if peaks[0] else None
-        if spread >= MOST_SPREAD:
-            least, most = times / (1 + spread), times * (1 + spread)
-            line = f"too noisy to tell at {size}: between {least:.2f} and {most:.2f} times faster"
-            return Result(line, times, spread, share, saving)
-        line = f"no faster at {size}: attention is {share:.0%} of a step here"
-        if times > 1 + max(spread, 0.005):
-            memory = f", {saving:.0%} less memory" if saving and saving >= 0.005 else ""
-            line = f"{times:.2f} times faster at {size} (± {spread:.0%}){memory}, on this machine"
-        return Result(line.replace("%", " %"), times, spread, share, saving)
+        return Result(line_of(size, times, spread, share, saving), times, spread, share, saving)
+
+
+def line_of(size: str, times: float, spread: float, share: float, saving: float | None) -> str:
+    """A result's line; see `Result` for what the numbers are."""
+    if spread >= MOST_SPREAD:
+        least, most = times / (1 + spread), times * (1 + spread)
+        return f"too noisy to tell at {size}: between {least:.2f} and {most:.2f} times faster"
+    line = f"no faster at {size}: attention is {share:.0%} of a step here"
+    if times > 1 + max(spread, 0.005):
+        memory = f", {saving:.0%} less memory" if saving and saving >= 0.005 else ""
+        line = f"{times:.2f} times faster at {size} (± {spread:.0%}){memory}, on this machine"
+    return line.replace("%", " %")
 
 
 def times_faster(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

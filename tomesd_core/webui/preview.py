@@ -56,7 +56,7 @@ def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tu
     )
     line = f"{sum(changes.values())} of {len(layers)} self-attention layers, {merged}"
     if coarsest > settings.max_downsample:
-        line += f" (level {coarsest}, this model's finest)"
+        line += f"; level {coarsest} is this model's finest"
     if settings.apply_to != PASSES[0]:
         line += f", {settings.apply_to} only"
     return line
