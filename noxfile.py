@@ -112,7 +112,7 @@ def live(session: nox.Session) -> None:
     """Drives the WebUI that WEBUI_URL names, through its API and, with Chromium, its page."""
     if not os.environ.get("WEBUI_URL"):
         session.error("WEBUI_URL must name a running WebUI, started with --api: WEBUI_URL=http://127.0.0.1:7860")
-    session.install("pytest", "requests", "webuiapi", "playwright", "pillow")
+    session.install("pytest", "requests", "webuiapi", "playwright", "pillow", "psutil")
     session.run("python", "-m", "pytest", "--confcutdir=tests/live", "tests/live", *session.posargs)
 
 

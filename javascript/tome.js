@@ -24,7 +24,14 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
         previews[tab].connected = true;
         previews[tab].refresh?.();
     };
-    toMeAnswered = tab => previews[tab].answered?.();
+    // Gives the preset that the field is to show: the one whose values stand in the panel, or what a person types.
+    toMeAnswered = (tab, shown) => {
+        previews[tab].answered?.();
+        const field = byId(`script_${tab}_tome_preset`);
+        const data = byId(`script_${tab}_tome_preview`).querySelector("[data-presets]")?.dataset;
+        if (!data || field.contains(document.activeElement)) return shown;
+        return data.preset || (JSON.parse(data.presets).includes(shown) ? null : shown);
+    };
 
     // Measures, or ends the measurement that is running.
     toMeMeasure = tab => byId(`script_${tab}_tome_measure_${tasks[tab] ? "stop" : "start"}`).click();

@@ -7,6 +7,7 @@ still pays.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import importlib.util
 import io
@@ -15,8 +16,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import uuid
@@ -27,6 +30,8 @@ from typing import Any
 import pytest
 
 URL = os.environ.get("WEBUI_URL", "").rstrip("/")
+PATIENCE_MS = 180_000
+"""A busy machine is waited for; a server that has ended isn't: see `browser`."""
 SIDE = int(os.environ.get("WEBUI_SIDE", "512")) if URL else 32
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -123,15 +128,21 @@ def address() -> Iterator[str]:
     missing = [name for name in ("torch", "gradio", "ldm") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"WEBUI_URL names no running WebUI, and the demo needs {', '.join(missing)}")
-    command = [sys.executable, "-m", "lab.demo"]
+    # One of its own: of two demos that start at once both may find the first one free.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lab.demo", "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             lines = (re.match(r"The page: (\S+)/ ", line) for line in process.stdout)
-            yield next(line[1] for line in lines if line)
+            address = next((line[1] for line in lines if line), None)
+            assert address is not None, f"the demo has ended with {process.wait()}"
+            yield address
         finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(timeout=60)
+                process.wait(timeout=600)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
@@ -166,7 +177,7 @@ def names_of_presets(address: str) -> Callable[[], list[str]]:
     """Asks for the names of all presets."""
 
     def ask() -> list[str]:
-        with urllib.request.urlopen(f"{address}/tome/presets", timeout=60) as answer:
+        with urllib.request.urlopen(f"{address}/tome/presets", timeout=180) as answer:
             return [preset["name"] for preset in json.load(answer)]
 
     return ask
@@ -179,16 +190,46 @@ def baseline(webui: WebUI) -> Picture:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Headless Chromium, where that and Playwright are installed."""
+def browser(address: str) -> Iterator[Any]:
+    """Headless Chromium, where that and Playwright are installed; it ends when the server has."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("Chromium is not installed")
     with sync_api.sync_playwright() as playwright:
+        before = set(_descendants())
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        is_done = threading.Event()
+        watch = threading.Thread(target=_end_with_server, args=(address, set(_descendants()) - before, is_done))
+        watch.start()
         yield browser
+        is_done.set()
+        watch.join()
         browser.close()
+
+
+def _descendants() -> list[Any]:
+    psutil = pytest.importorskip("psutil", reason="psutil is not installed")
+    return psutil.Process().children(recursive=True)
+
+
+def _end_with_server(address: str, browsers: set[Any], is_done: threading.Event) -> None:
+    """Ends the browser as soon as nobody listens at the address: a slow server is waited for, a dead one is not."""
+    host, port = re.search(r"//([^/:]+):?(\d*)", address).groups()
+    refusals = 0
+    while not is_done.wait(2):
+        try:
+            socket.create_connection((host, int(port or 80)), timeout=600).close()
+            refusals = 0
+        except OSError:
+            refusals += 1
+        # Reload UI has nobody listen for a moment.
+        if refusals == 30:
+            print(f"nobody listens at {address} any more", file=sys.stderr)
+            for process in browsers:
+                with contextlib.suppress(Exception):
+                    process.kill()
+            return
 
 
 @pytest.fixture
@@ -201,7 +242,7 @@ def open_page(browser: Any, address: str, tabs: list[str]) -> Iterator[Callable[
     def open_it(query: str = "", width: int = 1200) -> Any:
         page = browser.new_page(viewport={"width": width, "height": 1400})
         pages.append(page)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(PATIENCE_MS)
         page.on("pageerror", lambda error: errors.append(f"{error}\n{error.stack}"))
         page.on("websocket", lambda question: questions.append(question))
         page.goto(f"{address}/{query}")

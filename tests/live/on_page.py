@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-PATIENCE_MS = 60_000
+PATIENCE_MS = 180_000
 sync_api.expect.set_options(timeout=PATIENCE_MS)
 expect = sync_api.expect
 

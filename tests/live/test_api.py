@@ -61,7 +61,7 @@ def test_a_schedule_differs_from_both_its_ends(webui):
     [
         ([True, 1.5], ("ratio", "1.5", "[0, 0.9375]")),
         ([True, "abc"], ("ratio", "abc", "[0, 0.9375]")),
-        ([True, None], ("ratio", "None", "[0, 0.9375]")),
+        ([True, [0.5]], ("ratio", "[0.5]", "[0, 0.9375]")),
         ([True, 0.5, 0.2, "zigzag"], ("schedule", "zigzag", "constant, linear, step")),
         (["yes"], ("enabled", "yes", "true or false")),
     ],

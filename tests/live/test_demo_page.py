@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from on_page import expect, set_tab
+from on_page import PATIENCE_MS, expect, set_tab
 
 pytestmark = pytest.mark.skipif(
     bool(os.environ.get("WEBUI_URL")), reason="WEBUI_URL names a WebUI, and this is the demo's page"
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 def page(browser: Any, address: str) -> Iterator[Any]:
     """The page, loaded. It must ask no other server for anything, and report no error."""
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(PATIENCE_MS)
     complaints = []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))

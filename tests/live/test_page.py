@@ -121,6 +121,37 @@ def test_the_settings_page_has_a_section(webui, page):
         webui.post("options", {"tome_log_layers": before})
 
 
+SHOWN = {"Ratio": 0.5, "Late ratio": 0.25, "Schedule": "step", "Switch at": 0.25, "Max downsample": "4"}
+SHOWN |= {"Min tokens": 512, "Apply to": "first pass", "Rematch every": 3, "Method": "tokens"}
+"""By its label in ui-config.json, a default for each of the panel's controls."""
+
+
+def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel):
+    """Settings, Defaults: of an untouched panel there is nothing to write, and of each control what it shows."""
+    go_to(page, "Settings")
+    page.locator("#settings > .tab-nav > button").get_by_text("Defaults", exact=True).click()
+
+    def changes() -> dict[str, str]:
+        page.evaluate("document.querySelectorAll('#settings table').forEach(table => table.remove())")
+        page.locator("#ui_defaults_view").click()
+        table = page.locator("#settings table", has_text="Path").last
+        table.wait_for()
+        rows = [[cell.inner_text() for cell in row.locator("td").all()] for row in table.locator("tr").all()]
+        ours = [row for row in rows if len(row) == 3 and "tome.py/txt2img/" in row[0]]
+        return {path.split("tome.py/txt2img/")[1]: new for path, _, new in ours}
+
+    # The panel is unfolded, which may be its switch.
+    assert set(changes()) <= {"ToMe/value"}
+    go_to(page, "txt2img")
+    names = {label: label.lower().replace(" ", "_") for label in SHOWN} | {"Rematch every": "reuse_steps"}
+    panel.set(**{names[label]: value for label, value in SHOWN.items()})
+    go_to(page, "Settings")
+    after = changes()
+    assert {label: after.get(f"{label}/value") for label in SHOWN} == {
+        name: str(value) for name, value in SHOWN.items()
+    }
+
+
 def test_axes_and_panels_are_there_once_also_after_reload_ui(webui, page):
     for reload in (False, True):
         if reload:

@@ -21,9 +21,46 @@ def test_the_title_says_what_is_set_and_the_preview_what_will_happen(page, tab):
     expect(panel.title).to_contain_text("ToMe: 94 % → 75 % of keys, level 1")
     expect(panel.preview).to_contain_text("self-attention layers")
     panel.set(ratio=0.25)
+    expect(panel.title).to_contain_text("ToMe: 25 % of keys, level 1")
+    panel.expect({"late_ratio": 0.25})  # A ratio alone never merges more late than early.
+    panel.set(late_ratio=0.75)
     expect(panel.title).to_contain_text("ToMe: 25 % → 75 % of keys, level 1")
     panel.set(schedule="constant")
     expect(panel.title).to_contain_text("ToMe: 25 % of keys, level 1")
+
+
+def test_the_late_ratio_goes_along_by_mouse_and_keyboard(panel):
+    slider = panel.element("ratio").locator("input[type=range]")
+    box = slider.bounding_box()
+    slider.click(position={"x": box["width"] / 2, "y": box["height"] / 2})
+    ratio = float(panel.number("ratio").input_value())
+    assert 0.3 < ratio < 0.6
+    panel.expect({"late_ratio": ratio})
+    slider.press("ArrowLeft")
+    panel.expect({"late_ratio": ratio - 0.0125})
+    slider.press("ArrowRight")
+    panel.expect({"ratio": ratio, "late_ratio": ratio - 0.0125})
+
+
+def test_the_preset_field_shows_the_preset_whose_values_stand_there(panel):
+    expect(panel.preset).to_have_value("Balanced")
+    expect(panel.preview).to_contain_text("a good start")
+    choose(panel.element("preset"), "Fast")
+    expect(panel.preview).to_contain_text("For drafts")
+    expect(panel.preset).to_have_value("Fast")
+    panel.set(min_tokens=512)
+    expect(panel.preset).to_have_value("")
+    expect(panel.preview).not_to_contain_text("For drafts")
+    panel.set(min_tokens=0)
+    expect(panel.preset).to_have_value("Fast")
+    panel.name_preset("a name of one's own")
+    panel.set(min_tokens=512)
+    expect(panel.title).to_contain_text("75 % → 60 %")
+    panel.set(ratio=0.7)
+    expect(panel.title).to_contain_text("70 % → 60 %")
+    expect(panel.preset).to_have_value("a name of one's own")
+    panel.name_preset("Fast")
+    panel.press("delete", "is a built-in preset, which can't be deleted")
 
 
 @pytest.mark.parametrize("tab", TABS, indirect=True)
@@ -93,8 +130,7 @@ def test_choosing_a_preset_sets_the_fields_and_leaves_the_switch(panel, on):
     choose(panel.element("preset"), "Fast")
     panel.expect({"ratio": 0.75, "late_ratio": 0.6, "schedule": "linear", "max_downsample": "2", "method": "tokens"})
     expect(panel.element("late_ratio")).to_be_visible()
-    expect(panel.message).to_contain_text("For drafts")
-    expect(panel.message).to_contain_text(re.compile(r"At this size: .* tokens each\.|At this size: .*× "))
+    expect(panel.preview).to_contain_text("For drafts")
     if on:
         expect(panel.title).to_contain_text("ToMe: 75 % → 60 % of tokens, level 2")
     expect(panel.switch).to_be_checked(checked=on)

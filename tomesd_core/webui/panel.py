@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -60,9 +61,9 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         component.do_not_save_to_config = True
     controls, settings = {"enabled": enabled, **fields}, [fields[name] for name in PANEL_FIELDS]
     read_size = f"(...given) => toMeTabSize('{tab}', given)"
-    inputs, outputs = [*sizes, preset_row.preset, *controls.values()], [chart, preset_row.preset]
-    preview_made = host.listen(refresh.click, _preview, inputs, outputs, js=read_size)
-    host.listen(preview_made.then, js=f"() => toMeAnswered('{tab}')")
+    preview_made = host.listen(refresh.click, _preview, [*sizes, *controls.values()], [chart], js=read_size)
+    preset = [preset_row.preset]
+    host.listen(preview_made.then, None, preset, preset, js=f"(preset) => toMeAnswered('{tab}', preset)")
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
         host.listen(event, js=f"() => toMeChanged('{tab}')")
     host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], settings)
@@ -92,8 +93,8 @@ def _visibility(schedule: str) -> list[dict[str, Any]]:
     return [gr.update(visible=name in useful) for name in PANEL_FIELDS]
 
 
-def _preview(width: Any, height: Any, steps: Any, preset: Any, *args: Any) -> list[Any]:
-    """The preview's HTML, from which the page's script takes the panel's title, and the preset that the values are."""
+def _preview(width: Any, height: Any, steps: Any, *args: Any) -> str:
+    """The preview's HTML. The page's script takes the panel's title from it, and the preset that the values are."""
     name = None
     try:
         settings, _ = read_arguments([True, *args[1:]], None, presets.get)
@@ -107,7 +108,6 @@ def _preview(width: Any, height: Any, steps: Any, preset: Any, *args: Any) -> li
     lines = [f"<p>{html.escape(text)}</p>" for text in (line, what_for) if text]
     if summary := generation.last.summary:
         lines.append(f'<p class="tome-last">Last: {html.escape(summary)}</p>')
-    # What a person has typed to save the values under stays.
-    is_typed = name is None and preset not in presets.read()[0]
-    content = f'<div data-title="{html.escape(title)}">{chart}{"".join(lines)}</div>'
-    return [content, gr.update() if is_typed else gr.update(value=name)]
+    data = {"title": title, "preset": name or "", "presets": json.dumps([*presets.read()[0]])}
+    attributes = "".join(f' data-{key}="{html.escape(value)}"' for key, value in data.items())
+    return f"<div{attributes}>{chart}{''.join(lines)}</div>"
