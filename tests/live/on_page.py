@@ -123,11 +123,11 @@ def options_of(dropdown: Any) -> list[str]:
     return names
 
 
-def await_option(dropdown: Any, option: str) -> None:
-    """Waits until a dropdown has an option: the page asks for the presets after it is there."""
+def await_option(dropdown: Any, option: str, is_there: bool = True) -> None:
+    """Waits until a dropdown has an option, or hasn't: the page asks for the presets after it is there."""
     deadline = time.monotonic() + PATIENCE_MS / 1000
-    while option not in options_of(dropdown):
-        assert time.monotonic() < deadline, f"there is no option {option!r}"
+    while (option in options_of(dropdown)) != is_there:
+        assert time.monotonic() < deadline, f"the option {option!r} is there: {not is_there}"
         dropdown.page.wait_for_timeout(200)
 
 

@@ -88,7 +88,7 @@ def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page):
     axis = xyz(page, "txt2img")
     values = page.locator("#script_txt2img_xyz_plot_x_values textarea, #script_txt2img_xyz_plot_x_values input").first
     # Before the axis: WebUI's answer to that choice writes the values back as they were then.
-    values.fill("0.3, 2")
+    values.fill("0.6, 2")
     choose(axis, "[ToMe] Ratio")
     # reForge and Classic keep to their log what a job raises, and show that it has no result.
     message = re.compile(r"\[0, 0\.9375\]|'NoneType' object is not iterable")
@@ -96,9 +96,9 @@ def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page):
     expect(results.locator(".error")).to_contain_text(message)
     assert webui.get("/tome/status").json()["summary"] == before, "it is refused before its first picture"
     page.locator("#html_log_txt2img .performance").evaluate("element => element.remove()")
-    values.fill("0.3, 0.6")
+    values.fill("0.6, 0.7")
     results = generate(page, webui.side, steps=1)
-    expect(results).to_contain_text("ToMe ratio: 0.3")
+    expect(results).to_contain_text("ToMe ratio: 0.6")
     grid = results.locator("[id$=_gallery] img").first
     assert grid.evaluate("image => image.decode().then(() => image.naturalWidth)") >= 2 * webui.side
 
