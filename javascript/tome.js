@@ -30,7 +30,8 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
         const field = byId(`script_${tab}_tome_preset`);
         const data = byId(`script_${tab}_tome_preview`).querySelector("[data-presets]")?.dataset;
         if (!data || field.contains(document.activeElement)) return shown;
-        return data.preset || (JSON.parse(data.presets).includes(shown) ? null : shown);
+        const isTyped = shown && !JSON.parse(data.presets).includes(shown);
+        return isTyped ? shown : data.preset || null;
     };
 
     // Measures, or ends the measurement that is running.

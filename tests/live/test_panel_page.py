@@ -59,7 +59,7 @@ def test_the_preset_field_shows_the_preset_whose_values_stand_there(panel):
     panel.set(ratio=0.7)
     expect(panel.title).to_contain_text("70 % → 60 %")
     expect(panel.preset).to_have_value("a name of one's own")
-    panel.name_preset("Fast")
+    panel.name_preset("fast")
     panel.press("delete", "is a built-in preset, which can't be deleted")
 
 

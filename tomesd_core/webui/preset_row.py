@@ -62,8 +62,8 @@ class PresetRow:
         connect(click["save"], _save, [preset, *fields], outputs)
         connect(click["delete"], _delete, [preset], outputs)
         # The page as it was made holds the presets that there were then.
-        for event in (click["reload"], Context.root_block.load):
-            connect(event, _reload, [], outputs)
+        connect(click["reload"], _reload, [], outputs)
+        connect(Context.root_block.load, _load, [], outputs)
         connect(click["export"], _export, [], [self._message, self._file])
         connect(self._upload.upload, _import, [self._upload], outputs)
 
@@ -90,6 +90,12 @@ def _reload(line: str = "", **update: Any) -> list[Any]:
     usable, messages = presets.read()
     text = "<br>".join(html.escape(part) for part in (line, *messages) if part)
     return [text, gr.update(choices=list(usable), **update)]
+
+
+def _load() -> list[Any]:
+    # Its answer may come after that to a button: it says nothing where there is nothing to say.
+    text, presets_there = _reload()
+    return [text or gr.update(), presets_there]
 
 
 def _export() -> list[Any]:
