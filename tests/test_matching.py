@@ -111,11 +111,12 @@ def test_what_match_tokens_uses_by_default_is_nearly_as_similar():
     best = []
     for place, a in enumerate(src):
         inside = [b for b in dst if homes[b] == homes[a]]
-        b = dst[result.best[0, place]]
+        b = dst[result.best[0, split.windows.src_place[place]]]
         assert b in inside
         best.append((unit[inside] @ unit[a]).max().item())
         assert (unit[a] @ unit[b]).item() > best[-1] - 0.02
-    ordered = [best[place] for place in result.order[0].tolist()]
+    places = split.windows.src_place.tolist()
+    ordered = [best[places.index(place)] for place in result.least_similar(len(src))[0].tolist()]
     assert all(later < earlier + 0.02 for earlier, later in itertools.pairwise(ordered))
 
 
@@ -153,7 +154,7 @@ def test_a_tiny_token_is_no_more_similar_than_its_direction_says(dtype):
     split = make_partition((8, 8), (2, 2), "corner")
     result = match(x, split, exact=True)
     place = split.src[0].tolist().index(9)
-    assert result.order[0].tolist().index(place) > 0
+    assert result.least_similar(len(split.src[0]))[0].tolist().index(split.windows.src_place[place]) > 0
     token_map = result.token_map(32)
     assert token_map.unmerge(token_map.merge(x)).isfinite().all()
 
@@ -203,7 +204,7 @@ def test_the_memory_limit_does_not_change_what_is_found(monkeypatch, window, lim
     monkeypatch.setattr(matching, "CACHED_BYTES", limit)
     parts = match(x, split, exact=True)
     assert torch.equal(parts.best, whole.best)
-    assert torch.equal(parts.order, whole.order)
+    assert torch.equal(parts.least_similar(100), whole.least_similar(100))
 
 
 @pytest.mark.parametrize("window", [None, 4])

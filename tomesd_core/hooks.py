@@ -18,7 +18,6 @@ from .matching import match
 from .partition import make_partition
 from .passes import Grid, KeptMatching, Passes, Place, Step
 from .plan import check_layer, coarsest_level, tokens_to_remove
-from .proportional import Heads
 from .reasons import NotMerged, in_a_line
 from .report import Report
 from .schedule import progress_of
@@ -90,7 +89,6 @@ class Merging:
         self.passes = Passes(settings.ratio_at(0.0))
         self.failure: str | None = None
         """The reason why nothing is merged any more: an error of merging itself."""
-        self.heads: dict[tuple[Any, ...], Heads | None] = {}
         self.attached = True
         """False after `detach`."""
         self._steps = self._merged_steps = 0

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .foreign_hooks import Hook, whose_forward, whose_hook
 from .passes import LayerPass, Place
-from .proportional import Heads, Projections, Rest, Weighted, has_projections, probe_heads
+from .proportional import Projections, Rest, Weighted, has_projections, probe_heads
 from .reasons import NotMerged
 from .report import LayerReport
 from .token_map import TokenMap
@@ -84,7 +84,7 @@ class MergedCall(Call):
 
     def unmerge(self, output: Any) -> Any:
         """The output of attention for every token. Raises `NotMerged` where it isn't of the tokens that went in."""
-        merged_shape = self.token_map.slots.shape[0], self.token_map.merged_tokens
+        merged_shape = self.token_map.shape[0], self.token_map.merged_tokens
         if self.has_merged_queries and isinstance(output, Tensor) and output.shape[:2] == merged_shape:
             return self.token_map.unmerge(output)
         first = output[0] if isinstance(output, tuple) and output else output
@@ -174,13 +174,13 @@ class LayerHooks:
         token_map = merging.token_map(self, source, grid)
         # Keys from elsewhere aren't merged and keep weight 1.
         weights = merging.settings.weights_keys and inputs.attends_to_itself
-        heads = self._heads(attention, x) if weights else None
+        heads = probe_heads(attention, x, lambda probe: self._runs(Call(probe))) if weights else None
         merged = token_map.merge(x)
         queries = merged if merging.settings.merges_queries else x
         # Every argument that is x itself is replaced; others aren't merged.
         arguments = inputs.each(lambda value: merged if value is x else value)
         call = MergedCall(
-            Weighted(heads, token_map.counts) if heads else None,
+            Weighted(heads, queries, token_map.counts, x.shape[1]) if heads else None,
             inputs=inputs.each(_weak),
             tokens=x.shape[1],
             token_map=token_map,
@@ -189,7 +189,7 @@ class LayerHooks:
         if heads is not None or queries is x:
             arguments = arguments.replaced(1, "context", merged)
         if heads is not None:
-            queries = heads.pad_input(queries)
+            queries = heads.stand_in(queries)
         if merging.on_map is not None:
             merging.on_map(self.report.name, merging.passes.step.number, grid, token_map)
         return call, arguments.replaced(0, "x", queries)
@@ -219,17 +219,6 @@ class LayerHooks:
         if self.report.conflict:
             raise NotMerged(self.report.conflict)
         return rows, columns
-
-    def _heads(self, attention: nn.Module, x: Tensor) -> Heads:
-        """How this layer's attention splits and scales: probed once for each implementation and size."""
-        heads = self._merging.heads
-        forward = getattr(attention.forward, "__func__", attention.forward)
-        key = forward, attention.heads, x.shape[-1], getattr(attention, "scale", None)
-        if key not in heads:
-            heads[key] = probe_heads(attention, x, lambda probe: self._runs(Call(probe)))
-        if (answer := heads[key]) is None:
-            raise NotMerged("its attention has no known scale to weight merged keys with (the method paper needs none)")
-        return answer
 
     def _after(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         calls = self._state.calls

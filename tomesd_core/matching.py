@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import token_map as token_maps
 from .partition import Partition, make_partition
 from .plan import tokens_removed
 from .settings import MergeSettings
@@ -24,26 +26,45 @@ CACHED_BYTES = 4 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """Every src's best dst, and the src in the order of their similarity. Keeps indices, never activations."""
+    """Every src's best dst, and how similar it is. Keeps indices and similarities, never activations."""
 
     partition: Partition
     best: Tensor
-    """[B, n_src]: the best dst of each src, as its place in the partition's `dst`."""
-    order: Tensor
-    """[B, n_src]: the src, most similar first."""
+    """[B, W·S], int32: the best dst of each src, as its place in the partition's `dst`, in the order of the windows."""
+    similarity: Tensor
+    """[B, W·S]: its similarity, times the length of the src, which `inverse_length` takes off."""
+    inverse_length: Tensor | None
+    """[B, W·S]; None where the src were of length one."""
+
+    def least_similar(self, count: int) -> Tensor:
+        """[B, count]: the places of the `count` least similar src, in the order of the windows."""
+        place = self.partition.windows.src_place
+        similarity = self.similarity if self.inverse_length is None else self.similarity * self.inverse_length
+        similarity = similarity.index_select(1, place)
+        if similarity.device.type in token_maps.BAG_DEVICES - {"cpu"}:
+            # On CUDA one kernel, where sorting all takes a dozen; which of equal ones it gives is fixed.
+            least = similarity.topk(count, dim=1, largest=False, sorted=False).indices
+        else:
+            least = similarity.sort(dim=1, descending=True, stable=True).indices[:, -count:]
+        return place[least]
 
     def token_map(self, removed: int) -> TokenMap:
         """The map that merges the `removed` most similar src into their dst; at most as many as can merge."""
-        (items, sources), partition = self.best.shape, self.partition
+        partition, items = self.partition, self.best.shape[0]
         removed = max(0, min(removed, partition.most_removed))
-        dst_count, device = partition.dst.shape[1], self.best.device
-        own = torch.arange(dst_count, dst_count + sources - removed, device=device).expand(items, -1)
-        src_slots = self.best.scatter(1, self.order[:, removed:], own)
-        dst_slots = torch.arange(dst_count, device=device).expand(items, -1)
-        slots = torch.empty(items, partition.tokens, dtype=torch.long, device=device)
-        slots.scatter_(1, partition.dst.expand(items, -1), dst_slots)
-        slots.scatter_(1, partition.src.expand(items, -1), src_slots)
+        rows, dst_count, best = partition.rows(items), partition.dst.shape[1], self.best
+        if kept := partition.src.shape[1] - removed:
+            own = own_slots(items, dst_count, kept, best.device)
+            best = best.scatter(1, self.least_similar(kept), own)
+        slots = torch.cat([rows.dst_slots, best], dim=1).gather(1, rows.inverse)
         return TokenMap(slots, partition.tokens - removed)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def own_slots(items: int, first: int, count: int, device: torch.device) -> Tensor:
+    """[items, count], int32: `first`, `first` + 1, …, the slots of src that don't merge."""
+    return torch.arange(first, first + count, device=device, dtype=torch.int32).expand(items, -1)
 
 
 @torch.no_grad()
@@ -54,18 +75,13 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     is; inside its own item attention spreads it to every token, whatever is merged.
     `exact` keeps at least x's own precision; else a lower one may be used where that is faster: `similarity_dtype`.
     """
-    items = x.shape[0]
+    items, windows = x.shape[0], partition.windows
     if not partition.most_removed or not items:
-        order = torch.arange(partition.src.shape[1], device=x.device).expand(items, -1)
-        return Matching(partition, torch.zeros_like(order), order)
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    # In norm's own precision: in a half type the inverse of a small norm is infinite.
-    scale = torch.where(norm.reciprocal().isfinite(), norm.reciprocal(), torch.zeros_like(norm)).flatten()
+        best = torch.zeros(items, windows.src.numel(), dtype=torch.int32, device=x.device)
+        return Matching(partition, best, best.float(), None)
     has_autocast = x.device.type in ("cpu", "cuda")
     with torch.autocast(x.device.type, enabled=False) if exact and has_autocast else contextlib.nullcontext():
-        dtype = similarity_dtype(x, exact)
-        similarity, best = _best_in_windows(x, partition, scale, dtype, exact)
-    return Matching(partition, best, similarity.sort(dim=1, descending=True, stable=True).indices)
+        return _match_in_windows(x, partition, similarity_dtype(x, exact), exact)
 
 
 def similarity_dtype(x: Tensor, exact: bool = False) -> torch.dtype:
@@ -80,43 +96,51 @@ def similarity_dtype(x: Tensor, exact: bool = False) -> torch.dtype:
     return torch.bfloat16 if not exact and has_bf16() else torch.promote_types(x.dtype, torch.float32)
 
 
-def _best_in_windows(
-    x: Tensor, partition: Partition, scale: Tensor, dtype: torch.dtype, exact: bool
-) -> tuple[Tensor, Tensor]:
-    """[B, n_src] twice: the highest similarity of each src, and the place in `partition.dst` where it was found."""
-    items, windows = x.shape[0], partition.windows
-    flat = x.reshape(-1, x.shape[-1])
-    src, dst = partition.rows(items)
-    (count, sources), destinations = src.shape, dst.shape[1]
-    # A src's own length changes neither its best dst nor, divided out afterwards, its similarity. But unit vectors are
-    # what can't overflow in fp16, and what the paper's code multiplies.
-    src_is_unit = exact or dtype == torch.float16
-
-    def tokens_at(rows: Tensor, unit: bool) -> Tensor:
-        """[…, C]: the tokens in `rows`, of length one where `unit` says so."""
-        numbers = rows.flatten()
-        tokens = flat.index_select(0, numbers)
-        return (tokens * scale.index_select(0, numbers)[:, None] if unit else tokens).view(*rows.shape, -1)
-
+def _match_in_windows(x: Tensor, partition: Partition, dtype: torch.dtype, exact: bool) -> Matching:
+    """Goes through the windows, as many at once as the limit on the similarities' bytes allows."""
+    items = x.shape[0]
+    flat, rows = x.reshape(-1, x.shape[-1]), partition.rows(items)
+    count, destinations = rows.dst.shape
+    sources = rows.tokens.shape[1] - destinations
     limit = CACHED_BYTES if x.device.type == "cpu" else SIMILARITY_BYTES
     row_bytes = destinations * torch.finfo(dtype).bits // 8
     rows_at_once = min(sources, max(1, limit // row_bytes))
     # Rows are divided only where not even one window fits.
     windows_at_once = max(1, limit // (rows_at_once * row_bytes)) if rows_at_once == sources else 1
-    values, indices = [], []
+    values, indices, lengths = [], [], []
     for some in range(0, count, windows_at_once):
-        b = tokens_at(dst[some : some + windows_at_once], unit=True).to(dtype).transpose(1, 2)
+        tokens, inverse = _with_inverse_length(flat, rows.tokens[some : some + windows_at_once])
+        b = _product(tokens[:, sources:], inverse[:, sources:], dtype).transpose(1, 2)
+        # The length of a src changes neither its best dst nor, taken off afterwards, its similarity. With a dst of
+        # length one a product is at most that length, so that fp16 holds it. The paper's code has both of length one.
+        a = tokens[:, :sources]
+        a = _product(a, inverse[:, :sources], dtype) if exact else a.to(dtype)
+        lengths.append(inverse[:, :sources, 0])
         for top in range(0, sources, rows_at_once):
-            a = tokens_at(src[some : some + windows_at_once, top : top + rows_at_once], src_is_unit).to(dtype)
-            value, index = torch.bmm(a, b).max(dim=-1)
-            values.append(value.to(scale.dtype).flatten())
-            indices.append(index.flatten())
-    similarity, best = torch.cat(values), torch.cat(indices).view(items, -1, sources)
-    if not src_is_unit:
-        similarity = similarity * scale.index_select(0, src.flatten())
-    best = best + torch.arange(count // items, device=x.device)[:, None] * destinations
-    best = windows.dst.flatten()[best.flatten(1)]
-    return similarity.view(items, -1)[:, windows.src_place], best[:, windows.src_place]
+            value, index = torch.bmm(a[:, top : top + rows_at_once], b).max(dim=-1)
+            values.append(value)
+            indices.append(index)
+    # Windows in which several parts were looked at are one window each.
+    best = rows.dst.gather(1, _joined(indices).view(count, sources)).view(items, -1)
+    length = None if exact else _joined(lengths).reshape(items, -1)
+    return Matching(partition, best, _joined(values).view(items, -1), length)
+
+
+def _with_inverse_length(flat: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[…, C]: the tokens ([n, C]) in `rows`; and […, 1], at least in fp32: one over their lengths, 0 where infinite."""
+    tokens = flat.index_select(0, rows.flatten()).view(*rows.shape, -1)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)
+    return tokens, length.reciprocal().nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product, rounded once, to `dtype`."""
+    return torch.mul(a, b, out=torch.empty(a.shape, dtype=dtype, device=a.device))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
 
 
 def match_tokens(x: Tensor, grid: Sequence[int], ratio: float, *, step: int = 0, **options: Any) -> TokenMap:

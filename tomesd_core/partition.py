@@ -9,6 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+DRAWING_DEVICES = {"cpu", "cuda", "meta"}
+"""Where int64 can be multiplied: elsewhere the draw is made on the CPU, and copied."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
@@ -26,6 +29,20 @@ class Windows:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where things lie when all tokens, or all windows, of so many items lie in one row."""
+
+    tokens: Tensor
+    """[items·W, S + D]: each window's src, then its dst, among the tokens."""
+    dst: Tensor
+    """[items·W, D], int32: the number of each window's dst in its partition."""
+    inverse: Tensor
+    """[items, N]: each token's place behind the n_dst destinations: among them, or in a window's row of src."""
+    dst_slots: Tensor
+    """[items, n_dst], int32: 0, 1, 2, …"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Partition:
     """The tokens of a grid, split into src and dst. Index tensors are int64, on the device of the tokens.
 
@@ -38,7 +55,7 @@ class Partition:
     """[P, n_dst]: the tokens that they may fall into."""
     windows: Windows
 
-    _rows: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _rows: dict[int, Rows] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -50,19 +67,31 @@ class Partition:
         """How many src can merge, in every batch item."""
         return self.src.shape[1] if self.dst.shape[1] else 0
 
-    def rows(self, items: int) -> tuple[Tensor, Tensor]:
-        """[items·W, S] and [items·W, D]: where the windows' src and dst lie when all items' tokens lie in one row."""
+    def rows(self, items: int) -> Rows:
+        """The partition's indices for a batch of `items`; each batch size has its own, which is kept."""
         if items not in self._rows:
-            first = torch.arange(items, device=self.src.device)[:, None, None] * self.tokens
-
-            def rows_of(part: Tensor, numbers: Tensor) -> Tensor:
-                return (part[:, numbers] + first).flatten(0, 1)
-
-            self._rows[items] = rows_of(self.src, self.windows.src), rows_of(self.dst, self.windows.dst)
+            self._rows[items] = self._make_rows(items)
         return self._rows[items]
+
+    @torch.inference_mode(False)
+    def _make_rows(self, items: int) -> Rows:
+        device, windows, dst_count = self.src.device, self.windows, self.dst.shape[1]
+        first = torch.arange(items, device=device)[:, None, None] * self.tokens
+        tokens = torch.cat([self.src[:, windows.src], self.dst[:, windows.dst]], dim=2) + first
+        place = torch.arange(dst_count, device=device)
+        places = torch.cat([place, dst_count + windows.src_place]).expand(len(self.src), -1)
+        order = torch.cat([self.dst, self.src], dim=1)
+        inverse = torch.empty_like(order).scatter_(1, order, places)
+        return Rows(
+            tokens.flatten(0, 1),
+            windows.dst.int().repeat(items, 1),
+            inverse.expand(items, -1),
+            place.int().expand(items, -1),
+        )
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def make_partition(
     grid: tuple[int, int],
     stride: tuple[int, int] = (2, 2),
@@ -80,19 +109,18 @@ def make_partition(
     to whole cells and spread evenly over the grid; None, and with `uniform` any, is the whole grid. With `items` above
     1 each batch item has a draw of its own (the paper's ablation of a draw that is not shared).
 
-    The draw is a pure function of grid, stride, step and item. It reads no random state and is made on the CPU, so that
-    it is the same on every device.
+    The draw is a pure function of grid, stride, step and item. It reads no random state, and is the same on every
+    device. A new grid costs one copy to the device; a new draw costs none.
     """
+    device = torch.device(device)
     if partition == "alternating":
         stride = (1, 2)
     if partition == "uniform":
-        return _uniform_partition(grid, stride, step, items, torch.device(device))
-    layout, rest, windows = _layout(grid, stride, window, torch.device(device))
+        return _uniform_partition(grid, stride, step, items, device)
+    layout, rest, windows = _layout(grid, stride, window, device)
     cells, in_cell = layout.shape
     if partition == "random":
-        draw = torch.stack([_hash(cells, step, item) for item in range(items)]) % in_cell
-        # One byte a cell: all that travels to the device for a step, little enough not to wait for it.
-        draw = draw.to(torch.uint8).to(device, non_blocking=True).long()
+        draw = torch.stack([_hash(cells, step, item, device) for item in range(items)]) % in_cell
     else:
         draw = torch.zeros(1, cells, dtype=torch.long, device=device)
     order = (draw[..., None] + torch.arange(in_cell, device=device)) % in_cell
@@ -102,10 +130,11 @@ def make_partition(
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _layout(
     grid: tuple[int, int], stride: tuple[int, int], window: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Windows]:
-    """What of a partition does not change from step to step.
+    """The step-independent part of a partition.
 
     [n_cells, rows·columns]: the tokens of each whole cell; [n_rest]: those outside one; and the windows, for src in the
     order of the cells, dst left out, then of the rest.
@@ -118,19 +147,24 @@ def _layout(
     rest = torch.cat(
         [token[: down * cell_rows, across * cell_columns :].flatten(), token[down * cell_rows :].flatten()]
     )
-    windows = _windows(_window_of(grid, stride, window), torch.cat([cells[:, 1:].flatten(), rest]), cells[:, 0], device)
-    return cells.to(device), rest.to(device), windows
+    window_of = _window_of(grid, stride, window)
+    count = int(window_of.max()) + 1
+    src, src_place = _grouped(window_of[torch.cat([cells[:, 1:].flatten(), rest])], count)
+    dst, _ = _grouped(window_of[cells[:, 0]], count)
+    cells, rest, *windows = _copied([cells, rest, src, dst, src_place], device)
+    return cells, rest, Windows(*windows)
 
 
 def _uniform_partition(
     grid: tuple[int, int], stride: tuple[int, int], step: int, items: int, device: torch.device
 ) -> Partition:
     count = math.prod(side // cell for side, cell in zip(grid, stride, strict=True))
-    order = torch.stack([_hash(math.prod(grid), step, item).argsort(stable=True) for item in range(items)])
+    values = torch.stack([_hash(math.prod(grid), step, item, device) for item in range(items)])
+    order = values.argsort(dim=1, stable=True)
     src, dst = order[:, count:].sort().values, order[:, :count].sort().values
     numbers = torch.arange(math.prod(grid), device=device)
     windows = Windows(numbers[None, : src.shape[1]], numbers[None, :count], numbers[: src.shape[1]])
-    return Partition(src.to(device), dst.to(device), windows)
+    return Partition(src, dst, windows)
 
 
 def _window_of(grid: tuple[int, int], stride: tuple[int, int], window: int | None) -> Tensor:
@@ -145,38 +179,38 @@ def _window_of(grid: tuple[int, int], stride: tuple[int, int], window: int | Non
     return (along[0][:, None] * (int(along[1].max()) + 1) + along[1]).flatten()
 
 
-def _windows(window_of: Tensor, src: Tensor, dst: Tensor, device: torch.device) -> Windows:
-    """The windows of the src and dst tokens ([n_src] and [n_dst], on the CPU), on `device`."""
-    count = int(window_of.max()) + 1
-
-    def grouped(tokens: Tensor) -> list[list[int]]:
-        groups: list[list[int]] = [[] for _ in range(count)]
-        for number, window in enumerate(window_of[tokens].tolist()):
-            groups[window].append(number)
-        return groups
-
-    def padded(groups: list[list[int]]) -> Tensor:
-        size = max(map(len, groups))
-        numbers = [group + group[:1] * (size - len(group)) for group in groups]
-        return torch.tensor(numbers, dtype=torch.long, device="cpu").view(count, size)
-
-    src_groups = grouped(src)
-    src_padded = padded(src_groups)
-    places = torch.empty(len(src), dtype=torch.long, device="cpu")
-    for window, group in enumerate(src_groups):
-        places[group] = torch.arange(len(group), device="cpu") + window * src_padded.shape[1]
-    return Windows(src_padded.to(device), padded(grouped(dst)).to(device), places.to(device))
+def _grouped(window_of: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[count, size]: what lies in each window, by its place in `window_of` ([n]), the first of it repeated at the end;
+    and [n]: where in these rows, laid in one, each place stands first."""
+    order = window_of.argsort(stable=True)
+    sizes = window_of.bincount(minlength=count)
+    ends = sizes.cumsum(0)
+    starts, size = ends - sizes, int(sizes.max())
+    column = torch.arange(size, device="cpu").expand(count, -1)
+    groups = order[starts[:, None] + torch.where(column < sizes[:, None], column, 0)] if len(order) else column
+    places = torch.empty_like(order)
+    ordered = window_of[order]
+    places[order] = torch.arange(len(order), device="cpu") - starts[ordered] + ordered * size
+    return groups, places
 
 
-def _hash(count: int, step: int, item: int) -> Tensor:
+def _copied(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on `device`, in one copy."""
+    if device.type == "cpu":
+        return tensors
+    parts = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _hash(count: int, step: int, item: int, device: torch.device) -> Tensor:
     """[count]: a well mixed 32-bit number for each of `count` places, in int64.
 
     Products stay below 2^63, so that the same integers come out everywhere.
     """
-    value = torch.arange(count, device="cpu")
+    value = torch.arange(count, device=device if device.type in DRAWING_DEVICES else "cpu")
     for salt in (item, step):
         value = value ^ ((salt + 1) * 0x27220A95 & 0xFFFFFFFF)
         for _ in range(2):
             value = ((value >> 16) ^ value) * 0x45D9F3B & 0xFFFFFFFF
         value = (value >> 16) ^ value
-    return value
+    return value.to(device)

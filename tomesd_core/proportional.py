@@ -1,8 +1,8 @@
 """Proportional attention: a merged key has the weight of all its tokens (ToMe, ICLR 2023, section 3).
 
 Softmax gives one key in place of s equal tokens 1/s of their weight, unless log s is added to its logits. Few attention
-implementations take such a bias, so it travels inside the heads: each is padded by a few channels, which are 1 in the
-queries and carry log s in the keys. Hooks pad the outputs of the attention's projections and unpad the input of
+implementations take such a bias, so it travels inside the heads: each is padded by a few channels, constant in the
+queries, which carry log s in the keys. Hooks pad the outputs of the attention's projections and unpad the input of
 `to_out`, so that whatever computes the attention in between does it as ever.
 """
 
@@ -10,50 +10,58 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .foreign_hooks import Hook
-from .reasons import is_out_of_memory
+from .reasons import NotMerged, in_a_line, is_out_of_memory
 
 WIDTH = 8
-"""Heads are padded to a multiple of this; attention kernels are fastest there."""
+"""Heads are padded to a multiple of this first; attention kernels are fastest there."""
+
+WIDTHS = (64, 96, 128, 192, 256)
+"""Sizes of padded heads that are tried where an attention refuses the next multiple of 8: some have kernels for these
+alone."""
 
 BIAS_CHANNELS = 2
-"""Channels that carry the bias: the second has the rounding error of the first in the keys' precision."""
+"""The fewest added channels: with one, the bias would be rounded to the keys' precision."""
 
-LOGIT = 4.0
-"""Target logit gap of the two probe tokens in `probe_heads`."""
+QUERY = 2.0
+"""The added channels of the queries: the larger it is, the smaller the keys' ones, and the less they take from an
+attention that rounds its keys to int8."""
 
-TOLERANCE = 0.03
-"""Relative error of a probed softmax weight that half precision may cause."""
+LOGIT = 8.0
+"""The logit gap of the probe's two keys."""
+
+PROBE_TOKENS = 16
+"""Queries of the probe. PyTorch's attention on MPS is wrong for 8 queries or fewer (pytorch issue 163597)."""
+
+TOLERANCE = 0.012
+"""Relative error of a probed scale: probabilities in fp8 are off by up to 6.25 %, which is 0.8 % of `LOGIT`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """How an attention splits its channels, and the scale of the logits of padded heads."""
+    """How an attention splits its channels, the size of padded heads, and the scale of their logits."""
 
     count: int
     size: int
     """Channels of a head, before padding."""
+    wide: int
+    """Channels of a padded head."""
     scale: float = math.nan
 
     @property
-    def wide(self) -> int:
-        """Channels of a padded head."""
-        return math.ceil((self.size + BIAS_CHANNELS) / WIDTH) * WIDTH
-
-    @property
-    def added(self) -> int:
-        """Channels added to all heads together."""
-        return self.count * (self.wide - self.size)
+    def padding(self) -> int:
+        """Channels added to a head."""
+        return self.wide - self.size
 
     @property
     def gain(self) -> float:
@@ -64,48 +72,72 @@ class Heads:
         """[B, N, count·size] to [B, N, count, size], of padded heads as of others."""
         return x.view(*x.shape[:-1], self.count, -1)
 
-    def pad(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """[B, N, count·size] to [B, N, count·wide], `value` in the added channels."""
-        return F.pad(self.split(x), (0, self.wide - self.size), value=value).flatten(2)
-
-    def pad_input(self, x: Tensor) -> Tensor:
-        """[B, N, C] with as many more channels as the heads get: some attentions divide its channels by their heads."""
-        return F.pad(x, (0, self.added))
+    def pad(self, x: Tensor, channels: Tensor) -> Tensor:
+        """[B, N, count·size] to [B, N, count·wide]; `channels`, [B or 1, N or 1, padding or 1], goes into each head."""
+        added = channels[:, :, None].expand(*x.shape[:2], self.count, self.padding)
+        return torch.cat([self.split(x), added], dim=-1).flatten(2)
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B, N, count·wide] to [B, N, count·size]; an x that isn't padded stays as it is."""
         return self.split(x)[..., : self.size].flatten(2) if x.shape[-1] == self.count * self.wide else x
 
+    def stand_in(self, x: Tensor) -> Tensor:
+        """An input of `x`'s shape with the channels of padded heads, in no memory: NaN wherever it is read.
+
+        Some attentions take the size of their heads off their input. The hook on `to_q` puts `x` back.
+        """
+        return filled(math.nan, x.dtype, x.device).expand(*x.shape[:2], x.shape[2] + self.count * self.padding)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 1, 1], of `value`."""
+    return torch.full((1, 1, 1), value, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def bias_channels(heads: Heads, most: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[most + 1, padding]: the added channels of a key that stands for 0 (as 1), 1, 2, … `most` tokens.
+
+    Each channel takes its share of what the ones before it left, so that the last one rounds the least.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    rest = torch.arange(most + 1, dtype=wide, device=device).clamp(min=1).log() / (heads.scale * QUERY)
+    channels = []
+    for left in range(heads.padding, 0, -1):
+        channels.append((rest / left).to(dtype))
+        rest = rest - channels[-1].to(wide)
+    return torch.stack(channels, dim=1)
+
 
 class Weighted:
     """One proportional-attention call: how its hooks change the inputs and outputs of its projections."""
 
-    def __init__(self, heads: Heads, counts: Tensor) -> None:
-        """`counts`: [B, M], how many tokens each of the call's keys stands for."""
+    def __init__(self, heads: Heads, x: Tensor, counts: Tensor, most: int) -> None:
+        """`x`: what `to_q` makes queries of. `counts`: [B, M], how many tokens, up to `most`, each key stands for."""
         self.heads = heads
-        self._bias = counts.float().log() / heads.scale
+        self._x = weakref.ref(x)
+        self._counts, self._most = counts, most
 
-    def unpad_input(self, x: Tensor) -> Tensor:
-        """Without the channels of `pad_input`: the input that `to_q` has without merging."""
-        return x[..., : x.shape[-1] - self.heads.added]
+    def input(self, x: Tensor) -> Tensor | None:
+        """The input that `to_q` has without padding, in place of its stand-in."""
+        return self._x()
 
     def queries(self, q: Tensor) -> Tensor:
-        """Padded with ones."""
-        return self.heads.pad(q, 1.0)
+        """Padded with a constant."""
+        return self.heads.pad(q, filled(QUERY, q.dtype, q.device))
 
     def keys(self, k: Tensor) -> Tensor:
         """Padded with the bias."""
-        size, gain = self.heads.size, self.heads.gain
-        wide = self.heads.pad(k if gain == 1 else k * gain)
-        by_head = self.heads.split(wide)
-        high = self._bias.to(k.dtype)
-        by_head[..., size] = high[..., None]
-        by_head[..., size + 1] = (self._bias - high.float()).to(k.dtype)[..., None]
-        return wide
+        heads, gain = self.heads, self.heads.gain
+        table = bias_channels(heads, self._most, k.dtype, k.device)
+        return heads.pad(k if gain == 1 else k * gain, table[self._counts])
 
     def values(self, v: Tensor) -> Tensor:
         """Padded with zeros."""
-        return self.heads.pad(v)
+        return self.heads.pad(v, filled(0.0, v.dtype, v.device))
 
     def output(self, out: Tensor) -> Tensor:
         """Unpadded, as `to_out` takes it."""
@@ -139,19 +171,23 @@ class Rest(Weighted):
 
 
 class _Probe(Weighted):
-    """A call on two made-up tokens that differ in the bias alone: its answer tells the scale."""
+    """A call with two made-up keys that differ in the bias alone: its answer tells the scale.
 
-    def __init__(self, count: int, channels: int) -> None:
-        self.heads = Heads(count, channels // count)
-        self._bias = torch.tensor([[0.0, LOGIT * math.sqrt(self.heads.size)]])
+    The first key's weight is 1 / (1 + exp(gap)), with the gap in proportion to the scale, and the other's value is 0.
+    """
+
+    def __init__(self, heads: Heads, x: Tensor) -> None:
+        self.heads = heads
+        self._x = weakref.ref(x)
         self.answer: Tensor | None = None
 
     def queries(self, q: Tensor) -> Tensor:
         return super().queries(torch.zeros_like(q))
 
     def keys(self, k: Tensor) -> Tensor:
-        self._bias = self._bias.to(k.device)
-        return super().keys(torch.zeros_like(k))
+        bias = k.new_zeros(1, 2, 1)
+        bias[:, 1] = LOGIT * math.sqrt(self.heads.size) / (QUERY * self.heads.padding)
+        return self.heads.pad(torch.zeros_like(k), bias)
 
     def values(self, v: Tensor) -> Tensor:
         made_up = torch.zeros_like(v)
@@ -181,7 +217,7 @@ class Projections:
         """Puts the hooks on the projections, one after the other."""
         attention = self._attention()
         # Before the hooks of others, which so see what they would see without us.
-        yield attention.to_q.register_forward_pre_hook(self._on_input("unpad_input"), prepend=True)
+        yield attention.to_q.register_forward_pre_hook(self._on_input("input"), prepend=True)
         for name, change in (("to_q", "queries"), ("to_k", "keys"), ("to_v", "values")):
             yield getattr(attention, name).register_forward_hook(self._on_output(change))
         for module in (attention.to_out, *attention.to_out.children()):
@@ -221,36 +257,68 @@ def has_projections(attention: Any) -> bool:
     )
 
 
-@torch.no_grad()
-def probe_heads(
-    attention: Any, y: Tensor, run: Callable[[Weighted], contextlib.AbstractContextManager[None]]
-) -> Heads | None:
-    """How `attention` splits and scales; None where it does neither of the two things that attentions do.
+Running = Callable[[Weighted], contextlib.AbstractContextManager[None]]
+"""Makes a call the one that the projections' hooks serve, while it is open."""
 
-    They multiply logits by a scale of their own, or by one over the root of the size of the heads that they see. Which
-    one is read off two tokens' softmax: off the smaller weight, since near one half bf16 couldn't tell them apart. `y`
-    is an input of the attention's, [B, N, C]; `run` makes a call the one that the projections' hooks serve.
+_known: dict[tuple[Any, ...], Heads] = {}
+"""What was probed in this process, by implementation, device and sizes."""
+MOST_KNOWN = 256
 
-    A lack of memory is no answer: it is raised.
+
+def probe_heads(attention: Any, x: Tensor, run: Running) -> Heads:
+    """How `attention` splits, takes padded and scales heads; asked once for each implementation. `x`: [B, N, C].
+
+    The smallest padding that the attention takes is chosen. Raises `NotMerged` with the attention's own words where it
+    takes none, and where it scales logits in no way that attentions do. A lack of memory is no answer: it is raised.
     """
-    probe = _Probe(attention.heads, y.shape[-1])
-    heads, tokens = probe.heads, y[:1, :2]
-    try:
-        with run(probe):
-            attention.forward(heads.pad_input(tokens), context=tokens)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    answer = probe.answer
-    if answer is None or answer.shape != (1, 2, heads.count * heads.wide):
-        return None
-    weights = heads.split(answer)[..., 0].float()
     own = getattr(attention, "scale", None)
-    scales = [float(own) if isinstance(own, (int, float)) else heads.size**-0.5, heads.wide**-0.5]
-    wrong = {
-        scale: (weights * (1 + math.exp(LOGIT * math.sqrt(heads.size) * scale)) - 1).abs().max().item()
-        for scale in scales
-    }
-    scale = min(wrong, key=wrong.__getitem__)
-    return dataclasses.replace(heads, scale=scale) if wrong[scale] < TOLERANCE else None
+    own = float(own) if isinstance(own, (int, float)) else None
+    forward = getattr(attention.forward, "__func__", attention.forward)
+    key = forward, attention.heads, x.shape[-1], own, x.dtype, x.device.type
+    if key not in _known:
+        heads = _probed(attention, x, own, run)
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[key] = heads
+    return _known[key]
+
+
+@torch.no_grad()
+def _probed(attention: Any, x: Tensor, own: float | None, run: Running) -> Heads:
+    count, size = attention.heads, x.shape[-1] // attention.heads
+    least = math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
+    refusal = None
+    for wide in (least, *(width for width in WIDTHS if width > least)):
+        heads = Heads(count, size, wide)
+        tokens = x[:1, :PROBE_TOKENS]
+        probe = _Probe(heads, tokens)
+        try:
+            with run(probe):
+                attention.forward(heads.stand_in(tokens), context=tokens[:, :2])
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            refusal = refusal or in_a_line(error)
+            continue
+        if scale := _scale_of(probe, own):
+            return dataclasses.replace(heads, scale=scale)
+    why = f"refuses padded heads: {refusal}" if refusal else "has no known scale to weight merged keys with"
+    raise NotMerged(f"its attention {why} (the method paper needs none)")
+
+
+def _scale_of(probe: _Probe, own: float | None) -> float | None:
+    """The scale that an attention's answer shows; None where it is neither of the two that attentions have.
+
+    They multiply logits by a scale of their own, or by one over the root of the size of the heads that they see.
+    """
+    heads, answer = probe.heads, probe.answer
+    if answer is None or answer.ndim != 3 or answer.shape[-1] != heads.count * heads.wide:
+        return None
+    weights = heads.split(answer)[..., 0].flatten().tolist()
+    if not all(0 < weight < 1 for weight in weights):
+        return None
+    shown = [math.log(1 / weight - 1) / (LOGIT * math.sqrt(heads.size)) for weight in (min(weights), max(weights))]
+    for scale in (heads.size**-0.5 if own is None else own, heads.wide**-0.5):
+        if all(abs(value / scale - 1) < TOLERANCE for value in shown):
+            return scale
+    return None

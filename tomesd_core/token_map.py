@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,27 +12,38 @@ from torch import Tensor
 BAG_DEVICES = {"cpu", "cuda"}
 """Where `embedding_bag` exists, sums each bag in one thread in a fixed order, and accumulates in fp32."""
 
+SHORT = 4096
+"""Rows up to this length are sorted by one kernel on CUDA; longer ones are faster as one row of all items."""
+
 
 class TokenMap:
     """Which tokens fall together: `slots`, int64 [B, N], each item's values covering [0, merged_tokens)."""
 
     def __init__(self, slots: Tensor, merged_tokens: int) -> None:
-        self.slots = slots
+        """`slots` may be of any integer type."""
+        self._slots = slots.int()
         self.merged_tokens = merged_tokens
-        first_row = torch.arange(slots.shape[0], device=slots.device)[:, None] * merged_tokens
-        self._rows = (slots + first_row).flatten()
-        self._members: tuple[Tensor, Tensor] | None = None
+        self._members: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @functools.cached_property
+    def slots(self) -> Tensor:
+        """[B, N], int64: each token's slot."""
+        return self._slots.long()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Items and tokens before merging."""
+        return self._slots.shape[0], self._slots.shape[1]
 
     @property
     def tokens(self) -> int:
         """The number of tokens before merging."""
-        return self.slots.shape[1]
+        return self._slots.shape[1]
 
     @property
     def counts(self) -> Tensor:
         """How many tokens fell into each slot: int64 [B, merged_tokens]."""
-        members, starts = self._tokens_by_slot()
-        return starts.diff(append=starts.new_full((1,), members.shape[0])).view(-1, self.merged_tokens)
+        return self._tokens_by_slot()[2].view(-1, self.merged_tokens)
 
     def merge(self, x: Tensor) -> Tensor:
         """The mean over each slot (paper, section 3.1): [B, N, C] to [B, merged_tokens, C], dtype and grad kept.
@@ -45,28 +57,46 @@ class TokenMap:
     def unmerge(self, y: Tensor) -> Tensor:
         """Each token's slot's value: [B, merged_tokens, C] to [B, N, C]. Raises `ValueError` as `merge` does."""
         self._check(y, self.merged_tokens)
-        return y.reshape(-1, y.shape[-1]).index_select(0, self._rows).view(*self.slots.shape, y.shape[-1])
+        return y.reshape(-1, y.shape[-1]).index_select(0, self._rows).view(*self.shape, y.shape[-1])
 
     def _check(self, x: Tensor, tokens: int) -> None:
-        if x.ndim != 3 or x.shape[:2] != (self.slots.shape[0], tokens):
-            raise ValueError(f"x must be [{self.slots.shape[0]}, {tokens}, C] for this map, got {list(x.shape)}")
+        if x.ndim != 3 or x.shape[:2] != (self._slots.shape[0], tokens):
+            raise ValueError(f"x must be [{self._slots.shape[0]}, {tokens}, C] for this map, got {list(x.shape)}")
 
-    def _tokens_by_slot(self) -> tuple[Tensor, Tensor]:
-        """[B·N]: the tokens sorted by slot; [B·merged_tokens]: where each slot's begin. Of all items in one row."""
+    @functools.cached_property
+    def _rows(self) -> Tensor:
+        """[B·N], int32: each token's slot when the slots of all items lie in one row."""
+        return (self._slots + first_rows(len(self._slots), self.merged_tokens, self._slots.device)).flatten()
+
+    def _tokens_by_slot(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[B·N]: the tokens sorted by slot; [B·merged_tokens]: where each slot's begin, and how many they are.
+
+        Tokens and slots of all items in one row.
+        """
         if self._members is None:
-            rows, members = self._rows.sort(stable=True)
-            slots = torch.arange(self.slots.shape[0] * self.merged_tokens, device=rows.device)
-            self._members = members, torch.searchsorted(rows, slots)
+            (items, tokens), merged, device = self.shape, self.merged_tokens, self._slots.device
+            rows = items if tokens <= SHORT else 1
+            slots = (self._slots if rows == items else self._rows).view(rows, items * tokens // max(rows, 1))
+            slots, members = slots.sort(stable=True)
+            starts = torch.searchsorted(slots, edges(rows, items * merged // max(rows, 1), device))
+            counts = starts[:, 1:] - starts[:, :-1]
+            if rows > 1:
+                first = first_rows(rows, tokens, device)
+                members, starts = members + first, starts[:, :-1] + first
+            else:
+                starts = starts[:, :-1]
+            self._members = members.flatten(), starts.flatten(), counts
         return self._members
 
     def mean(self, x: Tensor) -> Tensor:
         """[B·N, C] to [B·merged_tokens, C], as `merge` does it."""
-        members, starts = self._tokens_by_slot()
+        members, starts, counts = self._tokens_by_slot()
         if x.device.type in BAG_DEVICES:
-            # Half types are summed in fp32: a bag's rounded sum, divided, would be rounded twice.
-            wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-            return F.embedding_bag(members, wide, starts, mode="mean").to(x.dtype)
-        return _scanned_mean(x, self._rows, members, starts)
+            # CUDA sums halves in fp32 and rounds once; on the CPU a bag's rounded sum, divided, would be rounded twice.
+            is_summed_wide = x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64)
+            return F.embedding_bag(members, x if is_summed_wide else x.float(), starts, mode="mean").to(x.dtype)
+        rows = self._rows.index_select(0, members)
+        return _scanned_mean(x, rows, members, starts + counts.flatten(), counts.flatten())
 
     def shares(self, y: Tensor) -> Tensor:
         """[B·merged_tokens, C] to [B·N, C]: each slot's value in equal shares for its tokens."""
@@ -86,18 +116,30 @@ class _Mean(torch.autograd.Function):
         return ctx.token_map.shares(grad), None
 
 
-def _scanned_mean(x: Tensor, rows: Tensor, members: Tensor, starts: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def first_rows(items: int, length: int, device: torch.device) -> Tensor:
+    """[items, 1], int32: where each item begins when all of them, of one length, lie in one row."""
+    return (torch.arange(items, device=device, dtype=torch.int32) * length)[:, None]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def edges(rows: int, slots: int, device: torch.device) -> Tensor:
+    """[rows, slots + 1], int32: 0, 1, 2, … in each row."""
+    return torch.arange(slots + 1, device=device, dtype=torch.int32).repeat(rows, 1)
+
+
+def _scanned_mean(x: Tensor, rows: Tensor, members: Tensor, ends: Tensor, counts: Tensor) -> Tensor:
     """The mean over each slot by a segmented scan, of operations that every device has.
 
     Sums run in fp32 over doubling distances, so the order is fixed, and a NaN stays inside its slot.
     """
     total = x.index_select(0, members).to(torch.promote_types(x.dtype, torch.float32))
-    rows = rows.index_select(0, members)
     distance = 1
     while distance < total.shape[0]:
         together = (rows[distance:] == rows[:-distance])[:, None]
         addends = torch.where(together, total[:-distance], torch.zeros_like(total[:1]))
         total = torch.cat([total[:distance], total[distance:] + addends])
         distance *= 2
-    ends = torch.cat([starts[1:], starts.new_full((1,), members.shape[0])])
-    return (total.index_select(0, ends - 1) / (ends - starts)[:, None]).to(x.dtype)
+    return (total.index_select(0, ends - 1) / counts[:, None]).to(x.dtype)
