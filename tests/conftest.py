@@ -168,6 +168,35 @@ def operations() -> type[Operations]:
     return Operations
 
 
+class Crossings(TorchDispatchMode):
+    """While it is open: the names of the operations that take tensors of two devices, or from one to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        tensors = [each for each in [*args, results] if isinstance(each, Tensor) and each.ndim]
+        if len({tensor.device.type for tensor in tensors}) > 1:
+            self.names.append(func._schema.name.split("::")[-1])
+        return results
+
+
+@pytest.fixture
+def crossings(monkeypatch: pytest.MonkeyPatch) -> type[Crossings]:
+    """Of a UNet on the meta device, where an attention's scale can't be read: it is that of the padded heads."""
+    from tomesd_core import layer_hooks
+    from tomesd_core.proportional import Heads
+
+    def known(attention: Any, x: Tensor, run: Any) -> Heads:
+        size = x.shape[-1] // attention.heads
+        return Heads(attention.heads, size, size + 8, (size + 8) ** -0.5)
+
+    monkeypatch.setattr(layer_hooks, "probe_heads", known)
+    return Crossings
+
+
 @pytest.fixture
 def log_lines() -> Iterator[list[str]]:
     """What the extension logs."""

@@ -18,6 +18,7 @@ from .matching import match
 from .partition import make_partition
 from .passes import Grid, KeptMatching, Passes, Place, Step
 from .plan import check_layer, coarsest_level, tokens_to_remove
+from .proportional import forget_heads
 from .reasons import NotMerged, in_a_line
 from .report import Report
 from .schedule import progress_of
@@ -218,6 +219,8 @@ class Merging:
         passes.latent = _grid_of(latent)
         passes.is_checkpointed = isinstance(latent, Tensor) and will_run_again(latent)
         # Clear what a pass that raised left behind.
+        if self.has_unfinished_call:
+            forget_heads()
         passes.layers.clear()
         if passes.counts_passes:
             self._begin_step(passes.step.number + 1, None)

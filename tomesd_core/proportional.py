@@ -12,8 +12,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -273,14 +274,28 @@ def probe_heads(attention: Any, x: Tensor, run: Running) -> Heads:
     """
     own = getattr(attention, "scale", None)
     own = float(own) if isinstance(own, (int, float)) else None
-    forward = getattr(attention.forward, "__func__", attention.forward)
-    key = forward, attention.heads, x.shape[-1], own, x.dtype, x.device.type
+    key = *_implementation(attention), x.shape[-1], x.dtype, x.device.type
     if key not in _known:
         heads = _probed(attention, x, own, run)
         if len(_known) >= MOST_KNOWN:
             _known.clear()
         _known[key] = heads
     return _known[key]
+
+
+def forget_heads() -> None:
+    """Lets every implementation be probed anew: another one may run behind the same function."""
+    _known.clear()
+
+
+def _implementation(attention: Any) -> Iterator[Hashable]:
+    """What tells one implementation of attention from another: its function, and whatever it keeps that may choose."""
+    yield getattr(attention.forward, "__func__", attention.forward)
+    for name, value in vars(attention).items():
+        if isinstance(value, (int, float, str, types.FunctionType)):
+            yield name, value
+        elif name == "processor":
+            yield type(value)
 
 
 @torch.no_grad()
