@@ -38,6 +38,7 @@ from lab.bench.contenders import (
 from lab.bench.options import merge_ratio, picture_size
 from lab.bench.packages import MissingPackage, require
 from tomesd_core import hooks
+from tomesd_core.proportional import PROBE_TOKENS
 from tomesd_core.settings import MergeSettings
 
 pytest.importorskip("matplotlib")
@@ -179,7 +180,7 @@ def test_layers_run_with_their_contender_on(monkeypatch: pytest.MonkeyPatch, ben
 
     def noting_lengths(attention: nn.Module, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         keys = x if context is None else context
-        if x.shape[1] > 2:  # Not the two tokens by which an attention is asked for its scale.
+        if x.shape[1] > PROBE_TOKENS:
             lengths.setdefault(doing[0], set()).add((x.shape[1], keys.shape[1]))
         return fused(attention, x, context)
 
@@ -293,7 +294,9 @@ def keys_of(tiny: nn.Module) -> Callable[[Contender], list[tuple[torch.Tensor, t
                 watched = (
                     attn1.to_q.register_forward_pre_hook(lambda _, args, to=queries: to.append(args[0])),
                     attn1.to_k.register_forward_pre_hook(
-                        lambda _, args, of=queries: inputs.append((of[-1], args[0])) if of[-1].shape[1] > 2 else None
+                        lambda _, args, of=queries: (
+                            inputs.append((of[-1], args[0])) if of[-1].shape[1] > PROBE_TOKENS else None
+                        )
                     ),
                 )
                 for handle in watched:

@@ -56,7 +56,7 @@ def compare(
         merged, with_merging = timed(args)
     finally:
         script_callbacks.remove_callbacks_for_function(count)
-    if "ToMe ratio" not in merged.extra_generation_params:
+    if not merged.comments or "ToMe error" in merged.extra_generation_params:
         return [(enlarged(merged.images[0]), "")], merged
     before, after, *maps = plain.images + merged.images
     pictures = [

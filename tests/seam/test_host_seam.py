@@ -153,7 +153,7 @@ def test_events_and_uploads_are_those_of_this_gradio(load, tmp_path):
     assert list(controls) == list(script._module("webui.arguments").CONTROLS)
     scripts = [dependency["js"] for dependency in page.get_config_file()["dependencies"]]
     assert len([code for code in scripts if code and "toMeChanged('txt2img')" in code]) == 1 + len(controls)
-    assert len([code for code in scripts if code and ("toMeTabSize" in code or "toMeAnswered" in code)]) == 3
+    assert len([code for code in scripts if code and ("toMeTabSize" in code or "toMeAnswered" in code)]) == 2
     message, _ = row._import(SimpleNamespace(name=str(tmp_path / "shared.json")))
     assert message == "Imported: mine."
     assert presets.get("mine").ratio == 0.25

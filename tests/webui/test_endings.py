@@ -70,12 +70,12 @@ def test_a_failure_midway_is_in_the_summary_and_the_parameters_claim_no_ratio(ma
 
     def fail(self, step, total):
         if step == 1:
-            raise LookupError("on purpose")
+            raise LookupError("midway")
         set_step(self, step, total)
 
     monkeypatch.setattr(sampling.Merging, "set_step", fail)
     processed = make(HALVED, steps=4)
-    reason = "merging failed (LookupError: on purpose)"
+    reason = "merging failed (LookupError: midway)"
     assert f"1 of 1 steps; {reason}" in processed.comments
     assert claims(processed) == ["ToMe error"] and reason in processed.infotexts[0]
     assert sum(reason in line for line in log_lines if "Traceback" not in line) >= 1
