@@ -164,7 +164,7 @@ def arguments_of(alwayson_scripts: dict[str, Any]) -> Any:
 def test_every_request_is_one_that_merges(body):
     request = json.loads(body)
     scripts = request["alwayson_scripts"] if "settings" not in request else {"ToMe": {"args": [request["settings"]]}}
-    assert arguments_of(scripts) is not None
+    assert arguments_of(scripts).enabled
 
 
 def test_every_request_in_an_example_is_one_that_merges():
@@ -172,7 +172,7 @@ def test_every_request_in_an_example_is_one_that_merges():
     values = [word.value for call in calls for word in call.keywords if word.arg == "alwayson_scripts"]
     assert values
     for value in values:
-        assert arguments_of(ast.literal_eval(value)) is not None
+        assert arguments_of(ast.literal_eval(value)).enabled
 
 
 def test_every_message_of_the_troubleshooting_is_one_of_the_code():

@@ -269,7 +269,7 @@ def is_running(unet: nn.Module) -> bool:
 
 def _running_modules() -> Iterator[object]:
     """The modules whose calls are on the stacks of all threads."""
-    code = nn.Module._call_impl.__code__  # type: ignore[attr-defined]
+    code = nn.Module._call_impl.__code__
     for top in sys._current_frames().values():
         frame: types.FrameType | None = top
         while frame is not None:

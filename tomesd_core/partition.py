@@ -198,7 +198,8 @@ def _copied(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """The tensors on `device`, in one copy."""
     if device.type == "cpu":
         return tensors
-    parts = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([tensor.numel() for tensor in tensors])
+    joined = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+    parts = torch.split(joined, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 

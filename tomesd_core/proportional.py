@@ -216,7 +216,7 @@ class Projections:
 
     def register(self) -> Iterator[RemovableHandle]:
         """Puts the hooks on the projections, one after the other."""
-        attention = self._attention()
+        attention: Any = self._attention()
         # Before the hooks of others, which so see what they would see without us.
         yield attention.to_q.register_forward_pre_hook(self._on_input("input"), prepend=True)
         for name, change in (("to_q", "queries"), ("to_k", "keys"), ("to_v", "values")):
@@ -295,7 +295,7 @@ def _implementation(attention: Any) -> Iterator[Hashable]:
         if isinstance(value, (int, float, str, types.FunctionType)):
             yield name, value
         elif name == "processor":
-            yield type(value)
+            yield name, type(value)
 
 
 @torch.no_grad()

@@ -39,15 +39,17 @@ CONTROLS: dict[str, Setting] = {"enabled": ENABLED, **PANEL_FIELDS, **MAP_FIELDS
 class Asked(NamedTuple):
     """What a generation is asked to do."""
 
+    enabled: bool
     settings: MergeSettings
-    map_place: tuple[int, int] | None
+    """The defaults where merging is off."""
+    map_place: tuple[int, int] | None = None
     """Step and layer of the merge map, both from 1; None for none."""
 
 
 def read_arguments(
     args: Sequence[Any], overrides: Mapping[str, Any] | None, preset: Callable[[str], MergeSettings]
-) -> Asked | None:
-    """What arguments ask a generation to do, or None where merging is off.
+) -> Asked:
+    """What arguments ask a generation to do.
 
     `args` are positional, in the order of `CONTROLS`, or one mapping of any of them and `preset`, a name that the
     function of this name knows. Missing ones, and None, get their defaults, with a preset the preset's. While `enabled`
@@ -60,10 +62,10 @@ def read_arguments(
     if overrides is not None:
         values = _changed(values, overrides, preset)
     if not ENABLED.check("enabled", values.get("enabled", ENABLED.default)):
-        return None
+        return Asked(False, MergeSettings())
     settings = MergeSettings(**{name: value for name, value in values.items() if name in PANEL_FIELDS})
     step, layer = (field.check(name, values.get(name, field.default)) for name, field in MAP_FIELDS.items())
-    return Asked(settings, (step, layer) if step else None)
+    return Asked(True, settings, (step, layer) if step else None)
 
 
 def _by_name(args: Sequence[Any]) -> dict[str, Any]:

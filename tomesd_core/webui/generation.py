@@ -96,7 +96,7 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         # Copies of p are to be told; another copy of the extension may merge, and has its own there.
         vars(p).setdefault("get_token_merging_ratio", _begun(p).token_merging_ratio)
     else:
-        if arguments is None:
+        if not arguments.enabled:
             last.settings = last.summary = None
         elif why_not := _why_not(p, arguments.settings):
             leave_unmerged(p, why_not)
@@ -104,7 +104,7 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             useful = useful_fields(arguments.settings.schedule, arguments.settings.min_tokens, has_hires_pass(p))
             values = panel_values(arguments.settings)
             generation = _begun(p)
-            generation.settings, generation.map_place = arguments
+            generation.settings, generation.map_place = arguments.settings, arguments.map_place
             named = {name: value for name, value in values.items() if name in useful}
             generation.parameters = {str(PANEL_FIELDS[name].infotext): value for name, value in named.items()}
             written = p.extra_generation_params

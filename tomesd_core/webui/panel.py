@@ -97,7 +97,7 @@ def _preview(width: Any, height: Any, steps: Any, *args: Any) -> str:
     """The preview's HTML. The page's script takes the panel's title from it, and the preset that the values are."""
     name = None
     try:
-        settings, _ = read_arguments([True, *args[1:]], None, presets.get)
+        settings = read_arguments([True, *args[1:]], None, presets.get).settings
         name = presets.named(settings)
         line = preview.of_loaded_model(settings, width, height)
         chart = preview.chart(settings, min(max(int(steps), 1), 150))
