@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from . import token_map as token_maps
 from .partition import Partition, make_partition
 from .plan import tokens_removed
 from .settings import MergeSettings
-from .token_map import TokenMap
+from .token_map import TokenMap, numbers
 
 SIMILARITY_BYTES = 64 * 2**20
 """The similarity matrix never takes more than this at once."""
@@ -54,17 +53,10 @@ class Matching:
         removed = max(0, min(removed, partition.most_removed))
         rows, dst_count, best = partition.rows(items), partition.dst.shape[1], self.best
         if kept := partition.src.shape[1] - removed:
-            own = own_slots(items, dst_count, kept, best.device)
+            own = numbers(partition.tokens, best.device)[dst_count : dst_count + kept].expand(items, -1)
             best = best.scatter(1, self.least_similar(kept), own)
         slots = torch.cat([rows.dst_slots, best], dim=1).gather(1, rows.inverse)
         return TokenMap(slots, partition.tokens - removed)
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def own_slots(items: int, first: int, count: int, device: torch.device) -> Tensor:
-    """[items, count], int32: `first`, `first` + 1, …, the slots of src that don't merge."""
-    return torch.arange(first, first + count, device=device, dtype=torch.int32).expand(items, -1)
 
 
 @torch.no_grad()

@@ -78,7 +78,8 @@ class TokenMap:
             rows = items if tokens <= SHORT else 1
             slots = (self._slots if rows == items else self._rows).view(rows, items * tokens // max(rows, 1))
             slots, members = slots.sort(stable=True)
-            starts = torch.searchsorted(slots, edges(rows, items * merged // max(rows, 1), device))
+            edges = numbers(items * tokens + 1, device)[: items * merged // max(rows, 1) + 1].repeat(rows, 1)
+            starts = torch.searchsorted(slots, edges)
             counts = starts[:, 1:] - starts[:, :-1]
             if rows > 1:
                 first = first_rows(rows, tokens, device)
@@ -125,9 +126,9 @@ def first_rows(items: int, length: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def edges(rows: int, slots: int, device: torch.device) -> Tensor:
-    """[rows, slots + 1], int32: 0, 1, 2, … in each row."""
-    return torch.arange(slots + 1, device=device, dtype=torch.int32).repeat(rows, 1)
+def numbers(count: int, device: torch.device) -> Tensor:
+    """[count], int32: 0, 1, 2, …"""
+    return torch.arange(count, device=device, dtype=torch.int32)
 
 
 def _scanned_mean(x: Tensor, rows: Tensor, members: Tensor, ends: Tensor, counts: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .packages import MissingPackage
 
-SUBCOMMANDS = ("speed", "layer", "memory", "quality", "soak")
+SUBCOMMANDS = ("speed", "layer", "estimate", "memory", "quality", "soak")
 
 
 def parser() -> argparse.ArgumentParser:

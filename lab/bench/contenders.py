@@ -180,7 +180,7 @@ def matchers(side: int, ratio: float, dtype: torch.dtype) -> tuple[list[Matcher]
     for name in (CORNER, RANDOM):
         note = why_left_out(name, ratio, side * side, dtype)
         if note is None:
-            every_matcher.append(Matcher(name, functools.partial(_match_tomesd, use_rand=name == RANDOM)))
+            every_matcher.append(Matcher(name, functools.partial(match_tomesd, use_rand=name == RANDOM)))
         else:
             notes.append(note)
     return every_matcher, notes
@@ -321,7 +321,8 @@ def _match_ours(x: Tensor, grid: tuple[int, int], ratio: float, step: int, exact
     return token_map.merge, token_map.unmerge
 
 
-def _match_tomesd(x: Tensor, grid: tuple[int, int], ratio: float, step: int, use_rand: bool) -> tuple[Apply, Apply]:
+def match_tomesd(x: Tensor, grid: tuple[int, int], ratio: float, step: int, use_rand: bool) -> tuple[Apply, Apply]:
+    """`tomesd`'s own matching: what merges, and what unmerges."""
     tomesd = require("tomesd")
     rows, columns = grid
     generator = torch.Generator(x.device).manual_seed(step) if use_rand else None
