@@ -210,7 +210,8 @@ def _hash(count: int, step: int, item: int, device: torch.device) -> Tensor:
     """
     value = torch.arange(count, device=device if device.type in DRAWING_DEVICES else "cpu")
     for salt in (item, step):
-        value = value ^ ((salt + 1) * 0x27220A95 & 0xFFFFFFFF)
+        # A tensor, since torch 2.1 dispatches an xor with a number wrongly where operations are recorded.
+        value = value ^ value.new_full((1,), (salt + 1) * 0x27220A95 & 0xFFFFFFFF)
         for _ in range(2):
             value = ((value >> 16) ^ value) * 0x45D9F3B & 0xFFFFFFFF
         value = (value >> 16) ^ value
