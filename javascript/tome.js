@@ -152,12 +152,13 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
             if (track) new MutationObserver(refresh).observe(track, {attributes: true, attributeFilter: ["style"]});
         }
         // A finished generation.
-        const results = byId(`html_info_${tab}`);
-        const finished = () => {
-            translate(results, text => text.startsWith("ToMe: "));
-            refresh();
-        };
-        if (results) new MutationObserver(finished).observe(results, {childList: true, subtree: true});
+        for (const results of ["html_info", "html_log"].map(name => byId(`${name}_${tab}`))) {
+            const finished = () => {
+                translate(results, text => text.startsWith("ToMe: "));
+                refresh();
+            };
+            if (results) new MutationObserver(finished).observe(results, {childList: true, subtree: true});
+        }
         for (const lines of ["preview", "preset_message", "measure_lines"].map(name => byId(prefix + name))) {
             if (lines) new MutationObserver(() => translate(lines)).observe(lines, {childList: true, subtree: true});
         }
