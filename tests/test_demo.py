@@ -59,6 +59,19 @@ def test_the_same_command_makes_the_same_pictures(tmp_path, capsys):
     assert pictures[0][0] != pictures[2][0]
 
 
+def test_another_model_makes_other_pictures(tmp_path, capsys):
+    pictures = {}
+    for model in ("emoji", "photos"):
+        out = tmp_path / f"{model}.png"
+        arguments = ["cat face", "--model", model, "--steps", "2", "--out", str(out)]
+        assert main([*arguments, "--size", "64x64"]) == 0
+        assert "4096 -> 2048 keys" in capsys.readouterr().out
+        pictures[model] = pictures_of(out, 512, 512)[0]
+    assert pictures["emoji"].tobytes() != pictures["photos"].tobytes()
+    main(["red apple", "--model", "photos", "--steps", "1", "--out", str(tmp_path / "out.png")])
+    assert "does not know the word 'apple'" in capsys.readouterr().out
+
+
 def test_where_nothing_merges_the_pictures_are_equal_and_there_is_no_map(tmp_path, capsys):
     assert main(["cat", "--ratio", "0", "--steps", "2", "--out", str(tmp_path / "out.png")]) == 0
     without, with_merging, apart = pictures_of(tmp_path / "out.png")
