@@ -32,11 +32,11 @@ from lab.bench.contenders import (
     UNMERGED,
     UNWEIGHTED,
 )
-from lab.bench.pictures import CHUNK, Album, Studio
+from lab.bench.pictures import CHUNK, UNTRAINED, Album, Studio
 from lab.demo import model as demo_model
 from tomesd_core.settings import FIELDS
 
-STUDIO = Studio(True, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu"))
+STUDIO = Studio(UNTRAINED, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu"))
 EVERY_ROW = [
     pytest.param(row, id=f"{name} {number}: {row.name}")
     for name, table in TABLES.items()
@@ -249,6 +249,7 @@ def test_what_is_wrong_is_said(bench: Callable, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(demo_model, "WEIGHTS", tmp_path)
     pictures._model.cache_clear()
     assert "tiny.safetensors is missing" in bench("--samples", 2, status=2)
+    assert str(tmp_path / "photos") in bench("--samples", 2, "--model", "photos", status=2)
     for name in [name for name in sys.modules if name.partition(".")[0] == "skimage"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "skimage", None)
@@ -344,6 +345,24 @@ def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
     assert seconds > 0 and merged == ""
 
 
+def test_larger_pictures_have_more_tokens_and_are_judged_in_the_models_own_size(
+    bench: Callable, tmp_path: Path
+) -> None:
+    bench("--tiny", "--tables", "where", "--side", 16)
+    row = rows_of(tmp_path / "quality-where.csv")[1]
+    assert (row["model"], row["side"]) == (UNTRAINED, "16")
+    studio = dataclasses.replace(STUDIO, steps=2, side=16)
+    plain, merged = (studio.make(variant, 0)[0][:6] for variant in (WHOLE.variant, ours()))
+    assert plain.shape == (6, 16, 16, 3)
+    assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, plain).mean()), abs=0.2)
+    net = studio.classifier()
+    halved = torch.nn.functional.avg_pool2d(merged.permute(0, 3, 1, 2) / 255, 2)
+    distance = distances.Frechet(net.reference).distance(net.features(halved))
+    assert float(row["frechet"]) == pytest.approx(float(distance), rel=1e-3)
+    with pytest.raises(SystemExit):
+        main(["quality", "--tiny", "--side", "12"])
+
+
 def test_the_merging_is_told_its_steps(watch: Callable) -> None:
     unet = STUDIO.model().model.diffusion_model
     with watch(unet) as inputs_of:
@@ -376,7 +395,7 @@ def test_what_pictures_depend_on_is_in_their_folders_name() -> None:
             dataclasses.replace(STUDIO, **{name: value})
             for name, value in (("attention", "plain"), ("dtype", "bfloat16"))
         ),
-        dataclasses.replace(STUDIO, tiny=False),
+        *(dataclasses.replace(STUDIO, **other) for other in ({"name": "emoji"}, {"name": "photos"}, {"side": 16})),
     ]
     digests = [studio.digest(variant) for studio in studios for variant in variants]
     assert len(set(digests)) == len(studios) * len(variants)

@@ -59,6 +59,16 @@ def test_the_same_command_makes_the_same_pictures(tmp_path, capsys):
     assert pictures[0][0] != pictures[2][0]
 
 
+def test_another_model_makes_other_pictures(tmp_path, capsys):
+    pictures = {}
+    for model, unknown in (("emoji", "fur"), ("photos", "apple")):
+        out = tmp_path / f"{model}.png"
+        assert main(["cat fur apple", "--model", model, "--steps", "2", "--out", str(out)]) == 0
+        assert re.findall(r"does not know the word '(\w+)'", capsys.readouterr().out) == [unknown]
+        pictures[model] = pictures_of(out)[0]
+    assert pictures["emoji"].tobytes() != pictures["photos"].tobytes()
+
+
 def test_where_nothing_merges_the_pictures_are_equal_and_there_is_no_map(tmp_path, capsys):
     assert main(["cat", "--ratio", "0", "--steps", "2", "--out", str(tmp_path / "out.png")]) == 0
     without, with_merging, apart = pictures_of(tmp_path / "out.png")

@@ -1,4 +1,4 @@
-"""The tiny model: its words, its shapes, what the samplers ask of it, and the shipped weights."""
+"""A tiny model: its words, its shapes, what the samplers ask of it, and the shipped weights."""
 
 import json
 
@@ -8,7 +8,9 @@ from PIL import Image
 
 pytest.importorskip("ldm")
 
-from lab.demo.model import WEIGHTS, FeatureNet, TinyModel, split_words
+from lab.bench.models import attention
+from lab.demo.model import MODELS, WEIGHTS, FeatureNet, TinyModel, split_words
+from lab.demo.train import REGIONS, Recipe
 
 SMALL = {"image_size": 8, "channel_mult": [1, 1], "attention_resolutions": [1, 2], "context_dim": 32}
 
@@ -20,9 +22,12 @@ def small():
 
 @pytest.fixture(scope="module")
 def shipped():
-    if not (WEIGHTS / "tiny.safetensors").exists():
-        pytest.skip("no trained weights are shipped yet")
-    return TinyModel.load()
+    return TinyModel.load("emoji")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return TinyModel.load("photos")
 
 
 def test_words_are_split_without_punctuation_or_case():
@@ -104,7 +109,7 @@ def test_pictures_survive_the_way_there_and_back(small):
 
 def test_saved_and_loaded_it_predicts_the_same(small, tmp_path):
     small.save(tmp_path / "m.safetensors", steps=7)
-    loaded = TinyModel.load(tmp_path / "m.safetensors")
+    loaded = TinyModel.read(tmp_path / "m.safetensors")
     assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["steps"] == 7
     assert loaded.words == small.words
     assert loaded.shape == small.shape
@@ -117,17 +122,21 @@ def test_saved_and_loaded_it_predicts_the_same(small, tmp_path):
     assert (got - expected).abs().max() < 0.02 * expected.abs().max()  # fp16 on disk
     (tmp_path / "m.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"m\.json"):
-        TinyModel.load(tmp_path / "m.safetensors")
+        TinyModel.read(tmp_path / "m.safetensors")
 
 
-def test_shipped_files_are_small_and_attributed(shipped):
-    sizes = {file.name: file.stat().st_size for file in WEIGHTS.iterdir()}
+@pytest.mark.parametrize("name", MODELS)
+def test_shipped_files_are_small_and_attributed(name):
+    sizes = {file.name: file.stat().st_size for file in (WEIGHTS / name).iterdir()}
     assert sizes["tiny.safetensors"] <= 10_000_000
     assert sizes["features.safetensors"] <= 1_000_000
     assert {"tiny.json", "LICENSE", "train.log"} <= set(sizes)
-    text = (WEIGHTS / "LICENSE").read_text(encoding="utf-8")
-    assert "Microsoft" in text
-    assert "emoji-data" in text
+    text = (WEIGHTS / name / "LICENSE").read_text(encoding="utf-8")
+    if name == "emoji":
+        assert "Microsoft" in text
+        assert "emoji-data" in text
+    else:
+        assert not [file for file, _, _ in REGIONS if file not in text]
 
 
 def test_shipped_model_knows_its_captions(shipped):
@@ -137,25 +146,49 @@ def test_shipped_model_knows_its_captions(shipped):
     assert shipped.unknown_words("a cat on a skateboard") == ["a", "on", "skateboard"]
 
 
-def test_a_cat_and_an_apple_are_recognised(shipped):
-    """What the model draws for a prompt is what the classifier of the training pictures takes it for."""
+def pictures_of(model, prompts, side=32):
+    """RGB in [0, 1], by ldm's own sampler in a few steps."""
     from ldm.models.diffusion.plms import PLMSSampler
 
+    shape = (3, side, side)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
+    # The whole matrix of 64×64 tokens would take most of the time.
+    with attention(model, "sdp"):
+        x, _ = PLMSSampler(model).sample(
+            S=10,
+            batch_size=len(prompts),
+            shape=shape,
+            conditioning=model.encode_prompts(prompts),
+            unconditional_conditioning=model.encode_prompts([""] * len(prompts)),
+            unconditional_guidance_scale=3.0,
+            x_T=torch.stack(noise),
+            verbose=False,
+        )
+    return model.to_rgb(x)
+
+
+def test_a_cat_and_an_apple_are_recognised(shipped):
+    """What the model draws for a prompt is what the classifier of the training pictures takes it for."""
     prompts = ["cat face", "red apple", "green apple"]
-    noise = [torch.randn(shipped.image_shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    x, _ = PLMSSampler(shipped).sample(
-        S=10,
-        batch_size=3,
-        shape=shipped.image_shape,
-        conditioning=shipped.encode_prompts(prompts),
-        unconditional_conditioning=shipped.encode_prompts([""] * 3),
-        unconditional_guidance_scale=3.0,
-        x_T=torch.stack(noise),
-        verbose=False,
-    )
-    rgb = shipped.to_rgb(x)
+    rgb = pictures_of(shipped, prompts)
     guesses = [shipped.captions[i] for i in FeatureNet.load()(rgb).argmax(1)]
     assert guesses == prompts
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_what_photographs_show_is_recognised_in_both_sizes(photos, side):
+    prompts = ["cat fur", "galaxies", "wooden table"]
+    rgb = torch.nn.functional.adaptive_avg_pool2d(pictures_of(photos, prompts, side), 32)
+    guesses = [photos.captions[i] for i in FeatureNet.load("photos")(rgb).argmax(1)]
+    assert guesses == prompts
+
+
+def test_the_model_of_photographs_knows_its_captions_and_its_photographs(photos):
+    assert photos.captions == [caption for _, caption, _ in REGIONS]
+    assert not [word for caption in photos.captions for word in photos.unknown_words(caption)]
+    training = json.loads((WEIGHTS / "photos" / "tiny.json").read_text(encoding="utf-8"))["training"]
+    assert training["recipe"].keys() == vars(Recipe()).keys()
+    assert sorted(training["pictures"]) == sorted({f"scikit-image: {file}" for file, _, _ in REGIONS})
 
 
 def test_features_tell_pictures_from_noise():

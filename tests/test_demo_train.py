@@ -1,9 +1,11 @@
-"""Training the tiny model: on a few made-up pictures, small enough for a test."""
+"""Training a tiny model: on a few made-up pictures, small enough for a test."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("ldm")
 
@@ -20,7 +22,15 @@ def pictures():
     rgb = torch.full((4, 3, 8, 8), 255, dtype=torch.uint8)
     for picture, colour in zip(rgb, colours.values(), strict=True):
         picture[:, 2:6, 2:6] = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)
-    return train.Pictures(list(colours), rgb)
+    return train.Pictures(list(colours), [rgb])
+
+
+@pytest.fixture(scope="module")
+def both_sizes(pictures):
+    """Each picture twice, in two sizes."""
+    (rgb,) = pictures.rgb
+    larger = rgb.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return train.Pictures(pictures.captions * 2, [size.repeat(2, 1, 1, 1) for size in (rgb, larger)])
 
 
 def steps_of(training, count):
@@ -98,9 +108,117 @@ def test_export_writes_what_load_reads(pictures, tmp_path):
     steps_of(training, 1)
     (tmp_path / "train.log").write_text("".join(f"line {i}\n" for i in range(40)), encoding="utf-8")
     FeatureNet(4).save(tmp_path / "features.safetensors")
-    train.export(training, tmp_path, tmp_path / "train.log")
-    model = TinyModel.load(tmp_path / "tiny.safetensors")
+    train.export(training, tmp_path, tmp_path / "train.log", pictures="four squares")
+    model = TinyModel.read(tmp_path / "tiny.safetensors")
+    assert '"pictures": "four squares"' in (tmp_path / "tiny.json").read_text(encoding="utf-8")
     assert model.captions == pictures.captions
     for name, value in model.state_dict().items():
         assert torch.equal(value, training.average[name].half().float())
     assert (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()[0] == "line 20"
+
+
+# Pictures of several sizes, with captions that several share
+
+
+def test_sizes_take_turns_with_as_many_pixels_and_every_picture_once_an_epoch(both_sizes):
+    recipe = train.Recipe(batch=8)
+    model = TinyModel.random(0, words=both_sizes.words, **SMALL)
+    batches = [train.draw_batch(both_sizes, model, recipe, step)[0] for step in range(8)]
+    assert [batch.shape for batch in batches] == [(8, 3, 8, 8), (2, 3, 16, 16)] * 4
+    # Eight pictures are four colours twice: one turn of the small ones, four of the large ones.
+    for epoch in (batches[0], torch.cat(batches[1::2])):
+        middles = [tuple(picture[:, 4, 4].tolist()) for picture in epoch]
+        assert sorted(middles.count(middle) for middle in set(middles)) == [2] * 4
+
+
+def test_both_sizes_are_trained_on_and_their_captions_are_kept_once(both_sizes, tmp_path):
+    training = train.Training(both_sizes, train.Recipe(batch=8), SMALL)
+    assert training.model.captions == both_sizes.captions[:4]
+    shapes = []
+    training.model.model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    losses = steps_of(training, 2)
+    assert sorted(shapes) == [(1, 3, 16, 16)] * 2 + [(4, 3, 8, 8)] * 2
+    # At first nothing but the noise is to be predicted: a mean of the shards, not their sum.
+    assert 0.3 < losses[0] < 1.2 and 0.3 < losses[1] < 1.2
+    training.save(tmp_path / "checkpoint.pt")
+    assert train.Training.resume(tmp_path / "checkpoint.pt", both_sizes).model.captions == both_sizes.captions[:4]
+
+
+def test_features_name_captions(both_sizes):
+    net, right = train.train_features(both_sizes, steps=40, batch=16)
+    assert (net.head.out_features, len(net.reference)) == (4, 8)
+    assert right > 0.8
+    guesses = net(both_sizes.rgb[0] / 255).argmax(1).tolist()
+    assert guesses == [0, 1, 2, 3] * 2
+
+
+def test_what_lies_outside_of_a_varied_picture_is_as_its_edge(pictures):
+    grey = torch.full((64, 3, 8, 8), 0.5)
+    varied = train.vary(grey, torch.Generator().manual_seed(0))
+    assert varied.mean(dim=(1, 2, 3)).max() < 0.6
+
+
+# The photographs
+
+
+def test_crops_lie_in_their_boxes_at_several_scales_and_are_the_same_in_each_size(tmp_path, monkeypatch):
+    across = torch.arange(200, dtype=torch.uint8).expand(100, 200)
+    down = torch.arange(100, dtype=torch.uint8).unsqueeze(1).expand(100, 200)
+    photograph = torch.stack([across, down, torch.full_like(across, 7)], 2)
+    Image.fromarray(photograph.numpy()).save(tmp_path / "ramp.png")
+    boxes = ((0, 0, 100, 100), (104, 4, 196, 98))
+    monkeypatch.setattr(train, "REGIONS", (("ramp.png", "a ramp", boxes), ("ramp.png", "it", boxes[1:])))
+    crops = train.load_photographs(tmp_path, crops=20, sizes=(8, 16))
+    assert crops.captions == ["a ramp"] * 20 + ["it"] * 20 and crops.names == ["a ramp", "it"]
+    small, large = crops.rgb
+    assert small.shape == (40, 3, 8, 8) and large.shape == (40, 3, 16, 16)
+    assert (small[:, 2] == 7).all()
+    halved = torch.nn.functional.avg_pool2d(large.float(), 2)
+    assert (small - halved).abs().max() <= 2
+    for number, crop in enumerate(large):
+        left, top, right, bottom = boxes[number % 2 if number < 20 else 1]
+        assert left <= crop[0].min() and crop[0].max() < right
+        assert top <= crop[1].min() and crop[1].max() < bottom
+    sides = (large[:, 0, 0, -1].int() - large[:, 0, 0, 0]).tolist()
+    assert 40 < min(sides) < 55 < 80 < max(sides)
+    again = train.load_photographs(tmp_path, crops=20, sizes=(8, 16))
+    assert all(torch.equal(one, other) for one, other in zip(crops.rgb, again.rgb, strict=True))
+
+
+def test_the_photographs_are_in_scikit_images_package():
+    skimage = pytest.importorskip("skimage")
+    crops = train.load_photographs(crops=1)
+    assert [tuple(size.shape) for size in crops.rgb] == [(len(train.REGIONS), 3, side, side) for side in (32, 64)]
+    assert len(crops.names) == len(train.REGIONS)
+    # Cut from the photograph that is named, and inside of it.
+    folder = Path(skimage.__file__).parent / "data"
+    for file, caption, boxes in train.REGIONS:
+        width, height = Image.open(folder / file).size
+        for left, top, right, bottom in boxes:
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height, caption
+
+
+def test_without_scikit_image_that_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install scikit-image"):
+        train.load_photographs()
+    with pytest.raises(SystemExit):
+        train.main(["emoji", "--out", str(tmp_path)])
+    assert "emoji needs --data" in capsys.readouterr().err
+
+
+# bf16
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_is_used_where_the_cpu_multiplies_it_by_itself(pictures, monkeypatch, tmp_path, has_bf16):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16, raising=False)
+    training = train.Training(pictures, train.Recipe(batch=6), SMALL)
+    dtypes = set()
+    training.model.model.diffusion_model.out[-1].register_forward_hook(lambda *args: dtypes.add(args[-1].dtype))
+    training.train_step(1e-3)
+    assert dtypes == {torch.bfloat16 if has_bf16 else torch.float32}
+    # A run that is resumed on another machine stays what it was.
+    training.save(tmp_path / "checkpoint.pt")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not has_bf16)
+    assert train.Training.resume(tmp_path / "checkpoint.pt", pictures).recipe.bf16 == has_bf16

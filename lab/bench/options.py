@@ -45,6 +45,14 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def picture_side(text: str) -> int:
+    """A side of a tiny model's pictures, in pixels: its levels halve it twice."""
+    side = whole_number(text)
+    if side % 8:
+        raise argparse.ArgumentTypeError(f"a side is a multiple of 8 pixels, got {text!r}")
+    return side
+
+
 def add_shared(parser: argparse.ArgumentParser, rounds: bool = True) -> None:
     """The options of every subcommand, and of one that measures in rounds. None is `fill_in`'s to replace."""
     if rounds:

@@ -1,4 +1,4 @@
-"""Pictures of the tiny model, made with and without merging, and kept on disk: what was made is never made again."""
+"""Pictures of a tiny model, made with and without merging, and kept on disk: what was made is never made again."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ from .timing import timed
 CHUNK = 8
 """Pictures made at once, and kept in one file; guidance doubles them. On a CPU more at once were no faster."""
 
+UNTRAINED = "untrained"
+"""A smaller model of random weights, in a trained one's place."""
+
 TINY_SHAPE = {"image_size": 8, "channel_mult": [1, 1, 1], "context_dim": 32}
 TINY_CAPTIONS = ("cat face", "red apple", "red cat", "apple face", "apple")
 
@@ -41,8 +44,8 @@ TINY_CAPTIONS = ("cat face", "red apple", "red cat", "apple face", "apple")
 class Studio:
     """All that pictures depend on besides their number and the way to merge."""
 
-    tiny: bool
-    """An untrained, smaller model in the shipped one's place."""
+    name: str
+    """The model's: one of `MODELS`, or `UNTRAINED`."""
     steps: int
     """Of PLMS, where a variant doesn't say; they divide 1000."""
     scale: float
@@ -50,15 +53,23 @@ class Studio:
     attention: str
     dtype: str
     device: torch.device
+    side: int | None = None
+    """Of a picture, in pixels; None: the model's own."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a picture."""
+        channels, height, width = self.model().image_shape
+        return channels, self.side or height, self.side or width
 
     def model(self) -> TinyModel:
         """The model, which later calls give again. Raises `FileNotFoundError` where its weights are missing."""
-        return _model(self.tiny, self.device)
+        return _model(self.name, self.device)
 
     def classifier(self) -> FeatureNet:
         """The classifier of the model's pictures. Raises `FileNotFoundError` where it is missing."""
-        if not self.tiny:
-            return FeatureNet.load()
+        if self.name != UNTRAINED:
+            return FeatureNet.load(self.name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net = FeatureNet(len(self.model().captions), references=8).eval().requires_grad_(False)
@@ -99,7 +110,7 @@ class Studio:
         """[B, 3, H, W], by ldm's own PLMS; picture i starts from the noise of seed `first` + i."""
         sampler = require("ldm.models.diffusion.plms").PLMSSampler(model)
         noise = [
-            torch.randn(model.image_shape, generator=torch.Generator().manual_seed(first + number))
+            torch.randn(self.image_shape, generator=torch.Generator().manual_seed(first + number))
             for number in range(len(prompts))
         ]
         running.begin_step(0, steps)
@@ -108,7 +119,7 @@ class Studio:
             x, _ = sampler.sample(
                 S=steps,
                 batch_size=len(prompts),
-                shape=model.image_shape,
+                shape=self.image_shape,
                 conditioning=model.encode_prompts(prompts),
                 unconditional_conditioning=model.encode_prompts([""] * len(prompts)),
                 unconditional_guidance_scale=self.scale,
@@ -128,17 +139,17 @@ class Studio:
             code.append(importlib.metadata.version("tomesd"))
         if variant.contender in (TODO, UNWEIGHTED):
             code.append(inspect.getsource(contenders))
-        how = [self.scale, self.attention, self.dtype, self.device.type, CHUNK, torch.__version__]
+        how = [self.scale, self.attention, self.dtype, self.device.type, self.image_shape, CHUNK, torch.__version__]
         way = {**dataclasses.asdict(variant), "steps": self.steps_of(variant)}
         everything = [_model_digest(self.model()), how, way, code]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=1)
-def _model(tiny: bool, device: torch.device) -> TinyModel:
+def _model(name: str, device: torch.device) -> TinyModel:
     require("ldm.modules.diffusionmodules.openaimodel")
-    if not tiny:
-        return TinyModel.load().to(device)
+    if name != UNTRAINED:
+        return TinyModel.load(name).to(device)
     model = TinyModel.random(**TINY_SHAPE)
     model.captions = list(TINY_CAPTIONS)
     return model.to(device)

@@ -1,10 +1,11 @@
-"""How far merging takes the pictures of the tiny trained model from what they were: by method, and the paper's tables.
+"""How far merging takes the pictures of a tiny trained model from what they were: by method, and the paper's tables.
 
-Every row's pictures are made from the same seeds and prompts, by ldm's own PLMS sampler. PSNR and SSIM are to the
-unmerged twin, made in as many steps; "pairs" is the share of query-key pairs left in layers that merge. Fréchet is the
-distance of all of a row's pictures to the training pictures, on features of a small classifier of the same pictures
-(not Inception: it compares with no published FID); "named" is the share of pictures that this classifier takes for
-their prompt's. Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only the
+The model is that of emoji, or by --model that of photographs, which makes textures and no compositions. Every row's
+pictures are made from the same seeds and prompts, by ldm's own PLMS sampler. PSNR and SSIM are to the unmerged twin,
+made in as many steps; "pairs" is the share of query-key pairs left in layers that merge. Fréchet is the distance of
+all of a row's pictures to the training pictures, on features of a small classifier of the same pictures (not
+Inception: it compares with no published FID); "named" is the share of pictures that this classifier takes for their
+prompt's. Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only the
 new ones. --speed adds a table at equal time for each size in its files, and what a row's ratio brings in times faster,
 by the first of them.
 """
@@ -20,14 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+from ..demo.model import MODELS
 from . import distances, output
 from .ablations import TABLES, Gains, Table, Variant, at_equal_time, times_faster
 from .contenders import CORNER, KEYS, RANDOM, UNMERGED, why_left_out
 from .distances import Estimate
-from .options import add_shared, fill_in, whole_number
+from .options import add_shared, fill_in, picture_side, whole_number
 from .packages import require
-from .pictures import Album, Series, Studio
+from .pictures import UNTRAINED, Album, Series, Studio
 from .timing import progress
 
 USUAL = {"samples": 500, "steps": 50, "scale": 3.0, "tables": list(TABLES), "attention": "sdp", "threads": 1}
@@ -61,6 +64,13 @@ NOTES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench quality`."""
     add_shared(parser, rounds=False)
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="by what it was trained on")
+    parser.add_argument(
+        "--side",
+        type=picture_side,
+        metavar="PIXELS",
+        help="of a picture, and tokens of the finest layers (32; the model of photographs knows 64 too)",
+    )
     parser.add_argument("--samples", type=whole_number, metavar="N", help="pictures a row, from 2 up")
     parser.add_argument("--steps", type=whole_number, metavar="N", help="of PLMS, where a table doesn't say")
     parser.add_argument("--scale", type=float, metavar="S", help="of classifier-free guidance")
@@ -83,7 +93,10 @@ def run(args: argparse.Namespace) -> None:
     if args.processes is None:
         args.processes = max(1, output.cores() // args.threads) if args.device.type == "cpu" else 1
     machine = output.this_machine(args.device, args.dtype, args.command)
-    studio = Studio(args.tiny, args.steps, args.scale, args.attention, args.dtype, args.device)
+    studio = Studio(
+        UNTRAINED if args.tiny else args.model,
+        *(args.steps, args.scale, args.attention, args.dtype, args.device, args.side),
+    )
     album = Album(args.out / "quality", studio)
     judge = Judge(album, args.samples)
     gains = {f"{file.stem} {size}": of_size for file in args.speed for size, of_size in _gains(file).items()}
@@ -140,6 +153,7 @@ class Judge:
             for name, metric in METRICS.items():
                 line |= _compared(name, metric, values.get(name), others.get(name))
             line |= {"seconds": series.seconds, "reference": reference and reference.name, "merged": series.merged}
+            line |= {"model": studio.name, "side": studio.image_shape[-1]}
             line |= {"samples": self._samples, "scale": studio.scale}
             rows.append(line | {"how": json.dumps(dataclasses.asdict(variant))})
         return rows
@@ -147,7 +161,11 @@ class Judge:
     def _judge(self, variant: Variant) -> tuple[Series, dict[str, Estimate]]:
         if variant not in self._judged:
             series = self._album.read(variant, self._samples)
-            rgb = series.pictures.permute(0, 3, 1, 2).float().div(255)
+            # The classifier knows the model's first size, which larger ones are averaged down to.
+            rgb = F.adaptive_avg_pool2d(
+                series.pictures.permute(0, 3, 1, 2).float().div(255),
+                self._album.studio.model().image_shape[1:],
+            )
             features = self._net.features(rgb)
             named = self._net.head(features).argmax(1) == self._labels
             values = {
@@ -188,7 +206,7 @@ def _that_can_run(
     """The chosen tables, and those at equal time, without the rows of peers that are missing; and notes that say so."""
     tables = {name: table for name, table in TABLES.items() if name in args.tables}
     tables |= {f"time {what}".replace(" ", "-"): at_equal_time(what, of_size) for what, of_size in gains.items()}
-    side = studio.model().image_shape[-1]
+    side = studio.image_shape[-1]
     why_not = {peer: why_left_out(peer, 0.0, side * side, args.torch_dtype) for peer in (CORNER, RANDOM)}
     needed = {row.variant.contender for table in tables.values() for row in table.rows}
     notes = [note for peer, note in why_not.items() if note and peer in needed]

@@ -1,4 +1,4 @@
-"""What merging does to a picture and to the time, with a tiny model in a stand-in for WebUI.
+"""What merging does to a picture and to the time, with one of two tiny models in a stand-in for WebUI.
 
 Without a prompt a page is served until Ctrl-C; with one, the pictures are made and saved without a page.
 """
@@ -6,6 +6,7 @@ Without a prompt a page is served until Ctrl-C; with one, the pictures are made 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from ..host import Host
 from . import page
 from .compare import sheet
-from .model import TinyModel
+from .model import MODELS, TinyModel
 from .page import SEED, SIDES, STEPS
 
 
@@ -23,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; gives its exit status."""
     options = _parser().parse_args(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    with Host({"tiny": _load_model}) as host:
+    # The chosen one is the first, and so the one to begin with.
+    names = sorted(MODELS, key=lambda name: name != options.model)
+    with Host({name: functools.partial(_load_model, name) for name in names}) as host:
         from modules import shared
 
         # What was merged is said beside the pictures.
@@ -33,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         return _serve(host, options) if options.prompt is None else _save(host, options)
 
 
-def _load_model() -> TinyModel:
-    """The trained model; without its weights, it says so and gives a random one."""
+def _load_model(name: str) -> TinyModel:
+    """A trained model; without its weights, it says so and gives a random one."""
     try:
-        return TinyModel.load()
+        return TinyModel.load(name)
     except FileNotFoundError as error:
         print(f"No trained model ({error}); going on with random weights.")
         return TinyModel.random()
@@ -45,6 +48,7 @@ def _load_model() -> TinyModel:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lab.demo", description=__doc__)
     parser.add_argument("prompt", nargs="?", help="what to make; left out, a page is served")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="by what it was trained on (default: emoji)")
     parser.add_argument("--port", type=int, help="the page's port (default: the first free one from 7860)")
     parser.add_argument("--theme", choices=["light", "dark"], help="the page's colours (default: the browser's)")
     saved = parser.add_argument_group("with a prompt")

@@ -1,8 +1,9 @@
-"""A tiny text-to-image model with all of Stable Diffusion's structure: the demo's and the benchmarks' trained model.
+"""A tiny text-to-image model with all of Stable Diffusion's structure: the demo's and the benchmarks' trained models.
 
-The UNet is the original ``ldm`` one, with self- and cross-attention at three levels, in pixel space at 32×32. The text
-side is a small vocabulary of the training pictures' own words. `TinyModel` offers what the ``ldm`` samplers and a host
-ask of a ``LatentDiffusion``: ``model.diffusion_model``, ``apply_model``, ``alphas_cumprod`` and the like.
+The UNet is the original ``ldm`` one, with self- and cross-attention at three levels, in pixel space at 32×32: one was
+trained on emoji, and one on crops of photographs, at 64×64 too. The text side is a small vocabulary of the training
+pictures' own words. `TinyModel` offers what the ``ldm`` samplers and a host ask of a ``LatentDiffusion``:
+``model.diffusion_model``, ``apply_model``, ``alphas_cumprod`` and the like.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-#: The shape of the shipped model; `TinyModel` takes a mapping of this form.
+MODELS = ("emoji", "photos")
+"""The trained models, by what they were trained on: each is a folder in `WEIGHTS`."""
+
+#: The shape of the shipped models; `TinyModel` takes a mapping of this form.
 DEFAULT_SHAPE: dict[str, Any] = {
     "image_size": 32,
     "model_channels": 32,
@@ -196,13 +200,17 @@ class TinyModel(nn.Module):
         return (x.detach().float() * self.shape["pixel_scale"] + self.shape["pixel_offset"]).clamp(0, 1)
 
     @classmethod
-    def load(cls, path: str | Path | None = None) -> TinyModel:
-        """The trained model, in fp32 and in eval mode.
+    def load(cls, name: str = "emoji") -> TinyModel:
+        """One of the trained `MODELS`, as from `read`."""
+        return cls.read(WEIGHTS / name / "tiny.safetensors")
 
-        ``path`` is a ``.safetensors`` file with its ``.json`` beside it, or the shipped one. Raises `FileNotFoundError`
-        where one of the two is missing.
+    @classmethod
+    def read(cls, path: str | Path) -> TinyModel:
+        """The model in ``path``, a ``.safetensors`` file with its ``.json`` beside it, in fp32 and in eval mode.
+
+        Raises `FileNotFoundError` where one of the two is missing.
         """
-        path = WEIGHTS / "tiny.safetensors" if path is None else Path(path)
+        path = Path(path)
         weights, metadata = _read(path), json.loads(_existing(path.with_suffix(".json")).read_text(encoding="utf-8"))
         model = cls(metadata["words"], metadata["captions"], metadata["shape"])
         model.load_state_dict(weights)
@@ -249,7 +257,7 @@ class FeatureNet(nn.Module):
     """A small classifier of the training pictures; its last features but one serve for a Fréchet distance.
 
     It is not Inception, and its distances compare with no published FID: only with each other. It tells ``classes``
-    pictures apart, in the order of `TinyModel.captions`, and holds the features of ``references`` pictures.
+    captions apart, in the order of `TinyModel.captions`, and holds the features of ``references`` pictures.
     """
 
     #: Length of a feature vector.
@@ -273,13 +281,13 @@ class FeatureNet(nn.Module):
         return self.stages(1 - images).mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes]: which training picture each of ``images`` (as for `features`) looks like."""
+        """Logits [B, classes]: which caption each of ``images`` (as for `features`) looks like."""
         return self.head(self.features(images))
 
     @classmethod
-    def load(cls) -> FeatureNet:
-        """The shipped classifier, in fp32 and eval mode. Raises `FileNotFoundError` where it is missing."""
-        weights = _read(WEIGHTS / "features.safetensors")
+    def load(cls, name: str = "emoji") -> FeatureNet:
+        """That of one of the `MODELS`, in fp32 and eval mode. Raises `FileNotFoundError` where it is missing."""
+        weights = _read(WEIGHTS / name / "features.safetensors")
         net = cls(len(weights["head.bias"]), len(weights["reference"]))
         net.load_state_dict(weights)
         return net.eval().requires_grad_(False)

@@ -1,17 +1,19 @@
-"""Trains the tiny text-to-image model on a hundred emoji, on a CPU, in an hour or two.
+"""Trains a tiny text-to-image model on a hundred emoji or on crops of photographs, on a CPU, in an hour or two.
 
-    python -m lab.demo.train --data DIR --out DIR --steps 3000       (again with --resume, to go on)
-    python -m lab.demo.train --data DIR --out DIR --export           (into weights/)
+    python -m lab.demo.train emoji --data DIR --out DIR --steps 3000       (again with --resume, to go on)
+    python -m lab.demo.train photos --out DIR --steps 3000
+    python -m lab.demo.train photos --out DIR --export                     (into weights/photos)
 
-The pictures are the npm package ``@lobehub/fluent-emoji-3d``, their names come from ``emoji-datasource`` (both MIT):
-``npm pack @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource@16.0.0`` in the ``--data`` folder fetches them. Whatever is
-random in a step is drawn from the seed and the step's number, so a run that was interrupted goes on as if it had not
-been.
+The emoji are the npm package ``@lobehub/fluent-emoji-3d``, their names come from ``emoji-datasource`` (both MIT):
+``npm pack @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource@16.0.0`` in the ``--data`` folder fetches them. The
+photographs are those in scikit-image's wheel that are in the public domain; nothing is fetched. Whatever is random in a
+step is drawn from the seed and the step's number, so a run that was interrupted goes on as if it had not been.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -19,9 +21,9 @@ import random
 import signal
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .model import WEIGHTS, FeatureNet, TinyModel, on_white, split_words
+from tomesd_core.matching import similarity_dtype
+
+from .model import MODELS, WEIGHTS, FeatureNet, TinyModel, on_white, split_words
 
 PICTURES, NAMES = "lobehub-fluent-emoji-3d-1.1.0.tgz", "emoji-datasource-16.0.0.tgz"
 
@@ -56,24 +60,65 @@ balloon gift=present jack_o_lantern=pumpkin christmas_tree crown tophat bell key
 ghost alien=alien robot_face
 """
 
+Box = tuple[int, int, int, int]
+
+#: A photograph's file, a caption, and the boxes (left, top, right, bottom) that its crops lie in. Only
+#: photographs that scikit-image says are CC0 or in the public domain; no face of a person.
+REGIONS: tuple[tuple[str, str, tuple[Box, ...]], ...] = (
+    ("astronaut.png", "american flag", ((0, 0, 95, 230),)),
+    ("astronaut.png", "orange suit", ((40, 290, 140, 470),)),
+    ("astronaut.png", "suit collar", ((105, 195, 310, 300),)),
+    ("astronaut.png", "space helmet", ((280, 345, 512, 512),)),
+    ("astronaut.png", "space shuttle", ((345, 0, 480, 290),)),
+    ("chelsea.png", "cat eye", ((125, 70, 220, 160), (285, 95, 355, 175))),
+    ("chelsea.png", "cat face", ((30, 0, 360, 300),)),
+    ("chelsea.png", "cat fur", ((45, 0, 345, 80),)),
+    ("chelsea.png", "cat nose", ((215, 205, 310, 285),)),
+    ("chelsea.png", "cat whiskers", ((20, 195, 230, 300),)),
+    ("chelsea.png", "white blanket", ((360, 150, 451, 300),)),
+    ("coffee.png", "coffee cup", ((165, 10, 415, 300),)),
+    ("coffee.png", "cup handle", ((185, 220, 270, 310),)),
+    ("coffee.png", "espresso", ((200, 90, 375, 200),)),
+    ("coffee.png", "brown saucer", ((75, 100, 175, 330), (240, 290, 450, 390))),
+    ("coffee.png", "silver spoon", ((320, 205, 415, 335),)),
+    ("coffee.png", "wooden table", ((480, 0, 600, 400), (0, 220, 90, 400))),
+    ("hubble_deep_field.jpg", "galaxies", ((0, 0, 1000, 872),)),
+    ("hubble_deep_field.jpg", "spiral galaxy", ((90, 365, 160, 435),)),
+    ("hubble_deep_field.jpg", "yellow galaxy", ((685, 430, 770, 515),)),
+    ("hubble_deep_field.jpg", "bright star", ((710, 535, 795, 620), (220, 135, 290, 200))),
+    ("retina.jpg", "retina vessels", ((400, 180, 1200, 560), (300, 1050, 1150, 1330))),
+    ("retina.jpg", "retina edge", ((1080, 80, 1400, 400), (20, 1050, 320, 1380))),
+    ("retina.jpg", "optic disc", ((80, 530, 350, 790),)),
+    ("retina.jpg", "macula", ((560, 560, 860, 840),)),
+    ("rocket.jpg", "rocket", ((270, 110, 375, 420),)),
+    ("rocket.jpg", "launch tower", ((0, 0, 95, 380), (555, 0, 640, 420))),
+    ("rocket.jpg", "launch lights", ((80, 340, 280, 427), (340, 350, 490, 427))),
+    ("rocket.jpg", "evening sky", ((95, 0, 300, 115), (345, 120, 435, 340))),
+)
+
 
 # --- The pictures -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is trained on: ``captions`` and ``rgb``, a uint8 tensor [N, 3, H, W], in the same order."""
+    """What is trained on: ``captions`` and, in the same order, ``rgb``: a uint8 tensor [N, 3, H, W] a size."""
 
     captions: list[str]
-    rgb: Tensor
+    rgb: list[Tensor]
 
     @property
     def words(self) -> list[str]:
         """The captions' words, each once, sorted."""
         return sorted({word for caption in self.captions for word in split_words(caption)})
 
+    @property
+    def names(self) -> list[str]:
+        """The captions, each once."""
+        return list(dict.fromkeys(self.captions))
 
-def load_pictures(folder: Path, size: int = 32, margin: int = 1, picked: str = PICKED) -> Pictures:
+
+def load_emoji(folder: Path, size: int = 32, margin: int = 1, picked: str = PICKED) -> Pictures:
     """The ``picked`` emoji on white, ``size`` pixels wide and high, ``margin`` of them white on each side.
 
     Raises `FileNotFoundError` without the two packages, `ValueError` when two pictures have the same caption.
@@ -93,10 +138,67 @@ def load_pictures(folder: Path, size: int = 32, margin: int = 1, picked: str = P
             small = Image.new("RGB", (size, size), "white")
             small.paste(picture.resize((size - 2 * margin,) * 2, Image.Resampling.LANCZOS), (margin, margin))
             captions.append(" ".join(split_words(caption.replace("~", " ") or emoji["name"])))
-            tensors.append(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(size, size, 3))
+            tensors.append(_bytes(small))
     if len(set(captions)) < len(captions):
         raise ValueError(f"two pictures share a caption: {sorted({c for c in captions if captions.count(c) > 1})}")
-    return Pictures(captions, torch.stack(tensors).permute(0, 3, 1, 2).contiguous())
+    return Pictures(captions, [torch.stack(tensors)])
+
+
+def load_photographs(folder: Path | None = None, crops: int = 64, sizes: Sequence[int] = (32, 64)) -> Pictures:
+    """So many ``crops`` of each of the `REGIONS`, each one in all ``sizes``.
+
+    A crop's side is half of its box's shorter side to all of it. ``folder`` holds the photographs: by default
+    scikit-image's. Raises `FileNotFoundError` where one is missing.
+    """
+    if folder is None:
+        found = importlib.util.find_spec("skimage")
+        if found is None or not found.submodule_search_locations:
+            raise FileNotFoundError("the photographs are in scikit-image: pip install scikit-image")
+        folder = Path(found.submodule_search_locations[0]) / "data"
+    chance = random.Random(0)
+    captions: list[str] = []
+    rgb: list[list[Tensor]] = [[] for _ in sizes]
+    for file, caption, boxes in REGIONS:
+        photograph = Image.open(folder / file).convert("RGB")
+        for number in range(crops):
+            left, top, right, bottom = boxes[number % len(boxes)]
+            longest = min(right - left, bottom - top)
+            # Each scale as often; never so small that nothing but blur is left.
+            part, shortest = chance.random(), max(48, longest / 2)
+            side = round(shortest**part * longest ** (1 - part))
+            x, y = chance.randint(left, right - side), chance.randint(top, bottom - side)
+            captions.append(caption)
+            for size, tensors in zip(sizes, rgb, strict=True):
+                window = (x, y, x + side, y + side)
+                crop = photograph.resize((size, size), Image.Resampling.LANCZOS, window)
+                tensors.append(_bytes(crop))
+    return Pictures(captions, [torch.stack(tensors) for tensors in rgb])
+
+
+def _bytes(picture: Image.Image) -> Tensor:
+    """An RGB picture as uint8 [3, H, W]."""
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return flat.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's pictures come from; ``shape`` is what its model has of its own."""
+
+    load: Callable[..., Pictures]
+    remarks: dict[str, Any]
+    shape: dict[str, Any] = field(default_factory=dict)
+
+
+#: By model. The offset and scale of the photographs are their pixels' mean and spread.
+SOURCES = {
+    "emoji": Source(load_emoji, {"pictures": PICTURES, "names": NAMES}),
+    "photos": Source(
+        load_photographs,
+        {"pictures": sorted({f"scikit-image: {file}" for file, _, _ in REGIONS})},
+        {"pixel_offset": 0.36, "pixel_scale": 0.27},
+    ),
+}
 
 
 # --- One step ---------------------------------------------------------------------------------------------------------
@@ -117,7 +219,8 @@ class Recipe:
     drop_prompt: float = 0.12
     drop_words: float = 0.1
     snr_limit: float = 5.0
-    bf16: bool = True
+    # Only where the CPU multiplies it by itself: by emulation, a step of 1.4 seconds took 26.
+    bf16: bool = field(default_factory=lambda: similarity_dtype(torch.empty(0)) == torch.bfloat16)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
@@ -128,14 +231,19 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def draw_batch(pictures: Pictures, model: TinyModel, recipe: Recipe, step: int) -> tuple[Tensor, ...]:
-    """What step ``step`` trains on: pictures, word numbers, diffusion steps, noise. A function of seed and step."""
+    """What step ``step`` trains on: pictures, word numbers, diffusion steps, noise. A function of seed and step.
+
+    The sizes take turns; of larger pictures there are fewer, so that each step is of as many pixels.
+    """
+    turn, which = divmod(step, len(pictures.rgb))
+    rgb = pictures.rgb[which]
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     chance = random.Random(recipe.seed * 1_000_003 + step)
-    count, n = len(pictures.captions), recipe.batch
+    count, n = len(rgb), recipe.batch * model.shape["image_size"] ** 2 // rgb[0, 0].numel()
 
     # Every picture once an epoch: position i of the endless sequence lies in epoch i // count.
     numbers, epochs = [], {}
-    for i in range(step * n, (step + 1) * n):
+    for i in range(turn * n, (turn + 1) * n):
         if i // count not in epochs:
             epochs[i // count] = torch.randperm(
                 count, generator=torch.Generator().manual_seed(recipe.seed * 7_919 + i // count)
@@ -154,7 +262,7 @@ def draw_batch(pictures: Pictures, model: TinyModel, recipe: Recipe, step: int) 
             # So that a part of a caption means something too: "apple" is a red or a green one.
             words = [word for word in words if chance.random() < 0.5] or [chance.choice(words)]
         prompts.append(" ".join(words))
-    x = (pictures.rgb[numbers].float() / 255 - model.shape["pixel_offset"]) / model.shape["pixel_scale"]
+    x = (rgb[numbers].float() / 255 - model.shape["pixel_offset"]) / model.shape["pixel_scale"]
     # Spread evenly over all diffusion steps, not drawn one by one: the loss, and so the gradient, is much less noisy.
     spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
     t = (spread * model.num_timesteps).long().clamp(max=model.num_timesteps - 1)
@@ -191,7 +299,7 @@ class Training:
         self.recipe = recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            self.model = TinyModel(pictures.words, pictures.captions, shape)
+            self.model = TinyModel(pictures.words, pictures.names, shape)
         self.parameters = list(self.model.parameters())
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
@@ -209,7 +317,7 @@ class Training:
         shards = list(zip(*(part.chunk(self.recipe.shards) for part in batch), strict=True))
         jobs = [
             self.pool.submit(
-                shard_gradients, self.model, self.parameters, shard, self.recipe, len(shard[0]) / self.recipe.batch
+                shard_gradients, self.model, self.parameters, shard, self.recipe, len(shard[0]) / len(batch[0])
             )
             for shard in shards
         ]
@@ -301,7 +409,8 @@ def vary(rgb: Tensor, generator: torch.Generator) -> Tensor:
     upper = [scale * mirror * angle.cos(), -scale * angle.sin(), across]
     lower = [scale * mirror * angle.sin(), scale * angle.cos(), down]
     grid = F.affine_grid(torch.stack(upper + lower, 1).view(-1, 2, 3), list(rgb.shape), align_corners=False)
-    moved = 1 - F.grid_sample(1 - rgb, grid, align_corners=False)  # white outside
+    # Outside is what the edge is: white around an emoji.
+    moved = 1 - F.grid_sample(1 - rgb, grid, padding_mode="border", align_corners=False)
     tint = 1 + 0.15 * (2 * torch.rand(len(rgb), 3, 1, 1, generator=generator) - 1)
     noise = torch.randn(moved.shape, generator=generator) * between(0, 0.08).view(-1, 1, 1, 1)
     return (moved * tint + noise).clamp(0, 1)
@@ -310,32 +419,36 @@ def vary(rgb: Tensor, generator: torch.Generator) -> Tensor:
 def train_features(pictures: Pictures, steps: int = 700, batch: int = 64, seed: int = 0) -> tuple[FeatureNet, float]:
     """A `FeatureNet` trained to name varied ``pictures``, and the part of other variations that it names rightly.
 
-    Takes less than a minute on two idle cores.
+    It sees those of the first size, and names them by their captions. Takes less than a minute on two idle cores.
     """
-    rgb = pictures.rgb.float() / 255
+    rgb = pictures.rgb[0].float() / 255
+    labels = torch.tensor([pictures.names.index(caption) for caption in pictures.captions])
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = FeatureNet(len(rgb), len(rgb))
+        net = FeatureNet(len(pictures.names), len(rgb))
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        label = torch.randint(len(rgb), (batch,), generator=generator)
-        loss = F.cross_entropy(net(vary(rgb[label], generator)), label, label_smoothing=0.1)
+        drawn = torch.randint(len(rgb), (batch,), generator=generator)
+        loss = F.cross_entropy(net(vary(rgb[drawn], generator)), labels[drawn], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     net.eval().requires_grad_(False)
     net.reference.copy_(net.features(rgb))
     guess = net(vary(rgb, generator)).argmax(1)
-    return net, float((guess == torch.arange(len(rgb))).float().mean())
+    return net, float((guess == labels).float().mean())
 
 
-def export(training: Training, folder: Path, log: Path) -> None:
-    """Writes what is shipped to ``folder``: averaged model, log's end, and the feature classifier if it is missing."""
+def export(training: Training, folder: Path, log: Path, **remarks: Any) -> None:
+    """Writes what is shipped to ``folder``: averaged model, log's end, and the feature classifier if it is missing.
+
+    ``remarks``, on the pictures, stand beside the recipe in the model's ``.json``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    remarks = {"pictures": PICTURES, "names": NAMES, "recipe": vars(training.recipe), "steps": training.step}
+    remarks |= {"recipe": vars(training.recipe), "steps": training.step}
     training.averaged().save(folder / "tiny.safetensors", training=remarks)
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     (folder / "train.log").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")
@@ -348,7 +461,8 @@ def export(training: Training, folder: Path, log: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lab.demo.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the two npm packages")
+    parser.add_argument("model", choices=MODELS, help="by what it is trained on")
+    parser.add_argument("--data", type=Path, help="folder of the two npm packages, or of the photographs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
     parser.add_argument("--steps", type=int, default=3000, help="optimiser steps in all (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -358,7 +472,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.pt"
-    pictures = load_pictures(args.data)
+    source = SOURCES[args.model]
+    if args.model == "emoji" and args.data is None:
+        parser.error("emoji needs --data")
+    pictures = source.load(args.data)
     if args.resume or args.export:
         if not checkpoint.is_file():
             parser.error(f"there is no checkpoint.pt in {args.out}")
@@ -366,10 +483,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         if checkpoint.is_file():
             parser.error(f"{args.out} holds a checkpoint already: give --resume, or another --out")
-        training = Training(pictures, Recipe(seed=args.seed))
+        training = Training(pictures, Recipe(seed=args.seed), source.shape)
     if args.export:
-        export(training, WEIGHTS, args.out / "train.log")
-        print(f"step {training.step} written to {WEIGHTS}")
+        folder = WEIGHTS / args.model
+        export(training, folder, args.out / "train.log", **source.remarks)
+        print(f"step {training.step} written to {folder}")
         return 0
     ended = run(training, args.out, args.steps)
     print(f"{'ended' if ended else 'stopped'} at step {training.step}; {checkpoint}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from on_page import PATIENCE_MS, expect, set_tab
+from on_page import PATIENCE_MS, choose, expect, set_tab
 
 pytestmark = pytest.mark.skipif(
     bool(os.environ.get("WEBUI_URL")), reason="WEBUI_URL names a WebUI, and this is the demo's page"
@@ -96,6 +96,18 @@ def test_unknown_words_are_said_under_the_prompt_at_once(page):
     expect(words).not_to_contain_text("does not know")
     words.locator("summary").click()
     expect(words.locator("details p")).to_contain_text("cat")
+
+
+def test_another_model_is_chosen_and_says_what_it_knows(page):
+    words, model = page.locator("#demo_words").first, page.locator("#setting_sd_model_checkpoint")
+    choose(model, "photos")
+    expect(words.locator("details p")).to_contain_text("cat whiskers")
+    try:
+        assert "Model: photos" in generate(page, "Seed: 3", seed=3, width=64, height=64)
+    finally:
+        # The page is the other tests' too.
+        choose(model, "emoji")
+    expect(words.locator("details p")).to_contain_text("red apple")
 
 
 def test_on_a_narrow_window_nothing_is_cut_off_and_the_pictures_come_first(page):
