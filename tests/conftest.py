@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tomesd_core as tome
+
+# A process in the background may inherit that it ignores interrupts, and so would the servers that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -189,7 +193,7 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> type[Crossings]:
     from tomesd_core import layer_hooks
     from tomesd_core.proportional import Heads
 
-    def known(attention: Any, x: Tensor, run: Any) -> Heads:
+    def known(attention: Any, x: Tensor, *_: Any) -> Heads:
         size = x.shape[-1] // attention.heads
         return Heads(attention.heads, size, size + 8, (size + 8) ** -0.5)
 

@@ -166,6 +166,18 @@ def test_a_kernel_that_takes_no_padded_heads_says_so_in_its_own_words():
     assert "refuses padded heads: AssertionError: head size 72 is not supported" in summary
 
 
+def test_a_refusal_is_probed_once_in_an_attach():
+    sizes = []
+    kernel = taking(lambda size: sizes.append(size) or size == 64)
+    block, x = make(kernel, 2, 64, torch.float16), image(128, torch.float16)
+    settings = tome.MergeSettings(ratio=0.75, schedule="constant", skip_unprofitable=False)
+    for attaches in (1, 2):
+        with tome.attach(block, settings) as merging:
+            for _ in range(3):
+                block(x)
+        assert sizes.count(72) == attaches and "72 is not supported" in merging.report().summary
+
+
 def test_another_kernel_behind_the_same_function_is_probed_anew():
     """As where a person chooses another one while the host runs."""
     block, x = make(plain, 2, 64, torch.float16), image(128, torch.float16)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tomesd_core as tome
+from tomesd_core import proportional
 from tomesd_core.proportional import BIAS_CHANNELS, WIDTH, Heads, Projections, has_projections, probe_heads
 from tomesd_core.settings import MergeSettings
 
@@ -175,7 +176,7 @@ def test_the_scale_is_read_off_the_attention(kind, dtype, size):
         running.pop()
 
     handles = list(Projections(attention, lambda: running[-1] if running else None, None).register())
-    heads = probe_heads(attention, torch.zeros(2, 64, 2 * size, dtype=dtype), run_as)
+    heads = probe_heads(attention, torch.zeros(2, 64, 2 * size, dtype=dtype), run_as, {})
     for handle in handles:
         handle.remove()
     wide = math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
@@ -190,6 +191,17 @@ def test_an_attention_whose_scale_is_unknown_is_left_alone_and_that_is_said(meth
         assert torch.equal(block(x), unmerged)
     assert "no known scale" in merging.report().summary
     assert run(block, x, settings("paper"))
+
+
+def test_a_counter_on_an_attention_does_not_have_it_probed_anew(monkeypatch):
+    block, x, probes = make("by heads"), image(16), []
+    usual = proportional._probed
+    monkeypatch.setattr(proportional, "_probed", lambda *args: probes.append(None) or usual(*args))
+    with tome.attach(block, settings("keys")):
+        for count in range(3):
+            block.transformer_blocks[0].attn1.calls = count
+            block(x)
+    assert len(probes) == 1
 
 
 def test_an_attention_without_heads_is_none_that_can_be_merged():

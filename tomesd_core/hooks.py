@@ -6,7 +6,7 @@ import math
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,22 +90,25 @@ class Merging:
         self.passes = Passes(settings.ratio_at(0.0))
         self.failure: str | None = None
         """The reason why nothing is merged any more: an error of merging itself."""
+        self.refusals: dict[Hashable, str] = {}
+        """By implementation of attention: why it can't weight keys."""
+        self.coarsest = settings.max_downsample
+        """The level up to which layers merge."""
         self.attached = True
         """False after `detach`."""
         self._steps = self._merged_steps = 0
         self._unet = weakref.ref(unet)
         self._is_compiled = hasattr(unet, "_orig_mod") or getattr(unet, "_compiled_call_impl", None) is not None
-        # Compiled code ignores hooks that come later, or traces into them, and fails.
-        self._found = [] if self._is_compiled else find_layers(unet)
-        self.coarsest = coarsest_level(settings, self._found)
         self._layers: list[LayerHooks] = []
         self._handles: list[RemovableHandle] = []
 
     def register(self, unet: nn.Module) -> None:
         """Puts every hook on `unet`; for `attach`."""
-        found, self._found = self._found, []
+        # Compiled code ignores hooks that come later, or traces into them, and fails.
+        found = [] if self._is_compiled else find_layers(unet)
         if not found:
             return
+        self.coarsest = coarsest_level(self.settings, found)
         self._handles.append(unet.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True))
         self._handles.append(unet.register_forward_hook(Hook(self._after_pass)))
         grids: dict[nn.Module, _GridHook] = {}

@@ -266,21 +266,27 @@ _known: dict[tuple[Any, ...], Heads] = {}
 MOST_KNOWN = 256
 
 
-def probe_heads(attention: Any, x: Tensor, run: Running) -> Heads:
-    """How `attention` splits, takes padded and scales heads; asked once for each implementation. `x`: [B, N, C].
+def probe_heads(attention: Any, x: Tensor, run: Running, refusals: dict[Hashable, str]) -> Heads:
+    """How `attention` splits, takes padded and scales heads; probed once for each implementation. `x`: [B, N, C].
 
     The smallest padding that the attention takes is chosen. Raises `NotMerged` with the attention's own words where it
-    takes none, and where it scales logits in no way that attentions do. A lack of memory is no answer: it is raised.
+    takes none, and where it scales logits in no way that attentions do: `refusals` keeps these, as long as the caller
+    keeps it. A lack of memory is no answer: it is raised.
     """
-    own = getattr(attention, "scale", None)
-    own = float(own) if isinstance(own, (int, float)) else None
     key = *_implementation(attention), x.shape[-1], x.dtype, x.device.type
-    if key not in _known:
-        heads = _probed(attention, x, own, run)
-        if len(_known) >= MOST_KNOWN:
-            _known.clear()
-        _known[key] = heads
-    return _known[key]
+    if key in _known:
+        return _known[key]
+    if key in refusals:
+        raise NotMerged(refusals[key])
+    try:
+        heads = _probed(attention, x, run)
+    except NotMerged as reason:
+        refusals[key] = str(reason)
+        raise
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _known[key] = heads
+    return heads
 
 
 def forget_heads() -> None:
@@ -289,17 +295,22 @@ def forget_heads() -> None:
 
 
 def _implementation(attention: Any) -> Iterator[Hashable]:
-    """What tells one implementation of attention from another: its function, and whatever it keeps that may choose."""
+    """Tells one implementation of attention from another: its function, and the attributes that may choose a kernel.
+
+    Other numbers may be counters, with which every call would be probed.
+    """
     yield getattr(attention.forward, "__func__", attention.forward)
     for name, value in vars(attention).items():
-        if isinstance(value, (int, float, str, types.FunctionType)):
+        if isinstance(value, (bool, str, types.FunctionType)) or name in ("heads", "scale"):
             yield name, value
         elif name == "processor":
             yield name, type(value)
 
 
 @torch.no_grad()
-def _probed(attention: Any, x: Tensor, own: float | None, run: Running) -> Heads:
+def _probed(attention: Any, x: Tensor, run: Running) -> Heads:
+    own = getattr(attention, "scale", None)
+    own = float(own) if isinstance(own, (int, float)) else None
     count, size = attention.heads, x.shape[-1] // attention.heads
     least = math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
     refusal = None

@@ -60,21 +60,16 @@ def needs_a_picture() -> bool:
 
 def makes_api_defaults() -> bool:
     """Whether the host builds a script's controls to learn the values that requests to its API may leave out."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "init_default_script_args":
-        frame = frame.f_back
-    return frame is not None
+    return any(frame.f_code.co_name == "init_default_script_args" for frame in _callers())
 
 
 def p_in(function: str, otherwise: Any) -> Any:
     """The `p` of WebUI's innermost running `function`; `otherwise` where none of the name runs.
 
-    What stands on a `p` isn't told on which object it is called, and `copy(p)` takes it along: other extensions make
-    pictures of their own from such copies. Only the function that calls it knows.
+    `copy(p)` copies instance attributes, so bound methods there can't tell which `p` they serve, and other extensions
+    make pictures of their own from such copies; the caller's frame can tell.
     """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != function:
-        frame = frame.f_back
+    frame = next((frame for frame in _callers() if frame.f_code.co_name == function), None)
     return otherwise if frame is None else frame.f_locals.get("p", otherwise)
 
 
@@ -83,13 +78,16 @@ def denoiser_of(params: Any) -> Any:
     if hasattr(params, "denoiser"):
         return params.denoiser
     # WebUI before 1.8 doesn't pass it on.
+    callers = (frame.f_locals.get("self") for frame in _callers() if frame.f_code.co_name == "forward")
+    return next((caller for caller in callers if hasattr(caller, "total_steps")), None)
+
+
+def _callers() -> Iterator[types.FrameType]:
+    """The running frames of this thread, the innermost first."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        denoiser = frame.f_locals.get("self")
-        if frame.f_code.co_name == "forward" and hasattr(denoiser, "total_steps"):
-            return denoiser
+        yield frame
         frame = frame.f_back
-    return None
 
 
 def hypertile_of(attention: nn.Module) -> str | None:

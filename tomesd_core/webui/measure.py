@@ -195,8 +195,9 @@ class _Run(Sampling):
     def follow(self, params: Any) -> None:
         """A step is about to run."""
         step, unet, layers = len(self._seconds), host.loaded_unet(), host.loaded_layers()
+        settings = self.settings
         # A failure of ours has taken the settings.
-        if self.settings is None or unet is None or not layers or self._is_stopped() or is_interrupted():
+        if settings is None or unet is None or not layers or self._is_stopped() or is_interrupted():
             raise InterruptedException
         if 0 < step <= WARM_UP:
             at_once = 2 * self._turns * max(self._seconds[-1], 1e-6)
@@ -211,9 +212,9 @@ class _Run(Sampling):
         merged = self._merged_turn(number, turn) if step >= WARM_UP else step % 2 - 1
         if merged >= 0:
             if self._merging is None:
-                self._hook(unet, False, params.x.shape, self._p.sampler)
+                self._hook(unet, settings, False, params.x.shape, self._p.sampler)
             if self._merging is not None:
-                every = self.settings.reuse_steps
+                every = settings.reuse_steps
                 self._merging.set_step(number // 2 * every + merged, self._pairs * every)
         else:
             self.unhook()

@@ -193,8 +193,8 @@ class Sampling:
         is_ours = denoiser is not None and denoiser.p is self._p
         if is_ours and self._began is None:
             self._began = now()
-        unet = host.loaded_unet()
-        if self.settings is None or not is_ours or unet is None or not merges_in(self.settings, is_hires):
+        unet, settings = host.loaded_unet(), self.settings  # `stop` may take them meanwhile.
+        if settings is None or not is_ours or unet is None or not merges_in(settings, is_hires):
             self.unhook()
             return
         if reason := _too_large.get(tuple(params.x.shape)):
@@ -203,20 +203,20 @@ class Sampling:
             return
         if self._merging is None or not self._merging.attached or self._unet is not unet or self._is_hires != is_hires:
             self.unhook()
-            self._hook(unet, is_hires, params.x.shape, denoiser.sampler)
+            self._hook(unet, settings, is_hires, params.x.shape, denoiser.sampler)
         # Samplers that run the model twice a step run it once in the last; WebUI's total counts that one twice too.
         options_of_sampler = getattr(getattr(denoiser.sampler, "config", None), "options", None) or {}
         twice_a_step = bool(options_of_sampler.get("second_order"))
         if self._merging is not None:
             self._merging.set_step(denoiser.step, denoiser.total_steps - twice_a_step)
 
-    def _hook(self, unet: nn.Module, is_hires: bool, shape: Any, sampler: Any) -> None:
+    def _hook(self, unet: nn.Module, settings: MergeSettings, is_hires: bool, shape: Any, sampler: Any) -> None:
         if self._map_place and is_hires not in self._recorders:
             first_items = host.first_items(sampler.sampler_extra_args["cond"])
             self._recorders[is_hires] = PictureRecorder(
                 self._map_place, first_items, tuple(shape[-2:]), lambda: self._unet_input
             )
-        self._merging = attach(unet, self.settings, host.hypertile_of, self._recorders.get(is_hires))
+        self._merging = attach(unet, settings, host.hypertile_of, self._recorders.get(is_hires))
         self._handle = unet.register_forward_pre_hook(Hook(self._note_input), with_kwargs=True)
         self._unet, self._is_hires, self._shape = unet, is_hires, tuple(shape)
 
