@@ -30,8 +30,19 @@ SD1: dict[str, Any] = {
 """Stable Diffusion 1's UNet, as ldm's `UNetModel` takes it."""
 
 _SD2 = {"context_dim": 1024, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True}
-BY_CONTEXT = {768: SD1, 1024: SD1 | _SD2}
+SD2 = SD1 | _SD2
+"""Stable Diffusion 2's."""
+BY_CONTEXT = {768: SD1, 1024: SD2}
 """The UNets of Stable Diffusion 1 and 2, by the channels of their context."""
+
+SDXL: dict[str, Any] = {
+    **SD2,
+    "attention_resolutions": [4, 2],
+    "channel_mult": [1, 2, 4],
+    "context_dim": 2048,
+    "transformer_depth": {640: 2, 1280: 10},
+}
+"""Stable Diffusion XL's, but for its embedding of sizes, which takes no time; depths are by the channels of a level."""
 
 TINY = SD1 | {"model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [1, 2], "channel_mult": [1, 2]}
 """A UNet of the same kind that runs in milliseconds."""
@@ -49,13 +60,9 @@ def build_unet(
 ) -> nn.Module:
     """ldm's `UNetModel` of this shape, with `weights` or random ones. Raises `MissingPackage` without ldm, `ValueError`
     for weights of another shape."""
-    attention = require("ldm.modules.attention")
-    kind = require("ldm.modules.diffusionmodules.openaimodel").UNetModel
-    rest = {"image_size": 32, "use_spatial_transformer": True, "use_checkpoint": False, "legacy": False}
-    # Where xformers is installed ldm takes its attention; both of what is measured here start from ldm's own.
-    with patch.object(attention, "XFORMERS_IS_AVAILBLE", False), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = kind(**config, **rest)
+        unet = make_unet(config, dtype)
         if weights is None:
             # Subnormal or zero activations could run at another speed.
             fill_zeros(unet)
@@ -64,11 +71,37 @@ def build_unet(
                 unet.load_state_dict(weights, strict=True)
             except RuntimeError as error:
                 raise ValueError(f"the checkpoint has another shape than Stable Diffusion 1 or 2: {error}") from error
-    unet = unet.to(device, dtype).eval().requires_grad_(False)
-    for module in unet.modules():
-        if type(module).__name__ == "GroupNorm32":
+    return unet.to(device)
+
+
+def make_unet(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """ldm's `UNetModel` of this shape, as it is initialised. Raises `MissingPackage` without ldm."""
+    attention = require("ldm.modules.attention")
+    module = require("ldm.modules.diffusionmodules.openaimodel")
+    depth = config["transformer_depth"]
+
+    class SpatialTransformer(attention.SpatialTransformer):
+        def __init__(self, channels: int, *args: Any, **kwargs: Any) -> None:
+            kwargs["depth"] = depth[channels] if isinstance(depth, dict) else depth
+            # ldm's own takes one context for each block.
+            kwargs["context_dim"] = [kwargs["context_dim"]] * kwargs["depth"]
+            super().__init__(channels, *args, **kwargs)
+
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            return super().forward(x, [context] * len(self.transformer_blocks))
+
+    rest = {"image_size": 32, "use_spatial_transformer": True, "use_checkpoint": False, "legacy": False}
+    # Where xformers is installed ldm takes its attention; all that is measured here starts from ldm's own.
+    with (
+        patch.object(attention, "XFORMERS_IS_AVAILBLE", False),
+        patch.object(module, "SpatialTransformer", SpatialTransformer),
+    ):
+        unet = module.UNetModel(**config, **rest)
+    unet = unet.to(dtype).eval().requires_grad_(False)
+    for part in unet.modules():
+        if type(part).__name__ == "GroupNorm32":
             # It casts its input to fp32, whatever the UNet's dtype: its weights must be of the same.
-            module.float()
+            part.float()
     return unet
 
 
