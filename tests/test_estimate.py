@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ pytest.importorskip("ldm", reason="the layer is ldm's own")
 
 from lab.bench.__main__ import main
 from lab.bench.contenders import CORNER, KEYS, TOKENS, UNMERGED
-from lab.bench.estimate import CARDS, SHAPES, record
+from lab.bench.estimate import SHAPES, record, record_step
+from lab.bench.roofline import CARDS
+from tomesd_core.plan import pays
+from tomesd_core.settings import METHODS
 
 REUSED = {"reuse_steps": 50}
 BUDGET = [
@@ -47,11 +51,10 @@ def test_the_peer_asks_for_as_many_launches_as_its_code_has():
 @pytest.mark.parametrize("card", CARDS)
 def test_more_merging_is_faster_and_a_larger_grid_gains_more(card):
     def faster(side, ratio):
-        times = [
-            sum(each.seconds(CARDS[card]) for each in record(side, SHAPES["sd15"], torch.float16, *what).operations)
-            for what in ((UNMERGED, 0.0), (KEYS, ratio))
-        ]
-        return times[0] / times[1]
+        whole, merged = (
+            record(side, SHAPES["sd15"], torch.float16, *what) for what in ((UNMERGED, 0.0), (KEYS, ratio))
+        )
+        return whole.seconds(CARDS[card]) / merged.seconds(CARDS[card])
 
     assert 1 < faster(64, 0.75) < faster(64, 0.9375) < faster(128, 0.9375)
 
@@ -64,3 +67,50 @@ def test_the_table_calls_every_time_an_estimate(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["contender"] for row in rows] == [UNMERGED, "keys", "tokens", "paper", CORNER, "ToDo"]
     assert all(float(row[card]) > 0 for row in rows for card in CARDS)
+
+
+LAYERS = [(320, 8), (640, 8), (1280, 8), (320, 5), (640, 10), (1280, 20)]
+"""Channels and heads of SD 1.5, SD 2 and SDXL, at any level."""
+RATIOS = (0.1, 0.25, 0.4375, 0.5, 0.6, 0.7, 0.75, 0.84, 0.9375)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp16", "autocast"])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_no_layer_that_the_rule_merges_on_a_gpu_loses(layer, autocast):
+    merging = []
+    for side, method in itertools.product((32, 40, 48, 56, 64, 80), METHODS):
+        if paying := [ratio for ratio in RATIOS if pays(side**2, *layer, ratio, "cuda", method)]:
+            merging.append((side, method, paying[0]))
+    assert {method for _, method, _ in merging} == set(METHODS)
+    for side, method, ratio in merging:
+        whole, merged = (
+            record(side, layer, torch.float16, *what, autocast) for what in ((UNMERGED, 0.0), (method, ratio))
+        )
+        for card in (CARDS["RTX 4090"], CARDS["H200"]):
+            assert whole.seconds(card) >= merged.seconds(card), (side, method, ratio)
+
+
+@pytest.mark.parametrize("layer", [(320, 8), (320, 5), (640, 10)], ids=str)
+def test_48x48_tokens_of_a_finest_layer_do_not_merge_on_a_gpu(layer):
+    assert not any(pays(48**2, *layer, ratio, "cuda", method) for method in (KEYS, TOKENS) for ratio in RATIOS[:-1])
+
+
+def test_a_peak_is_not_far_above_the_unmerged_one():
+    whole, merged = (record(128, SHAPES["sd15"], torch.float16, *what) for what in ((UNMERGED, 0.0), (KEYS, 0.75)))
+    assert 0 < merged.peak - whole.peak <= 12e6
+
+
+@pytest.mark.parametrize("kind", ["sdp", "plain"])
+def test_a_whole_step_gains_less_than_a_layer_and_more_at_a_larger_size(kind):
+    card, gains = CARDS["RTX 4090"], []
+    for side in (64, 128):
+        whole = record_step("sd15", side, torch.float16, kind, UNMERGED, 0.0)
+        gains.append(whole.seconds(card) / record_step("sd15", side, torch.float16, kind, KEYS, 0.84).seconds(card))
+    assert 1 < gains[0] < gains[1] < 4
+
+
+def test_sdxl_has_its_own_depths_and_no_attention_at_full_resolution():
+    whole = record_step("sdxl", 32, torch.float16, "sdp", UNMERGED, 0.0)
+    calls = [one.inputs[0].shape[2] for one in whole.operations if one.name == "fused_attention"]
+    # Each block attends twice: 2 levels of 2 + 3 transformers, 2 and 10 blocks each, and 10 blocks in the middle.
+    assert calls.count(16 * 16) == 2 * 5 * 2 and calls.count(8 * 8) == 2 * (5 + 1) * 10

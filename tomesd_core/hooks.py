@@ -185,7 +185,7 @@ class Merging:
         """The map for a call of a layer, by the similarity of x's tokens. Raises `NotMerged` where there is none."""
         settings, passes, (items, tokens, channels) = self.settings, self.passes, x.shape
         step, state = passes.step, passes.layers[layer]
-        removed = tokens_to_remove(settings, tokens, channels, step.ratio, x.device.type)
+        removed = tokens_to_remove(settings, tokens, channels, layer.heads, step.ratio, x.device.type)
         key = (layer, step.passes, state.matched_calls, grid, items, x.device)
         state.matched_calls += 1
         matching = passes.matchings.get(key)

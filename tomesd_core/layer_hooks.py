@@ -99,6 +99,7 @@ class LayerHooks:
     def __init__(self, merging: Merging, layer: Layer, place: Any) -> None:
         """`place` is what the layer's `Place` is kept under, in the passes of `merging`."""
         self._merging, self._place_key = merging, place
+        self.heads = layer.heads
         self.report = LayerReport(layer.name, layer.level, method=merging.settings.method)
         self._was_checkpointed = False
         self._odd_output: str | None = None

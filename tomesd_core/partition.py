@@ -12,6 +12,9 @@ from torch import Tensor
 DRAWING_DEVICES = {"cpu", "cuda", "meta"}
 """Where int64 can be multiplied: elsewhere the draw is made on the CPU, and copied."""
 
+DRAWS_AHEAD = 16
+"""How many steps are drawn at once where each has its own draw: it takes no more launches than one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
@@ -120,7 +123,12 @@ def make_partition(
     layout, rest, windows = _layout(grid, stride, window, device)
     cells, in_cell = layout.shape
     if partition == "random":
-        draw = torch.stack([_hash(cells, step, item, device) for item in range(items)]) % in_cell
+        # A matching that is never drawn anew has the draw of step 0.
+        steps = range(step, step + 1)
+        if step > 0:
+            first = (step - 1) // DRAWS_AHEAD * DRAWS_AHEAD + 1
+            steps = range(first, first + DRAWS_AHEAD)
+        draw = _draws(cells, steps, items, device)[:, steps.index(step)] % in_cell
     else:
         draw = torch.zeros(1, cells, dtype=torch.long, device=device)
     order = (draw[..., None] + torch.arange(in_cell, device=device)) % in_cell
@@ -159,8 +167,7 @@ def _uniform_partition(
     grid: tuple[int, int], stride: tuple[int, int], step: int, items: int, device: torch.device
 ) -> Partition:
     count = math.prod(side // cell for side, cell in zip(grid, stride, strict=True))
-    values = torch.stack([_hash(math.prod(grid), step, item, device) for item in range(items)])
-    order = values.argsort(dim=1, stable=True)
+    order = _draws(math.prod(grid), range(step, step + 1), items, device)[:, 0].argsort(dim=1, stable=True)
     src, dst = order[:, count:].sort().values, order[:, :count].sort().values
     numbers = torch.arange(math.prod(grid), device=device)
     windows = Windows(numbers[None, : src.shape[1]], numbers[None, :count], numbers[: src.shape[1]])
@@ -203,15 +210,20 @@ def _copied(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _hash(count: int, step: int, item: int, device: torch.device) -> Tensor:
-    """[count]: a well mixed 32-bit number for each of `count` places, in int64.
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _draws(count: int, steps: range, items: int, device: torch.device) -> Tensor:
+    """[items, steps, count]: a well mixed 32-bit number for each of `count` places, in int64.
 
     Products stay below 2^63, so that the same integers come out everywhere.
     """
-    value = torch.arange(count, device=device if device.type in DRAWING_DEVICES else "cpu")
-    for salt in (item, step):
-        # A tensor, since torch 2.1 dispatches an xor with a number wrongly where operations are recorded.
-        value = value ^ value.new_full((1,), (salt + 1) * 0x27220A95 & 0xFFFFFFFF)
+    where = device if device.type in DRAWING_DEVICES else torch.device("cpu")
+    value = torch.arange(count, device=where)
+    every_item = torch.arange(1, items + 1, device=where)[:, None, None]
+    every_step = torch.arange(steps.start + 1, steps.stop + 1, device=where)[:, None]
+    for salts in (every_item, every_step):
+        # Tensors, since torch 2.1 dispatches an xor with a number wrongly where operations are recorded.
+        value = value ^ (salts * 0x27220A95 & 0xFFFFFFFF)
         for _ in range(2):
             value = ((value >> 16) ^ value) * 0x45D9F3B & 0xFFFFFFFF
         value = (value >> 16) ^ value

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .proportional import WIDTHS, padded_size
 from .reasons import NotMerged
 from .settings import MergeSettings
 from .unet import Layer, finest_level
 
 LEAST_GAIN = {"keys": 512.0, "tokens": 512.0, "paper": 256.0}
-OTHER_LEAST_GAIN = 1024.0
-"""How many tokens fewer each token must attend to: by method on CPUs, and on other devices. See `pays`."""
+"""On CPUs: how many tokens fewer each token must attend to, by method."""
 
-LEAST_SIZE = 2**15
-"""Tokens times channels under which the hooks' own time is not small against the attention's."""
+LEAST_PRODUCTS = {"keys": 2.3e9, "tokens": 2.3e9, "paper": 3.8e9}
+PRODUCTS_PER_NUMBER = 1300.0
+"""On other devices: how many products of an attention kernel the launches of merging cost, by method, and how many each
+number of its input costs."""
+
+LITTLE_GAIN_TOKENS = 4096
+"""On other devices a step gains a few percent where no merged layer has more tokens, and attention is fast."""
 
 
 def pairs_left(ratio: float, method: str) -> float:
@@ -24,18 +29,28 @@ def pairs_left(ratio: float, method: str) -> float:
     return 1 - ratio if method == "keys" else (1 - ratio) ** 2
 
 
-def pays(tokens: int, channels: int, ratio: float, device_type: str, method: str) -> bool:
+def pays(tokens: int, channels: int, heads: int, ratio: float, device_type: str, method: str) -> bool:
     """Whether merging `ratio` of a layer's `tokens` of `channels` saves more time than it takes.
 
     Attention over N tokens takes N² C operations; matching, merging and weighting take a number that grows with N C. So
-    what decides is N times the share of the pairs that are saved: the tokens that each token need not attend to. From
-    `LEAST_GAIN` on no layer was slower merged on two CPU cores with SDP attention (`docs/speed.md`). A slower attention
-    pays earlier, but which one runs isn't asked. The threshold of other devices is an estimate: their attention is
-    faster, and starting a kernel costs them more.
+    on CPUs N times the share of saved pairs decides: from `LEAST_GAIN` on no layer was slower merged on two CPU cores
+    with SDP attention. On other devices a launch costs time at any size, and a padded head may need a larger kernel: by
+    `bench estimate` no layer that merges there loses on an RTX 4090 or an H200 with FlashAttention (`docs/speed.md`). A
+    slower attention pays earlier, but the rule doesn't ask which one runs.
     """
-    gain = tokens * (1 - pairs_left(ratio, method))
-    least_gain = LEAST_GAIN[method] if device_type == "cpu" else OTHER_LEAST_GAIN
-    return gain >= least_gain and tokens * channels >= LEAST_SIZE
+    if device_type == "cpu":
+        return tokens * (1 - pairs_left(ratio, method)) >= LEAST_GAIN[method]
+    return products_saved(tokens, channels, heads, ratio, method) >= (
+        LEAST_PRODUCTS[method] + PRODUCTS_PER_NUMBER * tokens * channels
+    )
+
+
+def products_saved(tokens: int, channels: int, heads: int, ratio: float, method: str) -> float:
+    """Products of queries with keys that a fused kernel saves: it computes a head at the next of `WIDTHS`."""
+    size = channels // heads
+    merged_size = size if method == "paper" else padded_size(size)
+    whole, merged = (next((width for width in WIDTHS if one <= width), one) for one in (size, merged_size))
+    return heads * tokens**2 * (whole - pairs_left(ratio, method) * merged)
 
 
 def tokens_removed(tokens: int, ratio: float, rounded: bool = False) -> int:
@@ -64,11 +79,13 @@ def check_layer(settings: MergeSettings, level: int | None, tokens: int, coarses
         raise NotMerged(f"{tokens} tokens are under min tokens {settings.min_tokens}")
 
 
-def tokens_to_remove(settings: MergeSettings, tokens: int, channels: int, ratio: float, device_type: str) -> int:
+def tokens_to_remove(
+    settings: MergeSettings, tokens: int, channels: int, heads: int, ratio: float, device_type: str
+) -> int:
     """How many of a layer's tokens a ratio removes. Raises `NotMerged` where it removes none."""
     removed = tokens_removed(tokens, ratio, rounded=not settings.exact)
     if not removed:
         raise NotMerged(f"at ratio {ratio:g} there is nothing to remove", by_ratio=True)
-    if settings.skip_unprofitable and not pays(tokens, channels, ratio, device_type, settings.method):
+    if settings.skip_unprofitable and not pays(tokens, channels, heads, ratio, device_type, settings.method):
         raise NotMerged(f"merging {ratio:g} of {tokens} tokens would not save time", by_ratio=True)
     return removed

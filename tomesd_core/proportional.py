@@ -48,6 +48,11 @@ TOLERANCE = 0.012
 """Relative error of a probed scale: probabilities in fp8 are off by up to 6.25 %, which is 0.8 % of `LOGIT`."""
 
 
+def padded_size(size: int) -> int:
+    """Channels of a head of `size`, padded as little as the bias needs."""
+    return math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
+
+
 @dataclasses.dataclass(frozen=True)
 class Heads:
     """How an attention splits its channels, the size of padded heads, and the scale of their logits."""
@@ -312,7 +317,7 @@ def _probed(attention: Any, x: Tensor, run: Running) -> Heads:
     own = getattr(attention, "scale", None)
     own = float(own) if isinstance(own, (int, float)) else None
     count, size = attention.heads, x.shape[-1] // attention.heads
-    least = math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
+    least = padded_size(size)
     refusal = None
     for wide in (least, *(width for width in WIDTHS if width > least)):
         heads = Heads(count, size, wide)

@@ -29,6 +29,12 @@ class Layer:
         return int(self.block.norm1.weight.shape[0])
 
     @property
+    def heads(self) -> int:
+        """How many heads its attention has; 1 where that is unknown."""
+        heads = getattr(self.block.attn1, "heads", None)
+        return heads if isinstance(heads, int) and heads > 0 else 1
+
+    @property
     def is_self_attention(self) -> bool:
         """False where the block was built to attend to the context twice (`disable_self_attn`)."""
         return not getattr(self.block, "disable_self_attn", False)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tomesd_core import layer_hooks, token_map
-from tomesd_core.proportional import BIAS_CHANNELS, WIDTH, Heads
+from tomesd_core.partition import make_partition
+from tomesd_core.proportional import Heads, padded_size
 from tomesd_core.settings import MergeSettings
 
 from . import output
@@ -86,8 +87,11 @@ def _unet(model: str, dtype: torch.dtype) -> nn.Module:
     return unet
 
 
-def _recorded(unet: nn.Module, name: str, ratio: float, settings: Mapping[str, Any], run: Callable[[], Any]) -> Recorder:
+def _recorded(
+    unet: nn.Module, name: str, ratio: float, settings: Mapping[str, Any], run: Callable[[], Any]
+) -> Recorder:
     how = MergeSettings(**{"schedule": "constant", **settings})
+    make_partition.cache_clear()  # Another subject's draws of the same grid would cost nothing here.
     with torch.no_grad(), put_on(unet, name, ratio, how) as running:
         for step in range(STEPS):
             running.begin_step(step, 20)
@@ -103,8 +107,7 @@ def _as_cuda(dtype: torch.dtype, autocast: bool) -> Iterator[None]:
 
     def known(attention: Any, x: Tensor, *_: Any) -> Heads:
         size = x.shape[-1] // attention.heads
-        wide = -(-(size + BIAS_CHANNELS) // WIDTH) * WIDTH
-        return Heads(attention.heads, size, wide, wide**-0.5)
+        return Heads(attention.heads, size, padded_size(size), padded_size(size) ** -0.5)
 
     def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (one.to(dtype) for one in (q, k, v))
@@ -120,7 +123,7 @@ def _as_cuda(dtype: torch.dtype, autocast: bool) -> Iterator[None]:
 
 
 class _Casts(TorchFunctionMode):
-    """Products in one dtype; with `autocast` norms and softmax in fp32, as CUDA's, which the meta device doesn't have."""
+    """Products in one dtype; with `autocast` norms and softmax in fp32. The meta device has no autocast of its own."""
 
     def __init__(self, dtype: torch.dtype, autocast: bool) -> None:
         super().__init__()

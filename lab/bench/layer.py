@@ -237,7 +237,7 @@ def _compared(
         row |= {"grid": f"{side}x{side}", "tokens": side * side, "ratio": ratio}
         row |= {"rounds": args.rounds, "attention_kind": args.attention}
         if name in METHODS:
-            is_worth_it = pays(side * side, args.channels, ratio, args.device.type, name)
+            is_worth_it = pays(side * side, args.channels, HEADS, ratio, args.device.type, name)
             row["rule"] = "merge" if is_worth_it else "leave out"
     return [*rows.values()]
 

@@ -56,7 +56,7 @@ SHORT_ROW = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """A tensor that went through an operation, without its memory."""
+    """Shape and bytes of a tensor that went through an operation."""
 
     shape: tuple[int, ...]
     bytes: int
@@ -108,11 +108,13 @@ class Operation:
             products = 2 * outs[0].count * ins[-1].shape[-2]
         elif self.name == "convolution":
             products = 2 * outs[0].count * math.prod(ins[1].shape[1:])
-        return max(self.launches * LAUNCH_SECONDS, self.bytes / card.bandwidth / BANDWIDTH_SHARE, products / card.products)
+        return max(
+            self.launches * LAUNCH_SECONDS, self.bytes / card.bandwidth / BANDWIDTH_SHARE, products / card.products
+        )
 
 
 class Recorder(TorchDispatchMode):
-    """While it is open: the operations on the meta device, what the CPU would wait for, and the memory that they take."""
+    """While it is open: operations on the meta device, what the CPU would wait for, and the memory that they take."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from typing import Any
 
 from modules import devices, processing
 
-from ..plan import check_layer, coarsest_level, tokens_to_remove
+from ..plan import LITTLE_GAIN_TOKENS, check_layer, coarsest_level, tokens_to_remove
 from ..reasons import NotMerged
 from ..schedule import progress_of
 from ..settings import HIGHEST_RATIO, PASSES, MergeSettings
@@ -45,8 +45,8 @@ def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tu
     if not layers:
         return "this model has no self-attention layers that can be merged"
     coarsest = coarsest_level(settings, layers)
-    each = (_change(settings, layer, latent, coarsest, device_type) for layer in layers)
-    changes = Counter(change for change in each if change is not None)
+    each = [_change(settings, layer, latent, coarsest, device_type) for layer in layers]
+    changes = Counter(f"{tokens} → {left}" for tokens, left in each if left)
     if not changes:
         return f"0 of {len(layers)} self-attention layers: nothing would be merged"
     what = _merged(settings)
@@ -59,27 +59,29 @@ def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tu
         line += f"; level {coarsest} is this model's finest"
     if settings.apply_to != PASSES[0]:
         line += f", {settings.apply_to} only"
+    most_tokens = max(tokens for tokens, left in each if left)
+    if device_type != "cpu" and most_tokens <= LITTLE_GAIN_TOKENS:
+        line += "; little to gain at this size where attention is fast"
     return line
 
 
 def _change(
     settings: MergeSettings, layer: Layer, latent: tuple[int, int], coarsest: int, device_type: str
-) -> str | None:
-    """Tokens before and after in one layer, or None where it won't merge."""
+) -> tuple[int, str]:
+    """A layer's tokens, and in words how many are left; these are empty where it won't merge."""
     tokens = math.prod(math.ceil(side / (layer.level or 1)) for side in latent)
-    if not layer.is_self_attention:
-        return None
+    left = []
     try:
         check_layer(settings, layer.level, tokens, coarsest)
     except NotMerged:
-        return None
-    counts = {}
+        return tokens, ""
     for ratio in (settings.ratio_at(0.0), settings.ratio_at(1.0)):
         try:
-            counts[tokens - tokens_to_remove(settings, tokens, layer.channels, ratio, device_type)] = ratio
+            left.append(tokens - tokens_to_remove(settings, tokens, layer.channels, layer.heads, ratio, device_type))
         except NotMerged:
-            counts[tokens] = ratio
-    return None if set(counts) == {tokens} else f"{tokens} → {' to '.join(map(str, counts))}"
+            left.append(tokens)
+    merges = layer.is_self_attention and set(left) != {tokens}
+    return tokens, " to ".join(map(str, dict.fromkeys(left))) if merges else ""
 
 
 def chart(settings: MergeSettings, steps: int) -> str:
