@@ -59,9 +59,9 @@ def row(setting: Setting) -> str:
 
 def test_the_table_of_settings_is_the_field_list():
     table = "\n".join([HEAD, *(row(setting) for setting in FIELDS.values() if setting.infotext)])
-    in_readme = re.search("<!-- settings -->\n(.*?)\n<!-- /settings -->", TEXTS["README.md"], re.DOTALL)
-    assert in_readme, "the README has no table of settings"
-    assert in_readme.group(1) == table, f"the table should be:\n{table}"
+    in_docs = re.search("<!-- settings -->\n(.*?)\n<!-- /settings -->", TEXTS["docs/api.md"], re.DOTALL)
+    assert in_docs, "docs/api.md has no table of settings"
+    assert in_docs.group(1) == table, f"the table should be:\n{table}"
 
 
 def test_the_expert_fields_are_those_that_the_panel_lacks():
@@ -101,8 +101,8 @@ def test_every_page_says_in_its_first_sentence_whom_it_is_for():
             assert text.splitlines()[2].startswith("This page is for those who "), name
 
 
-def test_the_readme_is_read_in_a_minute():
-    assert len(TEXTS["README.md"].splitlines()) <= 150
+def test_the_readme_is_read_in_minutes():
+    assert len(TEXTS["README.md"].split()) <= 1200
 
 
 def test_every_nox_session_that_is_named_is_there():

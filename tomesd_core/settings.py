@@ -1,7 +1,7 @@
 """What a person can set: one dataclass, one field list, one validation.
 
 Everything that shows, stores, sends or checks a setting (the panel, the picture's parameters, the API, presets, plot
-axes, the README's table) reads this list, so a new setting is one more field here.
+axes, docs/api.md's table) reads this list, so a new setting is one more field here.
 """
 
 from __future__ import annotations
