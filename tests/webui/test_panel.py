@@ -89,10 +89,3 @@ def test_every_control_explains_itself(components):
 
 def test_every_key_belongs_to_one_field(tab):
     assert len(KEYS) == len(set(KEYS)) == len(PANEL)
-
-
-@pytest.mark.parametrize(("device", "side", "is_little"), [("cuda", 64, True), ("cuda", 96, False), ("cpu", 64, False)])
-def test_the_preview_tells_where_a_gpu_has_little_to_gain(host, device, side, is_little):
-    settings = running("settings").MergeSettings(skip_unprofitable=False)
-    line = running("webui.preview").describe(settings, running("webui.host").loaded_layers(), (side, side), device)
-    assert ("little to gain at this size" in line) == is_little and "→" in line
