@@ -116,9 +116,9 @@ def test_merging_anything_but_self_attention_is_refused_and_the_error_says_why(m
 
 
 @pytest.mark.parametrize("function", [tome.apply_patch, tome.remove_patch])
-def test_a_diffusers_model_is_refused_and_the_error_says_why(function):
-    diffusers = type("UNet2DConditionModel", (type("ModelMixin", (nn.Module,), {}),), {})
-    with pytest.raises(TypeError, match="UNet2DConditionModel is a diffusers model: only ldm and sgm"):
+def test_a_diffusers_model_without_a_unet_is_refused(function):
+    diffusers = type("SD3Transformer2DModel", (type("ModelMixin", (nn.Module,), {}),), {})
+    with pytest.raises(TypeError, match="SD3Transformer2DModel has no UNet"):
         function(diffusers())
 
 

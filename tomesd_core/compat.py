@@ -29,7 +29,7 @@ def apply_patch(
     generator, and stays on for odd batches; a step is a UNet pass; a model without attention at `max_downsample` (SDXL
     at 1) merges at its finest level; no class is swapped.
 
-    Raises `SettingsError` (a `ValueError`) for `merge_crossattn` and `merge_mlp`, `TypeError` for a diffusers model.
+    Raises `SettingsError` (a `ValueError`) for `merge_crossattn` and `merge_mlp`, `TypeError` for what has no UNet.
     """
     for name, value in (("merge_crossattn", merge_crossattn), ("merge_mlp", merge_mlp)):
         if value:

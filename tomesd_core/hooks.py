@@ -6,7 +6,7 @@ import math
 import sys
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .report import Report
 from .schedule import progress_of
 from .settings import MergeSettings
 from .token_map import TokenMap
-from .unet import find_layers, find_unet, measured_level
+from .unet import Layer, find_layers, find_unet, is_compiled, measured_level, names_in
 
 LeaveOut = Callable[[nn.Module], "str | None"]
 OnMap = Callable[[str, int, Grid, TokenMap], None]
@@ -43,17 +43,18 @@ def attach(
 ) -> Merging:
     """Merges tokens around the self-attention of `model`'s UNet until the returned handle is detached.
 
-    `model` is an ldm or sgm UNetModel, or anything with `.model.diffusion_model`. A model without such layers is no
-    error: the report says so. What was attached to the same UNet before is detached. `leave_out` is asked at every call
-    of an `attn1` module, and keeps it unmerged by giving a reason. `on_map` is told of every call that is merged: the
-    layer's name, the step (from 0), the grid (rows, columns) and the `TokenMap` of the call's batch.
+    `model` is a UNet of ldm, sgm or diffusers, anything with `.model.diffusion_model`, or a diffusers pipeline. A model
+    without such layers is no error: the report says so. What was attached to the same UNet before is detached.
+    `leave_out` is asked at every call of an `attn1` module, and keeps it unmerged by giving a reason. `on_map` is told
+    of every call that is merged: the layer's name, the step (from 0), the grid (rows, columns) and the `TokenMap` of
+    the call's batch.
 
     Each thread has a sampling of its own: `set_step` speaks for the thread that calls it. Under gradient checkpointing
     a pass is left unmerged, since backward runs it again, or, where that can't be seen, backward raises `RuntimeError`.
     An error of merging itself never reaches the caller: that call of attention, and all that come after it, run
     unmerged, and the report has the reason.
 
-    Raises `TypeError` for what is no UNet, and for a diffusers model.
+    Raises `TypeError` for what is no UNet, and for a pipeline without one.
     """
     unet = find_unet(model)
     detach(unet)
@@ -98,7 +99,7 @@ class Merging:
         """False after `detach`."""
         self._steps = self._merged_steps = 0
         self._unet = weakref.ref(unet)
-        self._is_compiled = hasattr(unet, "_orig_mod") or getattr(unet, "_compiled_call_impl", None) is not None
+        self._is_compiled, self._names = is_compiled(unet), names_in(unet)
         self._layers: list[LayerHooks] = []
         self._handles: list[RemovableHandle] = []
 
@@ -109,17 +110,21 @@ class Merging:
         if not found:
             return
         self.coarsest = coarsest_level(self.settings, found)
-        self._handles.append(unet.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True))
-        self._handles.append(unet.register_forward_hook(Hook(self._after_pass)))
+        self.keep([unet.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True)])
+        self.keep([unet.register_forward_hook(Hook(self._after_pass))])
         grids: dict[nn.Module, _GridHook] = {}
         for layer in found:
             if layer.transformer not in grids:
-                grid = grids[layer.transformer] = _GridHook(self, layer.level)
-                self._handles.append(layer.transformer.register_forward_pre_hook(Hook(grid), with_kwargs=True))
+                grid = grids[layer.transformer] = _GridHook(self, layer)
+                self.keep([layer.transformer.register_forward_pre_hook(Hook(grid), with_kwargs=True)])
             hooks = LayerHooks(self, layer, grids[layer.transformer])
             self._layers.append(hooks)
-            for handle in hooks.register(layer):
-                self._handles.append(handle)
+            self.keep(hooks.register(layer))
+
+    def keep(self, handles: Iterable[RemovableHandle]) -> None:
+        """Takes hooks off with all others; each is kept as soon as it is there."""
+        for handle in handles:
+            self._handles.append(handle)
 
     def set_step(self, step: int, total: int | None = None) -> None:
         """Says where sampling is: the UNet passes that follow belong to `step` (from 0) of `total`.
@@ -128,6 +133,12 @@ class Merging:
         """
         self.passes.counts_passes = False
         self._begin_step(step, total)
+
+    def on_step_end(self, pipeline: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The `callback_on_step_end` of a diffusers pipeline: says that the step after this one begins."""
+        total = pipeline.num_timesteps
+        self.set_step((step + 1) % total, total)
+        return inputs
 
     def report(self) -> Report:
         """What was merged so far; can be read at any time, also after `detach`."""
@@ -218,7 +229,7 @@ class Merging:
             return
         if is_in_backward():
             return
-        latent, passes = args[0] if args else kwargs.get("x"), self.passes
+        latent, passes = args[0] if args else kwargs.get(self._names.latent), self.passes
         passes.latent = _grid_of(latent)
         passes.is_checkpointed = isinstance(latent, Tensor) and will_run_again(latent)
         # Clear what a pass that raised left behind.
@@ -244,14 +255,14 @@ class Merging:
 
 
 class _GridHook:
-    """Sees the grid of a SpatialTransformer's input, and with it where its layers are in the running pass."""
+    """Sees the grid of a transformer's input, and with it where its layers are in the running pass."""
 
-    def __init__(self, merging: Merging, built_level: int | None) -> None:
-        self._merging, self._built_level = merging, built_level
+    def __init__(self, merging: Merging, layer: Layer) -> None:
+        self._merging, self._built_level, self._input = merging, layer.level, layer.names.image
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         merging, level = self._merging, self._built_level
-        grid, passes = _grid_of(args[0] if args else kwargs.get("x")), merging.passes
+        grid, passes = _grid_of(args[0] if args else kwargs.get(self._input)), merging.passes
         if grid is None:
             passes.places[self] = Place(None, level, "its input is not an image")
             return

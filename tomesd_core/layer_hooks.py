@@ -22,7 +22,7 @@ from .proportional import Projections, Rest, Weighted, has_projections, probe_he
 from .reasons import NotMerged
 from .report import LayerReport
 from .token_map import TokenMap
-from .unet import Layer
+from .unet import Layer, Names
 
 if TYPE_CHECKING:
     from .hooks import Merging
@@ -39,27 +39,50 @@ class Inputs:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    names: Names
 
-    def get(self, name: str) -> Any:
-        """An argument by name; `x`, `context` and `mask` may be positional. None if absent."""
-        by_place = dict(zip(("x", "context", "mask"), self.args, strict=False))
-        return by_place.get(name, self.kwargs.get(name))
+    def _get(self, place: int, name: str) -> Any:
+        """An argument by position or name; None if absent."""
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name)
+
+    @property
+    def x(self) -> Any:
+        """The tokens."""
+        return self._get(0, self.names.tokens)
+
+    @property
+    def context(self) -> Any:
+        """What the tokens attend to, where that isn't themselves."""
+        return self._get(1, self.names.context)
+
+    @property
+    def mask(self) -> Any:
+        """A mask for each token."""
+        return self._get(2, self.names.mask)
 
     @property
     def attends_to_itself(self) -> bool:
         """Whether the keys are made of x."""
-        context = self.get("context")
-        return context is None or context is self.get("x")
+        return self.context is None or self.context is self.x
 
     def each(self, change: Callable[[Any], Any]) -> Inputs:
         """All of them changed."""
-        return Inputs(tuple(map(change, self.args)), {name: change(value) for name, value in self.kwargs.items()})
+        kwargs = {name: change(value) for name, value in self.kwargs.items()}
+        return Inputs(tuple(map(change, self.args)), kwargs, self.names)
 
-    def replaced(self, place: int, name: str, value: Any) -> Inputs:
+    def with_context(self, context: Tensor) -> Inputs:
+        """With another context."""
+        return self._replaced(1, self.names.context, context)
+
+    def with_x(self, x: Tensor) -> Inputs:
+        """With other tokens."""
+        return self._replaced(0, self.names.tokens, x)
+
+    def _replaced(self, place: int, name: str, value: Any) -> Inputs:
         """One of them replaced, or added: by position if it is positional, else by name."""
         if place < len(self.args):
-            return Inputs((*self.args[:place], value, *self.args[place + 1 :]), self.kwargs)
-        return Inputs(self.args, {**self.kwargs, name: value})
+            return dataclasses.replace(self, args=(*self.args[:place], value, *self.args[place + 1 :]))
+        return dataclasses.replace(self, kwargs={**self.kwargs, name: value})
 
 
 @dataclasses.dataclass
@@ -99,22 +122,27 @@ class LayerHooks:
     def __init__(self, merging: Merging, layer: Layer, place: Any) -> None:
         """`place` is what the layer's `Place` is kept under, in the passes of `merging`."""
         self._merging, self._place_key = merging, place
-        self.heads = layer.heads
+        self.heads, self._names = layer.heads, layer.names
         self.report = LayerReport(layer.name, layer.level, method=merging.settings.method)
         self._was_checkpointed = False
         self._odd_output: str | None = None
+        self._projections: Projections | None = None
 
     def register(self, layer: Layer) -> Iterator[RemovableHandle]:
         """Puts the hooks on the layer's modules, one after the other."""
         attention = layer.block.attn1
         if not layer.is_self_attention:
-            self.report.reason = "it is not self-attention (disable_self_attn)"
+            self.report.reason = f"it is not self-attention ({layer.names.never_itself})"
+            return
+        if layer.is_compiled:
+            self.report.reason = "it is compiled (torch.compile), and hooks can't reach into that"
             return
         yield layer.block.norm1.register_forward_hook(Hook(self._after_norm))
         yield attention.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
         yield attention.register_forward_hook(Hook(self._after))
         if self._merging.settings.weights_keys and has_projections(attention):
-            yield from Projections(attention, self._running, self._repeat_weighted).register()
+            self._projections = Projections(attention, self._running, self._repeat_weighted)
+            yield from self._projections.register()
 
     @property
     def _state(self) -> LayerPass:
@@ -138,13 +166,13 @@ class LayerHooks:
         finally:
             calls.pop()
 
-    def _after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self._place.reason is None and args:
+    def _after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._place.reason is None and args and isinstance(output, Tensor):
             self._state.normed = weakref.ref(args[0]), weakref.ref(output)
             self._was_checkpointed |= will_run_again(args[0])
 
     def _before(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call, inputs = Call(), Inputs(args, kwargs)
+        call, inputs = Call(), Inputs(args, kwargs, self._names)
         if is_in_backward():
             if self.report.merged_calls and not self._was_checkpointed:
                 raise RuntimeError(
@@ -167,7 +195,7 @@ class LayerHooks:
         self.report.calls += 1
         self.report.level = self._place.level
         grid = self._check(attention, inputs)
-        merging, state, x = self._merging, self._state, inputs.get("x")
+        merging, state, x = self._merging, self._state, inputs.x
         source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
         # A call with another tensor than norm1's output (part of the batch, say) is matched by its own input.
         source = source if normed is x and source is not None else x
@@ -189,16 +217,16 @@ class LayerHooks:
             has_merged_queries=merging.settings.merges_queries,
         )
         if heads is not None or queries is x:
-            arguments = arguments.replaced(1, "context", merged)
+            arguments = arguments.with_context(merged)
         if heads is not None:
             queries = heads.stand_in(queries)
         if merging.on_map is not None:
             merging.on_map(self.report.name, merging.passes.step.number, grid, token_map)
-        return call, arguments.replaced(0, "x", queries)
+        return call, arguments.with_x(queries)
 
     def _check(self, attention: nn.Module, inputs: Inputs) -> tuple[int, int]:
         """The grid of the call's tokens. Raises `NotMerged` where anything but their number keeps the call whole."""
-        merging, place, x = self._merging, self._place, inputs.get("x")
+        merging, place, x = self._merging, self._place, inputs.x
         if reason := place.reason or merging.failure or self._odd_output:
             raise NotMerged(reason)
         if place.grid is None:
@@ -208,18 +236,22 @@ class LayerHooks:
             raise NotMerged("its input is not a batch of tokens")
         if x.shape[1] != rows * columns:
             raise NotMerged(f"its {x.shape[1]} tokens are not the grid's {rows}x{columns}")
-        if inputs.get("mask") is not None and inputs.attends_to_itself:
+        if inputs.mask is not None and inputs.attends_to_itself:
             raise NotMerged("its attention has a mask for each token")
-        value = inputs.get("value")
+        value = inputs.kwargs.get("value")
         is_whole = inputs.attends_to_itself and (value is None or value is x)
         if not merging.settings.merges_queries and not is_whole:
             raise NotMerged("it attends to other tokens too")
         self._was_checkpointed |= merging.passes.is_checkpointed
         if self._was_checkpointed:
             raise NotMerged("backward would run it again (gradient checkpointing)")
+        if merging.settings.weights_keys and getattr(attention, "fused_projections", False):
+            raise NotMerged("its projections are fused (the method paper takes them)")
         self.report.conflict = (merging.leave_out and merging.leave_out(attention)) or conflict_in(attention)
         if self.report.conflict:
             raise NotMerged(self.report.conflict)
+        if self._projections is not None and not self._projections.are_hooked:
+            merging.keep(self._projections.register())
         return rows, columns
 
     def _after(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

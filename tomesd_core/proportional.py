@@ -218,19 +218,40 @@ class Projections:
         self, attention: Any, running: Callable[[], Weighted | None], failed: Callable[[Any, Exception], Weighted]
     ) -> None:
         self._attention, self._running, self._failed = weakref.ref(attention), running, failed
+        self._handles: list[RemovableHandle] = []
+        self._hooked: list[weakref.ref[nn.Module]] = []
 
-    def register(self) -> Iterator[RemovableHandle]:
-        """Puts the hooks on the projections, one after the other."""
+    @property
+    def are_hooked(self) -> bool:
+        """False where the attention has other projections now: LoRAs of peft take their place."""
+        return [module() for module in self._hooked] == [*self._modules()]
+
+    def _modules(self) -> Iterator[nn.Module]:
+        """`to_q`, `to_k`, `to_v` and `to_out`; of this also the linear layer in it, which some call alone."""
         attention: Any = self._attention()
-        # Before the hooks of others, which so see what they would see without us.
-        yield attention.to_q.register_forward_pre_hook(self._on_input("input"), prepend=True)
-        for name, change in (("to_q", "queries"), ("to_k", "keys"), ("to_v", "values")):
-            yield getattr(attention, name).register_forward_hook(self._on_output(change))
-        for module in (attention.to_out, *attention.to_out.children()):
-            # Some call the Sequential, some the linear layer in it.
-            yield module.register_forward_pre_hook(self._on_input("output"), prepend=True)
+        yield from (attention.to_q, attention.to_k, attention.to_v, attention.to_out)
+        for module in attention.to_out.children():
+            yield module
             if isinstance(module, nn.Linear):
                 break
+
+    def register(self) -> Iterator[RemovableHandle]:
+        """Puts the hooks on the projections, one after the other, and takes them off former ones."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        to_q, to_k, to_v, *to_out = self._modules()
+        self._hooked = [weakref.ref(module) for module in self._modules()]
+        # Before the hooks of others, which so see what they would see without us.
+        yield self._kept(to_q.register_forward_pre_hook(self._on_input("input"), prepend=True))
+        for module, change in ((to_q, "queries"), (to_k, "keys"), (to_v, "values")):
+            yield self._kept(module.register_forward_hook(self._on_output(change)))
+        for module in to_out:
+            yield self._kept(module.register_forward_pre_hook(self._on_input("output"), prepend=True))
+
+    def _kept(self, handle: RemovableHandle) -> RemovableHandle:
+        self._handles.append(handle)
+        return handle
 
     def _on_input(self, change: str) -> Hook:
         """A pre-hook that passes the module's input through the running call's method `change`."""
@@ -325,7 +346,7 @@ def _probed(attention: Any, x: Tensor, run: Running) -> Heads:
         probe = _Probe(heads, tokens)
         try:
             with run(probe):
-                attention.forward(heads.stand_in(tokens), context=tokens[:, :2])
+                attention.forward(heads.stand_in(tokens), tokens[:, :2])
         except Exception as error:
             if is_out_of_memory(error):
                 raise

@@ -40,7 +40,7 @@ SHAPES = {"sd15": (320, 8), "sd2": (320, 5), "sdxl": (640, 10)}
 
 SOURCES = (
     "rates: bandwidths and peaks of the makers' data sheets, the peaks times what published measurements of matrices of "
-    "these sizes reach; attention as published for FlashAttention 2; launches read off ATen's sources, 2.5 µs each"
+    "these sizes reach; attention as published for FlashAttention 2; launches by ATen's sources, 2.5 µs each"
 )
 
 Shape = tuple[int, int]

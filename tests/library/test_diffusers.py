@@ -1,0 +1,331 @@
+"""UNets and pipelines of diffusers: merged by the same hooks, and with tomesd's results where the method is tomesd's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+diffusers = pytest.importorskip("diffusers", reason="nox -s diffusers_pins installs it")
+tomesd = pytest.importorskip("tomesd")
+
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+
+import tomesd_core as tome
+from tomesd_core import proportional
+from tomesd_core.settings import METHODS
+from tomesd_core.unet import find_layers
+
+PROCESSORS = {"2.0": AttnProcessor2_0, "1": AttnProcessor, "sliced": lambda: SlicedAttnProcessor(2)}
+SHAPES = ("sd15", "sd2", "sdxl", "inpainting")
+
+
+def settings(method="keys", ratio=0.5, **values):
+    return tome.MergeSettings(
+        **{"schedule": "constant", "skip_unprofitable": False, **values}, method=method, ratio=ratio
+    )
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request):
+    return PROCESSORS[request.param]()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_layer_is_found_with_its_level_and_heads(make_unet, shape):
+    layers = {(layer.level, layer.heads, layer.channels) for layer in find_layers(make_unet(shape))}
+    heads = {"sd15": (4, 4), "inpainting": (4, 4)}.get(shape, (4, 8))
+    finest = {(1, heads[0], 32)} if shape != "sdxl" else set()
+    assert layers == {*finest, (2, heads[1], 64)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_off_and_after_detach_outputs_are_bitwise_the_same(make_unet, run, processor, method, shape):
+    unet = make_unet(shape)
+    unet.set_attn_processor(processor)
+    off = run(unet)
+    with tome.attach(unet, settings(method, max_downsample=2)) as merging:
+        on = run(unet)
+    report = merging.report()
+    assert len(report.merged_layers) == len(report.layers) and not torch.equal(on, off)
+    assert torch.equal(run(unet), off)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize("method", ["keys", "tokens"])
+@pytest.mark.parametrize("size", [(32, 32), (34, 30)], ids=str)
+def test_equal_tokens_merge_exactly(make_unet, run, processor, method, size):
+    unet = make_unet(norm_num_groups=1)
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            # At an edge padding would make tokens differ.
+            module.padding_mode, module._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    unet.set_attn_processor(processor)
+    off = run(unet, size, equal=True)
+    with tome.attach(unet, settings(method, 0.75)) as merging:
+        on = run(unet, size, equal=True)
+    assert len(merging.report().merged_layers) == 3
+    torch.testing.assert_close(on, off, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_apply_patch_equals_tomesd(make_unet, run, processor, ratio, shape):
+    unet = make_unet(shape)
+    unet.set_attn_processor(processor)
+    coarsest = 2 if shape == "sdxl" else 1
+    tomesd.apply_patch(unet, ratio=ratio, use_rand=False, max_downsample=coarsest)
+    theirs = run(unet)
+    tomesd.remove_patch(unet)
+    tome.apply_patch(unet, ratio=ratio, use_rand=False, max_downsample=coarsest)
+    ours = run(unet)
+    tome.remove_patch(unet)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert not torch.allclose(run(unet), ours, atol=1e-4)
+
+
+PIPELINES = {
+    "text": ("StableDiffusionPipeline", "sd15"),
+    "text, SDXL": ("StableDiffusionXLPipeline", "sdxl"),
+    "image": ("StableDiffusionImg2ImgPipeline", "sd15"),
+    "inpainting": ("StableDiffusionInpaintPipeline", "inpainting"),
+    "ControlNet": ("StableDiffusionControlNetPipeline", "sd15"),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_merges_and_makes_the_same_picture_afterwards(make_pipeline, picture, name):
+    kind, shape = PIPELINES[name]
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    inputs = {"height": 64, "width": 64}
+    pipeline = make_pipeline(kind, shape)
+    if name == "image":
+        inputs = {"image": image, "strength": 1.0}
+    elif name == "inpainting":
+        inputs |= {"image": image, "mask_image": (image[:, :1] > 0.5).float()}
+    elif name == "ControlNet":
+        inputs = {"image": image}
+    off = picture(pipeline, **inputs)
+    with tome.attach(pipeline, settings("keys", 0.9375, late_ratio=0.5, schedule="linear")) as merging:
+        on = picture(pipeline, callback_on_step_end=merging.on_step_end, **inputs)
+    report = merging.report()
+    assert report.merged_steps == report.steps == 4 and not torch.equal(on, off)
+    change = report.merged_layers[0]
+    assert (change.fewest_tokens, change.most_tokens) == (change.tokens // 16, change.tokens // 2)
+    assert torch.equal(picture(pipeline, **inputs), off)
+
+
+def test_the_next_picture_of_a_pipeline_begins_at_the_first_step(make_pipeline, picture):
+    pipeline = make_pipeline()
+    with tome.attach(pipeline, settings("keys", 0.75, late_ratio=0.0, schedule="linear")) as merging:
+        pictures = [picture(pipeline, callback_on_step_end=merging.on_step_end) for _ in range(2)]
+    assert torch.equal(*pictures)
+
+
+def test_patching_a_pipeline(make_pipeline, picture):
+    pipeline = make_pipeline()
+    off = picture(pipeline)
+    assert tome.apply_patch(pipeline, ratio=0.5) is pipeline
+    assert not torch.equal(picture(pipeline), off)
+    assert tome.remove_patch(pipeline) is pipeline
+    assert torch.equal(picture(pipeline), off)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: Pipeline(model)], ids=["model", "pipeline"])
+def test_a_transformer_model_is_refused(wrap):
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8, caption_projection_dim=16
+    )
+    with pytest.raises(TypeError, match="has no UNet: transformers"):
+        tome.attach(wrap(model))
+
+
+class Pipeline(diffusers.DiffusionPipeline):
+    def __init__(self, transformer):
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+
+def test_each_processor_type_is_probed_once(make_unet, run, monkeypatch):
+    probes, usual = [], proportional._probed
+    monkeypatch.setattr(proportional, "_probed", lambda *args: probes.append(None) or usual(*args))
+    proportional._known.clear()
+    unet = make_unet()
+    for make in (AttnProcessor2_0, AttnProcessor, AttnProcessor2_0):
+        for layer in find_layers(unet):
+            layer.block.attn1.set_processor(make())
+        with tome.attach(unet, settings()):
+            run(unet)
+            run(unet)
+    assert len(probes) == 2
+
+
+def test_a_processor_that_is_changed_while_attached(make_unet, run):
+    unet = make_unet()
+    with tome.attach(unet, settings()) as merging:
+        first = run(unet)
+        unet.set_attn_processor(AttnProcessor())
+        second = run(unet)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+    assert merging.report().merged_steps == 2
+
+
+class Twice:
+    """A processor of its own: the keys of both items of the batch."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        k, v = (torch.cat([one, one.flip(0)], dim=1) for one in (k, v))
+        q, k, v = (one.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for one in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+@pytest.mark.parametrize("method", ["keys", "tokens"])
+def test_a_processor_of_its_own_that_uses_the_projections_is_merged(make_unet, run, method):
+    unet = make_unet()
+    for layer in find_layers(unet):
+        layer.block.attn1.set_processor(Twice())
+    off = run(unet)
+    # Nothing is removed, but the hooks run: the weights of single tokens are 1.
+    with tome.attach(unet, settings(method, 0.5)) as merging:
+        on = run(unet)
+    assert len(merging.report().merged_layers) == 3 and (on - off).norm() < 0.2 * off.norm()
+
+
+class NoProjections:
+    """A processor whose output doesn't come of the projections."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        return hidden_states
+
+
+def test_a_processor_without_projections_is_left_with_the_reason(make_unet, run):
+    unet = make_unet()
+    for layer in find_layers(unet):
+        layer.block.attn1.set_processor(NoProjections())
+    off = run(unet)
+    with tome.attach(unet, settings()) as merging:
+        assert torch.equal(run(unet), off)
+    assert "nothing merged" in merging.report().summary and "scale" in merging.report().summary
+
+
+def test_an_ip_adapter_s_cross_attention_is_none_of_ours(make_unet, run):
+    unet = make_unet()
+    kinds = diffusers.models.attention_processor
+    for name, module in unet.named_modules():
+        if name.endswith("attn2"):
+            module.set_processor(kinds.IPAdapterAttnProcessor2_0(module.to_q.out_features, 24, num_tokens=(4,)))
+    unet.encoder_hid_proj = nn.Module()
+    unet.encoder_hid_proj.forward = lambda image: [image]
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+
+    def with_image():
+        x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+        context, image = torch.ones(2, 7, 24), [torch.ones(2, 1, 4, 24)]
+        with torch.no_grad():
+            return unet(x, torch.tensor(5), context, added_cond_kwargs={"image_embeds": image[0]}).sample
+
+    off = with_image()
+    with tome.attach(unet, settings()) as merging:
+        assert not torch.equal(with_image(), off)
+    assert len(merging.report().merged_layers) == 3 and torch.equal(with_image(), off)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_projections_merge_with_paper_and_are_left_by_the_others(make_unet, run, method):
+    unet = make_unet()
+    unet.fuse_qkv_projections()
+    off = run(unet)
+    with tome.attach(unet, settings(method)) as merging:
+        on = run(unet)
+    assert torch.equal(on, off) == (method != "paper")
+    assert ("its projections are fused" in merging.report().summary) == (method != "paper")
+    assert torch.equal(run(unet), off)
+
+
+@pytest.mark.parametrize("attached_first", [False, True])
+@pytest.mark.parametrize("method", ["keys", "tokens"])
+def test_lora_of_peft_before_and_after_a_merged_pass(make_unet, run, method, attached_first):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian")
+
+    def add_lora(unet):
+        torch.manual_seed(1)
+        unet.add_adapter(config)
+        for name, weight in unet.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight, std=0.1)
+
+    unet = make_unet()
+    if not attached_first:
+        add_lora(unet)
+    with tome.attach(unet, settings(method)) as merging:
+        before = run(unet)
+        if attached_first:
+            add_lora(unet)
+        on = run(unet)
+        unet.delete_adapters("default")
+        after = run(unet)
+    assert merging.report().merged_steps == 3 and len(merging.report().merged_layers) == 3
+    other = make_unet()
+    add_lora(other)
+    with tome.attach(other, settings(method)):
+        torch.testing.assert_close(on, run(other), rtol=0, atol=1e-5)
+    assert torch.equal(before, after) == attached_first
+    assert not torch.allclose(on, after, atol=1e-3)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_offload_hooks_stay_and_merging_works_beside_them(make_unet, run, method):
+    accelerate = pytest.importorskip("accelerate")
+    unet = make_unet()
+    off = run(unet)
+    with tome.attach(unet, settings(method)):
+        on = run(unet)
+    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(run(unet), off)
+    with tome.attach(unet, settings(method)) as merging:
+        torch.testing.assert_close(run(unet), on, rtol=0, atol=1e-6)
+    assert len(merging.report().merged_layers) == 3 and torch.equal(run(unet), off)
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offload(make_unet, run, kind):
+    if not hasattr(diffusers.ModelMixin, "enable_group_offload"):
+        pytest.skip("this diffusers has no group offload")
+    unet = make_unet()
+    with tome.attach(unet, settings()):
+        expected = run(unet)
+    more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), kind, **more)
+    off = run(unet)
+    with tome.attach(unet, settings()) as merging:
+        torch.testing.assert_close(run(unet), expected, rtol=0, atol=1e-6)
+    assert len(merging.report().merged_layers) == 3 and torch.equal(run(unet), off)
+
+
+def test_a_compiled_unet_and_compiled_blocks_are_left_with_the_reason(make_unet, run):
+    unet = make_unet()
+    with tome.attach(torch.compile(unet, backend="eager")) as merging:
+        pass
+    assert "compiled" in merging.report().summary
+    layer = find_layers(unet)[0]
+    layer.block.compile(backend="eager")
+    with tome.attach(unet, settings()) as merging:
+        run(unet)
+    first, *others = merging.report().layers
+    assert "compiled" in first.reason and not first.merged_calls
+    assert any(other.merged_calls for other in others)
+
+
+def test_a_copy_made_while_merging_merges_nothing(make_unet, run):
+    unet = make_unet()
+    off = run(unet)
+    with tome.attach(unet, settings()):
+        assert torch.equal(run(copy.deepcopy(unet)), off)
