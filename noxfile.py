@@ -1,4 +1,4 @@
-"""The project's commands: `nox -s demo`, `tests`, `webui_pins`, `forge_pins`, `lint`, `live`, `bench`."""
+"""The project's commands: `nox -s demo`, `tests`, `lint`, `live`, `bench`, and the tests with the pins of others."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ FORGE_PINS = (
     "pillow==9.5.0",
 )
 
+# diffusers of today and of two years ago, with what each needs of its time.
+DIFFUSERS_PINS = {
+    "current": ("diffusers==0.42.1", "transformers==5.24.0", "accelerate==1.15.0", "peft==0.21.2"),
+    "2024": (
+        "diffusers==0.31.0",
+        "transformers==4.46.3",
+        "huggingface_hub==0.26.2",
+        "accelerate==1.1.1",
+        "peft==0.13.2",
+    ),
+}
+
 
 def _install(session: nox.Session, *packages: str) -> None:
     version = session.run("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True).strip()
@@ -87,6 +99,18 @@ def forge_pins(session: nox.Session) -> None:
     env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
     tests = session.posargs or ("tests/seam",)
     session.run("python", "-m", "pytest", *tests, env=env)
+
+
+@nox.session
+@nox.parametrize("pins", [nox.param(pins, id=name) for name, pins in DIFFUSERS_PINS.items()])
+def diffusers_pins(session: nox.Session, pins: tuple[str, ...]) -> None:
+    """The library, installed as a wheel, on UNets and pipelines of diffusers, beside tomesd."""
+    session.install(*CURRENT, *pins, "tomesd==0.1.3", "pytest", "pytest-xdist", ".")
+    env = {"OMP_NUM_THREADS": "1"}
+    # From elsewhere, and without this folder on the path: what is imported is what was installed.
+    tests = os.path.abspath("tests/library")
+    session.chdir(session.create_tmp())
+    session.run("python", "-m", "pytest", "-n", "auto", "--confcutdir", tests, tests, *session.posargs, env=env)
 
 
 @nox.session

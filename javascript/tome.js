@@ -22,6 +22,7 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
     // Before the first of these gradio has not connected the page's buttons.
     toMeChanged = tab => {
         previews[tab].connected = true;
+        previews[tab].typed = null;
         previews[tab].refresh?.();
     };
     // Gives the preset that the field is to show: the one whose values stand in the panel, or what a person types.
@@ -30,7 +31,8 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
         const field = byId(`script_${tab}_tome_preset`);
         const data = byId(`script_${tab}_tome_preview`).querySelector("[data-presets]")?.dataset;
         if (!data || field.contains(document.activeElement)) return shown;
-        const isTyped = shown && !JSON.parse(data.presets).includes(shown);
+        // A name of one's own, or one typed since a control last changed: 🗑️ is for it.
+        const isTyped = shown && (!JSON.parse(data.presets).includes(shown) || shown === previews[tab].typed);
         return isTyped ? shown : data.preset || null;
     };
 
@@ -162,6 +164,7 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
         for (const lines of ["preview", "preset_message", "measure_lines"].map(name => byId(prefix + name))) {
             if (lines) new MutationObserver(() => translate(lines)).observe(lines, {childList: true, subtree: true});
         }
+        byId(prefix + "preset")?.addEventListener("input", event => previews[tab].typed = event.target.value);
         keepLateRatioLow(byId(prefix + "ratio"), byId(prefix + "late_ratio"));
         const entitle = () => {
             const title = translated(preview.querySelector("[data-title]")?.dataset.title ?? "");

@@ -17,7 +17,7 @@ from tomesd_core.matching import match
 from tomesd_core.partition import make_partition
 from tomesd_core.plan import coarsest_level, tokens_removed
 from tomesd_core.settings import METHODS, MergeSettings
-from tomesd_core.unet import Layer, find_layers
+from tomesd_core.unet import LDM, Layer, find_layers, names_in
 
 from .packages import INSTALL, MissingPackage, require
 
@@ -221,9 +221,11 @@ class Unweighted(MergeSettings):
 @contextlib.contextmanager
 def _tomesd(unet: nn.Module, ratio: float, use_rand: bool) -> Iterator[Running]:
     tomesd = require("tomesd")
-    model = nn.Module()
-    model.model = nn.Module()
-    model.model.diffusion_model = unet
+    model = unet
+    if names_in(unet) is LDM:
+        model = nn.Module()
+        model.model = nn.Module()
+        model.model.diffusion_model = unet
     tomesd.apply_patch(model, ratio=ratio, use_rand=use_rand)
     try:
         yield Running()
@@ -287,9 +289,9 @@ def _attending_to(
                 module: nn.Module,
                 args: tuple[Tensor, ...],
                 kwargs: dict[str, object],
-                transformer: nn.Module = layer.transformer,
+                layer: Layer = layer,
             ) -> tuple[object, object]:
-                return args, {**kwargs, "context": choose(args[0], grids[transformer], ratio)}
+                return args, {**kwargs, layer.names.context: choose(args[0], grids[layer.transformer], ratio)}
 
             handles.callback(layer.transformer.register_forward_pre_hook(see_grid).remove)
             handles.callback(layer.block.attn1.register_forward_pre_hook(with_context, with_kwargs=True).remove)

@@ -39,8 +39,8 @@ SHAPES = {"sd15": (320, 8), "sd2": (320, 5), "sdxl": (640, 10)}
 """Channels and heads of the finest self-attention layers."""
 
 SOURCES = (
-    "rates: bandwidths and peaks of the makers' data sheets, the peaks times what published measurements of matrices of "
-    "these sizes reach; attention as published for FlashAttention 2; launches by ATen's sources, 2.5 µs each"
+    "rates: bandwidths and peaks of the makers' data sheets, of peaks what such matrices reach in published "
+    "measurements; attention as published for FlashAttention 2; launches by ATen's sources, 2.5 µs each"
 )
 
 Shape = tuple[int, int]

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tomesd_core.unet import names_in
+
 from ..demo.model import fill_zeros
 from .options import Size
 from .packages import require
@@ -105,6 +107,15 @@ def make_unet(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     return unet
 
 
+def diffusers_unet(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> nn.Module:
+    """diffusers' UNet of SD 1.5's shape, or a tiny one; random weights. Raises `MissingPackage` without diffusers."""
+    shape = {"block_out_channels": (32, 64, 64, 64)} if tiny else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = require("diffusers").UNet2DConditionModel(cross_attention_dim=SD1["context_dim"], **shape)
+    return unet.to(device, dtype).eval().requires_grad_(False)
+
+
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The UNet's shape and weights of a Stable Diffusion 1 or 2 checkpoint (`.safetensors`).
 
@@ -137,7 +148,7 @@ def one_step(unet: nn.Module, config: Mapping[str, Any], size: Size) -> Callable
 
     def step() -> Tensor:
         with inference(weight):
-            return unet(latent, timesteps, context=context)
+            return unet(latent, timesteps, **{names_in(unet).context: context})
 
     return step
 
@@ -202,8 +213,11 @@ def attention(model: nn.Module, kind: str) -> Iterator[None]:
     """While open, every attention of the classes in `model` runs as `kind`: `plain` is ldm's own, `sdp` torch's fused.
 
     It is replaced on the class, as WebUI does it, where merging takes it for the user's choice and not for another
-    extension's.
+    extension's. A diffusers model gets the processors of these kinds.
     """
+    if hasattr(model, "set_attn_processor"):
+        processors = require("diffusers.models.attention_processor")
+        model.set_attn_processor({"plain": processors.AttnProcessor, "sdp": processors.AttnProcessor2_0}[kind]())
     classes = {type(module) for module in model.modules() if type(module).__name__ == "CrossAttention"}
     with contextlib.ExitStack() as replacing:
         for attention_class in classes if kind == "sdp" else ():

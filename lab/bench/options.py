@@ -73,6 +73,7 @@ def add_unet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="merge also where it can't pay (skip_unprofitable=False)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--checkpoint", type=Path, metavar="FILE.safetensors", help="of Stable Diffusion 1 or 2")
+    parser.add_argument("--diffusers", action="store_true", help="diffusers' UNet of random weights in place of ldm's")
     which.add_argument("--tiny", action="store_true", help="a tiny UNet: tries the command, and measures nothing")
 
 

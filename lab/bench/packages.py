@@ -7,6 +7,7 @@ import types
 
 INSTALL = {
     "ldm": "pip install einops omegaconf pillow tqdm && pip install --no-deps stable-diffusion-sdkit==2.1.5",
+    "diffusers": "pip install diffusers",
     "matplotlib": "pip install matplotlib",
     "psutil": "pip install psutil",
     "requests": "pip install requests",

@@ -14,7 +14,7 @@ from tomesd_core.settings import MergeSettings
 
 from . import output
 from .contenders import CORNER, LIMIT_OF, OVER_OTHERS, RANDOM, TODO, UNMERGED, Contender, Running, contenders
-from .models import LATENT_FACTOR, SD1, TINY, attention, build_unet, one_step, read_checkpoint
+from .models import LATENT_FACTOR, SD1, TINY, attention, build_unet, diffusers_unet, one_step, read_checkpoint
 from .timing import compared, interleaved
 
 USUAL = {"sizes": [(512, 512)], "methods": ["keys", "paper"], "attention": "plain"}
@@ -44,7 +44,10 @@ def cases(args: argparse.Namespace, choose: Callable[[int], tuple[Runs, list[str
     config, weights = (TINY if args.tiny else SD1), None
     if args.checkpoint is not None:
         config, weights = read_checkpoint(args.checkpoint)
-    unet = build_unet(config, args.device, args.torch_dtype, weights)
+    if args.diffusers:
+        unet = diffusers_unet(args.device, args.torch_dtype, args.tiny)
+    else:
+        unet = build_unet(config, args.device, args.torch_dtype, weights)
     with attention(unet, args.attention):
         all_cases = []
         for width, height in args.sizes:

@@ -1,4 +1,4 @@
-"""UNets and pipelines of diffusers: merged by the same hooks, and with tomesd's results where the method is tomesd's."""
+"""UNets and pipelines of diffusers: merged by the same hooks, with tomesd's results where the method is tomesd's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-diffusers = pytest.importorskip("diffusers", reason="nox -s diffusers_pins installs it")
-tomesd = pytest.importorskip("tomesd")
+pytest.importorskip("diffusers", reason="nox -s diffusers_pins installs it")
 
+import diffusers
+import tomesd
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 
 import tomesd_core as tome

@@ -74,7 +74,14 @@ class WebUI:
     @functools.cached_property
     def checks_for_nan(self) -> bool:
         """Whether it refuses a picture of NaN. Forge and its kin, which can be told to run on a CPU, don't."""
-        return '"always_cpu"' not in self.get("/sdapi/v1/cmd-flags").text
+        flags = self.get("/sdapi/v1/cmd-flags").text
+        return '"always_cpu"' not in flags and '"cpu"' not in flags
+
+    @functools.cached_property
+    def upscaler(self) -> str:
+        """An upscaler for hires fix: one of latents, or else one that loads no model."""
+        modes = self.get("/sdapi/v1/latent-upscale-modes")
+        return next(iter(modes.json() if modes.ok else []), {"name": "None"})["name"]
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """POST to a route of WebUI's own."""
@@ -99,6 +106,8 @@ class WebUI:
             "sampler_name": "Euler",
             **settings,
         }
+        if "enable_hr" in body:
+            body["hr_upscaler"] = self.upscaler
         if "enable_hr" in body and self.is_forge:
             body["hr_additional_modules"] = ["Use same choices"]  # Forge's own default fails.
         if arguments is not None:

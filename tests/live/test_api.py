@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
-HIRES = {"enable_hr": True, "hr_scale": 1.25, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
 
 
 @pytest.fixture(autouse=True)

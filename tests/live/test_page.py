@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from on_page import DEFAULTS, OTHERS, TABS, Panel, choose, expect, go_to, options_of, set_tab
 
-HIRES = {"enable_hr": True, "hr_scale": 1.25, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
 """Without hires fix there is no pass to choose, and `apply_to` isn't in the parameters."""
 
 

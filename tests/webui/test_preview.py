@@ -11,3 +11,14 @@ def test_the_line_tells_where_a_gpu_has_little_to_gain(host, device, side, is_li
     settings = running("settings").MergeSettings(skip_unprofitable=False)
     line = running("webui.preview").describe(settings, running("webui.host").loaded_layers(), (side, side), device)
     assert ("little to gain at this size" in line) == is_little and "→" in line
+
+
+def test_the_line_tells_of_a_model_that_is_loaded_later(host, monkeypatch):
+    from modules import sd_models
+
+    describe, settings = running("webui.preview").describe, running("settings").MergeSettings()
+    monkeypatch.setattr(sd_models.model_data, "sd_model", None)
+    assert describe(settings, None, (64, 64), "cpu") == "no model loaded"
+    chosen = {"checkpoint_info": object()}
+    monkeypatch.setattr(sd_models.model_data, "forge_loading_parameters", chosen, raising=False)
+    assert describe(settings, None, (64, 64), "cpu") == "loaded at the first picture"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
-from modules import scripts, sd_models, sd_unet, shared
+from modules import scripts, sd_models, shared
 from torch import nn
 
 from ..unet import Layer, find_layers
@@ -51,6 +51,12 @@ def loaded_layers() -> list[Layer] | None:
     """The self-attention layers of the loaded UNet, or None where no model is loaded."""
     unet = loaded_unet()
     return None if unet is None else find_layers(unet)
+
+
+def loads_later() -> bool:
+    """Whether a checkpoint is chosen that the host loads at the first picture, as Forge does."""
+    chosen = getattr(sd_models.model_data, "forge_loading_parameters", None) or {}
+    return loaded_unet() is None and bool(chosen.get("checkpoint_info"))
 
 
 def needs_a_picture() -> bool:
@@ -101,6 +107,7 @@ def why_layers_did_not_run(options: Mapping[str, Any]) -> str | None:
     if options.get("patches_replace", {}).get("attn1"):
         return "another extension computes their attention in their place"
     # An `sd_unet` option (TensorRT, say) runs in place of the model's own UNet.
+    sd_unet = sys.modules.get("modules.sd_unet")  # ersatzForge has none.
     return "the UNet was replaced" if getattr(sd_unet, "current_unet", None) is not None else None
 
 

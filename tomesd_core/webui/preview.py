@@ -41,7 +41,7 @@ def of_loaded_model(settings: MergeSettings, width: Any, height: Any) -> str:
 def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tuple[int, int], device_type: str) -> str:
     """One line: how many layers will merge, and how many tokens; `latent` is (rows, columns)."""
     if layers is None:
-        return "no model loaded"
+        return "loaded at the first picture" if host.loads_later() else "no model loaded"
     if not layers:
         return "this model has no self-attention layers that can be merged"
     coarsest = coarsest_level(settings, layers)
