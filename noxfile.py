@@ -39,6 +39,15 @@ TESTS = ("pytest", "pytest-xdist", "hypothesis", "tomesd==0.1.3", "playwright", 
 # What users of WebUI 1.10.1 have.
 WEBUI_PINS = ("torch==2.1.2", "numpy==1.26.2")
 CURRENT = ("torch==2.13.0", "numpy<2")
+# What Forge Neo has. gradio 3 asks for numpy 1 and for modules that Python no longer has, and runs with these.
+NEO_PINS = ("torch==2.11.0", "numpy==2.3.5")
+NEO_PAGE = (
+    *(pin for pin in PAGE if not pin.startswith(("gradio==", "altair", "markupsafe"))),
+    "altair==5.5.0",
+    "setuptools==75.8.0",
+    *("aiofiles", "audioop-lts", "ffmpy", "importlib_resources<7", "jinja2", "orjson", "pydub", "python-multipart"),
+    *("pyyaml", "requests", "semantic-version"),
+)
 
 # What Forge pins, and its reForge branches on gradio 4.
 FORGE_PINS = (
@@ -65,8 +74,12 @@ DIFFUSERS_PINS = {
 
 def _install(session: nox.Session, *packages: str) -> None:
     version = session.run("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True).strip()
+    if version == "3.13":
+        session.install(*NEO_PINS, *LDM_NEEDS, *NEO_PAGE, *packages)
+        session.install("--no-deps", *LDM, PAGE[0])
+        return
     if version not in ("3.10", "3.11"):
-        session.error(f"Python 3.10 or 3.11 is needed, as for WebUI; this is {version}")
+        session.error(f"Python 3.10, 3.11 or 3.13 is needed, as for WebUI or Forge Neo; this is {version}")
     pins = WEBUI_PINS if version == "3.10" else CURRENT
     session.install(*pins, *LDM_NEEDS, *PAGE, *packages)
     session.install("--no-deps", *LDM)
