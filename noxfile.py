@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 import nox
@@ -118,6 +119,7 @@ def forge_pins(session: nox.Session) -> None:
 @nox.parametrize("pins", [nox.param(pins, id=name) for name, pins in DIFFUSERS_PINS.items()])
 def diffusers_pins(session: nox.Session, pins: tuple[str, ...]) -> None:
     """The library, installed as a wheel, on UNets and pipelines of diffusers, beside tomesd."""
+    shutil.rmtree("build", ignore_errors=True)  # A wheel would take files along that are no more.
     session.install(*CURRENT, *pins, "tomesd==0.1.3", "pytest", "pytest-xdist", ".")
     env = {"OMP_NUM_THREADS": "1"}
     # From elsewhere, and without this folder on the path: what is imported is what was installed.

@@ -19,8 +19,8 @@ extensions and installed packages may have a `tomesd_core` too, and each goes on
 
 
 MODULES = [
-    *("axes", "defaults", "generation", "host", "infotext", "log"),
-    *("maps", "namesakes", "options", "panel", "routes", "sampling"),
+    *("axes", "defaults", "duplicate_scripts", "generation", "host", "infotext"),
+    *("log", "maps", "options", "panel", "routes", "sampling"),
 ]
 
 
@@ -56,7 +56,7 @@ def _module(name: str) -> ModuleType:
 try:
     _import_package()
     PANEL_FIELDS = _module("settings").PANEL_FIELDS
-    axes, defaults, generation, host, infotext, log, maps, namesakes, options, panel, routes, sampling = (
+    axes, defaults, duplicate_scripts, generation, host, infotext, log, maps, options, panel, routes, sampling = (
         _module(f"webui.{name}") for name in MODULES
     )
     log.set_up()
@@ -75,7 +75,7 @@ class ToMe(scripts.Script):
     """Token merging, always on the page, under its own switch."""
 
     def title(self) -> str:
-        return namesakes.TITLE
+        return duplicate_scripts.TITLE
 
     def show(self, is_img2img: bool) -> Any:
         return scripts.AlwaysVisible
@@ -105,11 +105,11 @@ class ToMe(scripts.Script):
 
 # "Reload custom script bodies" executes this file again without clearing the callbacks.
 script_callbacks.remove_current_script_callbacks()
-script_callbacks.on_before_ui(log.harmless("adding the plot's axes", axes.add_axes))
-script_callbacks.on_before_ui(log.harmless("languages", host.leave_languages_to_others))
-script_callbacks.on_before_ui(log.harmless("updating ui-config.json", defaults.update_file))
-script_callbacks.on_ui_settings(log.harmless("adding the settings", options.add_options))
-script_callbacks.on_app_started(log.harmless("adding the routes", routes.add_routes))
-script_callbacks.on_app_started(log.harmless("looking for scripts of the same title", namesakes.log_namesakes))
+script_callbacks.on_before_ui(log.guarded("adding the plot's axes", axes.add_axes))
+script_callbacks.on_before_ui(log.guarded("languages", host.leave_languages_to_others))
+script_callbacks.on_before_ui(log.guarded("updating ui-config.json", defaults.update_file))
+script_callbacks.on_ui_settings(log.guarded("adding the settings", options.add_options))
+script_callbacks.on_app_started(log.guarded("adding the routes", routes.add_routes))
+script_callbacks.on_app_started(log.guarded("looking for scripts of the same title", duplicate_scripts.log_duplicates))
 script_callbacks.on_cfg_denoiser(sampling.on_denoise)
 script_callbacks.on_script_unloaded(sampling.stop)

@@ -12,10 +12,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 """Where a module keeps its hooks by number, and what it knows of them besides."""
 
-LEFT_BEHIND = ("modules.hypertile", "modules.sd_hijack_optimizations")
-"""Whose `forward` on an instance is no reason: Hypertile leaves one there that does nothing when it is off, and who
-wrapped WebUI's own attention puts it back there."""
-
 
 class Hook:
     """A function as one of our hooks. What is copied or pickled with its module is a hook that does nothing."""
@@ -49,8 +45,7 @@ def whose_forward(module: nn.Module) -> str | None:
     forward = vars(module).get("forward")
     if forward is None or getattr(forward, "__func__", None) is type(module).forward:
         return None
-    name = _home(forward)
-    return None if name in LEFT_BEHIND else name
+    return _home(forward)
 
 
 def whose_hook(module: nn.Module) -> str | None:

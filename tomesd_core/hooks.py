@@ -6,7 +6,7 @@ import math
 import sys
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ def attach(
     settings: MergeSettings | None = None,
     leave_out: LeaveOut | None = None,
     on_map: OnMap | None = None,
+    ignored: Collection[str] = (),
 ) -> Merging:
     """Merges tokens around the self-attention of `model`'s UNet until the returned handle is detached.
 
@@ -47,7 +48,8 @@ def attach(
     without such layers is no error: the report says so. What was attached to the same UNet before is detached.
     `leave_out` is asked at every call of an `attn1` module, and keeps it unmerged by giving a reason. `on_map` is told
     of every call that is merged: the layer's name, the step (from 0), the grid (rows, columns) and the `TokenMap` of
-    the call's batch.
+    the call's batch. A `forward` that stands on an `attn1` instance keeps it unmerged, but for those of the `ignored`
+    Python modules.
 
     Each thread has a sampling of its own: `set_step` speaks for the thread that calls it. Under gradient checkpointing
     a pass is left unmerged, since backward runs it again, or, where that can't be seen, backward raises `RuntimeError`.
@@ -58,7 +60,7 @@ def attach(
     """
     unet = find_unet(model)
     detach(unet)
-    merging = Merging(unet, settings or MergeSettings(), leave_out, on_map)
+    merging = Merging(unet, settings or MergeSettings(), leave_out, on_map, ignored)
     try:
         merging.register(unet)
     except BaseException:
@@ -85,9 +87,14 @@ class Merging:
     """
 
     def __init__(
-        self, unet: nn.Module, settings: MergeSettings, leave_out: LeaveOut | None, on_map: OnMap | None
+        self,
+        unet: nn.Module,
+        settings: MergeSettings,
+        leave_out: LeaveOut | None,
+        on_map: OnMap | None,
+        ignored: Collection[str],
     ) -> None:
-        self.settings, self.leave_out, self.on_map = settings, leave_out, on_map
+        self.settings, self.leave_out, self.on_map, self.ignored = settings, leave_out, on_map, ignored
         self.passes = Passes(settings.ratio_at(0.0))
         self.failure: str | None = None
         """The reason why nothing is merged any more: an error of merging itself."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -247,7 +247,9 @@ class LayerHooks:
             raise NotMerged("backward would run it again (gradient checkpointing)")
         if merging.settings.weights_keys and getattr(attention, "fused_projections", False):
             raise NotMerged("its projections are fused (the method paper takes them)")
-        self.report.conflict = (merging.leave_out and merging.leave_out(attention)) or conflict_in(attention)
+        self.report.conflict = (merging.leave_out and merging.leave_out(attention)) or conflict_in(
+            attention, merging.ignored
+        )
         if self.report.conflict:
             raise NotMerged(self.report.conflict)
         if self._projections is not None and not self._projections.are_hooked:
@@ -294,11 +296,12 @@ class LayerHooks:
         return call.weighted
 
 
-def conflict_in(attention: nn.Module) -> str | None:
-    """Whose code inside attention counts on all tokens, so that the layer is left to it; or None."""
+def conflict_in(attention: nn.Module, ignored: Collection[str]) -> str | None:
+    """Whose code inside attention counts on all tokens, but for a `forward` of `ignored` modules; None: nobody's."""
     if not has_projections(attention):
         return f"left to {type(attention).__module__}, which replaces attn1"
-    if name := whose_forward(attention):
+    name = whose_forward(attention)
+    if name and name not in ignored:
         return f"left to {name}, which replaces its forward"
     to_out: Any = attention.to_out
     for part in (attention, attention.to_q, attention.to_k, attention.to_v, to_out, *to_out.children()):

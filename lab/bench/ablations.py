@@ -164,6 +164,37 @@ def _draw() -> list[Row]:
     return rows
 
 
+def _schedules() -> list[Row]:
+    """Ways to reach about one mean ratio, by method; the first of a method is constant."""
+    ways: dict[str, list[tuple[str, float, float]]] = {
+        KEYS: [("constant", 0.84, 0), ("linear", 0.9375, 0.75), ("linear", 0.75, 0.9375), ("step", 0.9375, 0.75)],
+        TOKENS: [("constant", 0.6, 0), ("linear", 0.7, 0.5), ("linear", 0.5, 0.7)],
+    }
+    rows = [WHOLE]
+    for method, schedules in ways.items():
+        named = []
+        for schedule, early, late in schedules:
+            name = f"{method}, {schedule} {early:g}" + (f" to {late:g}" if late else "")
+            named.append(Row(name, by_settings(shipped(method=method, **_change(schedule, early, late)))))
+        rows += _beside(*named)
+    return rows
+
+
+def _cells() -> list[Row]:
+    """Smaller cells and larger ones, at ratios that both allow."""
+    rows = [WHOLE]
+    for method, ratios in ((KEYS, (0.5, 0.6, 0.75, 0.84, 0.9375)), (TOKENS, (0.5, 0.6, 0.75))):
+        for ratio in ratios:
+            cells = (2, 4) if ratio <= 0.75 else (4, 8)
+            rows += _beside(
+                *(
+                    Row(f"{method} {ratio:g}, {side}×{side}", ours(method, ratio=ratio, stride=(side, side)))
+                    for side in cells
+                )
+            )
+    return rows
+
+
 def _few_steps() -> list[Row]:
     rows = []
     for steps in (4, 5, 8, 10, 20, 50):
@@ -197,6 +228,8 @@ PEER_RATIOS = (0.25, 0.5, 0.6)
 TABLES = {
     "what": Table("What: which tokens are merged, at equally many pairs (paper, table 3a)", _what(), over="pairs"),
     "draw": Table("Draw: how often destinations are drawn, with a matching in every step", _draw()),
+    "schedules": Table("Schedules: early and late ratios of our methods at one mean", _schedules()),
+    "cells": Table("Cells: the size of a cell with one destination", _cells()),
     "steps": Table("Steps: for how many of few steps a matching is kept, by the defaults", _few_steps(), over="steps"),
     "partition": _halved(
         "Partition: how destinations are chosen (paper, table 2)",

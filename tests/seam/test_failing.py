@@ -180,7 +180,7 @@ def test_a_failing_route_is_an_error_of_its_own(load, modules, log_lines, path):
         ("on_before_ui", 0, ("webui.axes", "_axes"), "adding the plot's axes"),
         ("on_ui_settings", 0, ("shared", "OptionInfo"), "adding the settings"),
         ("on_app_started", 0, ("webui.routes", "_logins"), "adding the routes"),
-        ("on_app_started", 1, ("webui.namesakes", "_of_title"), "looking for scripts of the same title"),
+        ("on_app_started", 1, ("webui.duplicate_scripts", "_of_title"), "looking for scripts of the same title"),
     ],
 )
 def test_a_failing_callback_is_said_once(load, modules, log_lines, category, number, broken, what):

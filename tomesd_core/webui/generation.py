@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..merge_map import MergeMap
 from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
-from . import host, namesakes, options, presets
+from . import host, options, presets
 from .arguments import panel_values, read_arguments, useful_fields
 from .axes import OVERRIDES
 from .log import log
@@ -111,8 +111,6 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             generation.overwritten = {key: written[key] for key in generation.parameters if key in written}
             claim(p, has_merged=True)
             p.get_token_merging_ratio = generation.token_merging_ratio
-    if line := namesakes.warning(p, is_asked=of(p) is not None):
-        say(p, line)
 
 
 def leave_unmerged(p: Any, why: str) -> None:

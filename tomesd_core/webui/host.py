@@ -22,11 +22,15 @@ from modules import scripts, sd_models, shared
 from torch import nn
 
 from ..unet import Layer, find_layers
-from .log import EXPECTED, harmless
+from .log import EXPECTED, guarded
 
 T = TypeVar("T")
 
 EXTENSION = Path(__file__).resolve().parents[2]
+
+LEFT_BEHIND = ("modules.hypertile", "modules.sd_hijack_optimizations")
+"""Whose `forward` on an attention is no reason to leave it: Hypertile leaves one there that does nothing when off, and
+who wrapped WebUI's own attention puts it back there."""
 
 UNET_PLACES = ("model.diffusion_model", "forge_objects.unet.model.diffusion_model")
 """Where the loaded model has its UNet; in Forge it is in a patcher, whose clones share it."""
@@ -199,5 +203,5 @@ def listen(
 
     name = "js" if "js" in inspect.signature(event).parameters else "_js"
     options = {"inputs": inputs, "outputs": list(outputs), "show_progress": "hidden", "queue": queue, name: js}
-    listener = function and harmless(what or "a part of the panel", function, unchanged, EXPECTED if what else ())
+    listener = function and guarded(what or "a part of the panel", function, unchanged, EXPECTED if what else ())
     return event(listener, **options)

@@ -41,7 +41,7 @@ def failed(what: str, error: Exception) -> str:
     return line
 
 
-def harmless(
+def guarded(
     what: str,
     function: Callable[..., Any],
     otherwise: Callable[[str], Any] = lambda line: None,

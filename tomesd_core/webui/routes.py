@@ -15,14 +15,14 @@ from ..settings import SettingsError
 from ..version import VERSION
 from . import generation, host, measure, presets, sampling
 from .arguments import panel_values
-from .log import EXPECTED, failed, harmless
+from .log import EXPECTED, failed, guarded
 
 
 def add_routes(demo: Any, app: FastAPI) -> None:
     """Adds the routes to WebUI's app, behind the login that WebUI was started with."""
     login = [Depends(check) for check in _logins(app)]
     for path, answer in (("/tome/presets", get_presets), ("/tome/status", get_status)):
-        app.get(path, dependencies=login)(harmless(f"GET {path}", answer, _refuse))
+        app.get(path, dependencies=login)(guarded(f"GET {path}", answer, _refuse))
     app.post("/tome/measure", dependencies=login)(post_measure)
 
 

@@ -22,7 +22,7 @@ from ..token_map import TokenMap
 from . import generation, host, options
 from .clock import now
 from .generation import Generation
-from .log import harmless, log
+from .log import guarded, log
 
 UNetInput = tuple[Sequence[int], Mapping[str, Any]]
 """What a call of the UNet is given: the latent's rows and columns, and in Forge `transformer_options`."""
@@ -57,7 +57,7 @@ def bind(p: Any, first_batch: bool = True) -> None:
 def on_denoise(params: Any) -> None:
     """WebUI's denoiser is about to run the UNet: sees that the right one is hooked, and knows its step."""
     if _running is not None:
-        harmless("merging", _running.follow, _running.stop)(params)
+        guarded("merging", _running.follow, _running.stop)(params)
 
 
 def stop() -> None:
@@ -94,7 +94,7 @@ class _MergedSample:
         finally:
             _unwrap(self._p)
             # The picture is worth more than its summary.
-            harmless("the summary", self._report)(sampling)
+            guarded("the summary", self._report)(sampling)
         return samples
 
     def _report(self, sampling: Sampling) -> None:
@@ -167,7 +167,7 @@ class Sampling:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         global _running
         _running = self._outer
-        harmless("the end of merging", self._end)(error)
+        guarded("the end of merging", self._end)(error)
 
     def _end(self, error: BaseException | None) -> None:
         if isinstance(error, Exception) and self._merging is not None and self._merging.has_unfinished_call:
@@ -216,7 +216,7 @@ class Sampling:
             self._recorders[is_hires] = PictureRecorder(
                 self._map_place, first_items, tuple(shape[-2:]), lambda: self._unet_input
             )
-        self._merging = attach(unet, settings, host.hypertile_of, self._recorders.get(is_hires))
+        self._merging = attach(unet, settings, host.hypertile_of, self._recorders.get(is_hires), host.LEFT_BEHIND)
         self._handle = unet.register_forward_pre_hook(Hook(self._note_input), with_kwargs=True)
         self._unet, self._is_hires, self._shape = unet, is_hires, tuple(shape)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from fastapi import FastAPI
-from in_host import HALVED, pixels
 
 OTHER = """
 from modules import scripts, shared, script_callbacks
@@ -39,7 +38,7 @@ def is_first(request):
 
 
 @pytest.fixture
-def other(host, plain, one_step, tmp_path, is_first, log_lines):
+def other(host, tmp_path, is_first, log_lines):
     """Starts the host anew beside such an extension, whose switch is off by default or on; gives its file."""
     from modules import scripts
 
@@ -71,52 +70,10 @@ def test_it_is_named_once_at_the_start(other, log_lines, is_first):
     assert (line.index(file) < line.index("tome.py")) == is_first
 
 
-def test_alone_nothing_is_named(host, log_lines, make):
+def test_alone_nothing_is_named(host, log_lines):
     host.reload_ui()
     host.start_app(FastAPI())
     assert log_lines == []
-    assert named(make(HALVED).comments.splitlines()) == []
-
-
-@pytest.fixture
-def from_the_page(host, make_p):
-    """Makes a picture as the page does, with our arguments as given and the others' defaults."""
-    from modules import processing, scripts
-
-    def make(tome):
-        p, args = make_p([]), host.script_args()
-        script = next(s for s in scripts.scripts_txt2img.scripts if s.filename.endswith("tome.py"))
-        args[script.args_from : script.args_from + len(tome)] = tome
-        p.is_api, p.script_args = False, args
-        return processing.process_images(p)
-
-    return make
-
-
-def test_it_is_named_under_a_picture_that_ours_was_to_merge(from_the_page, other):
-    file = other(default=False)
-    for tome in (HALVED, [True, 9]):
-        (line,) = named(from_the_page(tome).comments.splitlines())
-        assert line.startswith("ToMe: ") and file in line
-
-
-@pytest.mark.parametrize("default", [False, True])
-def test_nothing_is_said_where_nobody_asked(from_the_page, other, plain, default):
-    other(default)
-    processed = from_the_page([False])
-    assert named(processed.comments.splitlines()) == []
-    assert pixels(processed) == plain
-
-
-@pytest.mark.parametrize("args", [[True, 0.5], [{"ratio": 0.5}]])
-def test_an_api_call_that_reaches_the_other_is_told(host, make, other, is_first, plain, args):
-    file = other(default=False)
-    processed = make(args)
-    (line,) = named(processed.comments.splitlines())
-    assert file in line
-    assert ("ToMe ratio" in processed.infotexts[0]) == (not is_first)
-    assert processed.extra_generation_params["Other"] == (args[0] if is_first else False)
-    assert (pixels(processed) == plain) == is_first
 
 
 def test_each_has_its_own_section_of_the_settings_page(other):
