@@ -48,13 +48,15 @@ class Setting:
     step: float | None = None
     choices: tuple[Any, ...] = ()
     optional: bool = False
+    former_label: str = ""
+    """An older version's, which parameters and `ui-config.json` still have."""
     where: str = ""
     """Added to the range in an error, where the range depends on other settings."""
 
     @property
     def infotext(self) -> str | None:
         """The field's key in a picture's parameters; None for an expert field."""
-        return f"ToMe {self.label.lower()}" if self.label else None
+        return f"ToMe {(self.former_label or self.label).lower()}" if self.label else None
 
     def check(self, name: str, value: Any) -> Any:
         """`value` in the field's own type; raises `SettingsError` when it isn't one that the field can have."""
@@ -170,7 +172,14 @@ class MergeSettings:
         choices=PASSES,
     )
     reuse_steps: int = _field(
-        1, "integer", "Rematch every", "How many steps a matching is kept for. 1 matches in every step.", 1, 50, 1
+        1,
+        "integer",
+        "Reuse matching (steps)",
+        "How many steps keep a matching. 1 matches in every step.",
+        1,
+        50,
+        1,
+        former_label="Rematch every",
     )
     method: str = _field(
         "keys",

@@ -46,7 +46,7 @@ class Panel:
         self.page = page
         self.tab = tab
         self.root = self.element("enabled")
-        self.title = self.root.locator(".label-wrap")
+        self.title = self.root.locator(".label-wrap").first
         self.switch = page.locator(f"#script_{tab}_tome_enabled-checkbox input")
         """The hidden checkbox whose value is sent."""
         self.preview = self.element("preview")
@@ -62,6 +62,9 @@ class Panel:
         if self.title.get_attribute("aria-expanded") != "true":
             self.title.click(position={"x": 150, "y": 10})
         expect(self.preview).to_be_visible()
+        if not self.element("method").is_visible():
+            self.element("more").locator(".label-wrap").click()
+        expect(self.element("method")).to_be_visible()
         return self
 
     def number(self, name: str) -> Any:

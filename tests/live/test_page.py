@@ -122,7 +122,7 @@ def test_the_settings_page_has_a_section(webui, page):
 
 
 SHOWN = {"Ratio": 0.5, "Late ratio": 0.25, "Schedule": "step", "Switch at": 0.25, "Max downsample": "4"}
-SHOWN |= {"Min tokens": 512, "Apply to": "first pass", "Rematch every": 3, "Method": "tokens"}
+SHOWN |= {"Min tokens": 512, "Apply to": "first pass", "Reuse matching (steps)": 3, "Method": "tokens"}
 """By its label in ui-config.json, a default for each of the panel's controls."""
 
 
@@ -143,7 +143,7 @@ def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel
     # The panel is unfolded, which may be its switch.
     assert set(changes()) <= {"ToMe/value"}
     go_to(page, "txt2img")
-    names = {label: label.lower().replace(" ", "_") for label in SHOWN} | {"Rematch every": "reuse_steps"}
+    names = {label: label.lower().replace(" ", "_") for label in SHOWN} | {"Reuse matching (steps)": "reuse_steps"}
     panel.set(**{names[label]: value for label, value in SHOWN.items()})
     go_to(page, "Settings")
     after = changes()

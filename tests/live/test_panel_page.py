@@ -6,9 +6,7 @@ deleted again.
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,7 +96,7 @@ def test_controls_without_effect_are_hidden(panel):
 
 
 def test_help_is_shown_on_hover(panel):
-    for name in (*DEFAULTS, *(f"preset_{button}" for button in ("save", "delete", "reload", "export", "import"))):
+    for name in (*DEFAULTS, *(f"preset_{button}" for button in ("save", "delete", "reload"))):
         expect(panel.element(name)).to_have_attribute("title", re.compile(r"\w+ \w+"))
 
 
@@ -184,38 +182,6 @@ def test_a_name_that_no_preset_can_have_is_refused(names_of_presets, panel, name
     before = names_of_presets()
     panel.save(name, says=words)
     assert names_of_presets() == before
-
-
-def test_presets_are_exported_and_imported(names_of_presets, panel, own_name, tmp_path):
-    panel.set(**OTHERS).save(own_name).press("export", "in the file below")
-    link = panel.element("preset_file").locator("a[href]").first
-    with panel.page.expect_download() as download:
-        link.click()
-    file = Path(tmp_path, "presets.json")
-    download.value.save_as(file)
-    exported = json.loads(file.read_text(encoding="utf-8"))
-    assert exported["presets"][own_name]["ratio"] == OTHERS["ratio"]
-    exported["presets"] = {own_name: exported["presets"][own_name]}
-    file.write_text(json.dumps(exported), encoding="utf-8")
-
-    panel.press("delete", "Deleted")
-    assert own_name not in names_of_presets()
-    upload(panel, file)
-    expect(panel.message).to_contain_text(f"Imported: {own_name}")
-    assert own_name in names_of_presets()
-    panel.set(ratio=0.1, schedule="constant")
-    choose(panel.element("preset"), own_name)
-    panel.expect(OTHERS)
-
-    file.write_text("{", encoding="utf-8")
-    upload(panel, file)
-    expect(panel.message).to_contain_text("the import is damaged")
-
-
-def upload(panel: Panel, file: Path) -> None:
-    with panel.page.expect_file_chooser() as chooser:
-        panel.element("preset_import").click()
-    chooser.value.set_files(file)
 
 
 CONTRASTS = """panel => {

@@ -113,7 +113,6 @@ def answers(page, name):
         (("webui.preset_row", "useful_fields"), "preset", "this button"),
         (("webui.presets", "save"), "preset_save", "this button"),
         (("webui.presets", "delete"), "preset_delete", "this button"),
-        (("webui.presets", "export"), "preset_export", "this button"),
         (("webui.measure", "measure"), "measure_start", "measuring"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",

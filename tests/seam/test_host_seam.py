@@ -143,17 +143,11 @@ def test_what_cant_be_merged_is_said_and_not_claimed(load, modules, log_lines, m
     assert log_lines == [line], "once a generation"
 
 
-def test_events_and_uploads_are_those_of_this_gradio(load, tmp_path):
+def test_events_are_those_of_this_gradio(load):
     script = load()
-    row = script._module("webui.preset_row")
-    presets = script.panel.presets
-    (tmp_path / "shared.json").write_text('{"version": 1, "presets": {"mine": {"ratio": 0.25}}}')
     with gr.Blocks() as page:
         controls = script.panel.build("txt2img", script.ToMe().elem_id)
     assert list(controls) == list(script._module("webui.arguments").CONTROLS)
     scripts = [dependency["js"] for dependency in page.get_config_file()["dependencies"]]
     assert len([code for code in scripts if code and "toMeChanged('txt2img')" in code]) == 1 + len(controls)
     assert len([code for code in scripts if code and ("toMeTabSize" in code or "toMeAnswered" in code)]) == 2
-    message, _ = row._import(SimpleNamespace(name=str(tmp_path / "shared.json")))
-    assert message == "Imported: mine."
-    assert presets.get("mine").ratio == 0.25

@@ -114,7 +114,7 @@ def test_the_switch_and_the_presets_have_axes_and_the_switch_wins(cells, axes, p
         ("Ratio", "0.3", "2"),
         ("Schedule", "step", "zigzag"),
         ("Max downsample", "2", "3"),
-        ("Rematch every", "2", "0"),
+        ("Reuse matching (steps)", "2", "0"),
         ("Enabled", "False", "yes"),
         ("Preset", "Fast", "No such"),
     ],

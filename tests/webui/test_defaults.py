@@ -92,7 +92,7 @@ def test_a_later_version_takes_its_own_defaults_and_leaves_what_was_chosen(updat
     later[running("webui.defaults").COPY] = {**later[running("webui.defaults").COPY], "reuse_steps": 1, "ratio": 0.9375}
     assert ours(updated(later)) == {"txt2img/Schedule/value": "step", "txt2img/Ratio/value": 0.8}
     later[running("webui.defaults").COPY]["reuse_steps"] = 2
-    assert ours(updated(later))["txt2img/Rematch every/value"] == 1.0, "it was chosen where 2 was the default"
+    assert ours(updated(later))["txt2img/Reuse matching (steps)/value"] == 1.0, "it was chosen where 2 was the default"
 
 
 def test_what_apply_made_of_max_downsample_is_undone(updated):

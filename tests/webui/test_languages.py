@@ -24,14 +24,14 @@ def texts(host):
     for block in host.demo.blocks.values():
         name = str(getattr(block, "elem_id", None))
         if name.startswith(start) and name.removeprefix(start) not in (*NOT_SHOWN, "enabled", "enabled-checkbox"):
-            words |= {getattr(block, "label", None), block.webui_tooltip}
+            words |= {getattr(block, "label", None), getattr(block, "webui_tooltip", None)}
             words |= {block.value} if type(block).__name__ == "Button" else set()
     section = running("webui.options").SECTION
     words |= {info.label for info in shared.opts.data_labels.values() if info.section == section}
     words |= {what_for for _, what_for in running("webui.presets").BUILT_IN.values()}
     settings, describe = running("settings").MergeSettings(), running("webui.preview").describe
     words |= {describe(settings, layers, (8, 8), "cpu") for layers in (None, [])}
-    words |= {running("webui.preset_row")._export()[0], "Interrupt", "interrupted", *running("webui.presets").BUILT_IN}
+    words |= {"Interrupt", "interrupted", *running("webui.presets").BUILT_IN}
     words |= {choice for field in running("settings").PANEL_FIELDS.values() for choice in field.choices}
     # A sign is no word, and the hidden numbers, which the page's script reads off the tab, keep gradio's own label.
     return {text for text in words - {None, "Number"} if any(map(str.isalpha, str(text)))}

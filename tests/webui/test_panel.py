@@ -83,7 +83,7 @@ def test_ui_config_holds_the_scripts_controls_and_no_other(components, controls)
 
 
 def test_every_control_explains_itself(components):
-    buttons = [f"preset_{name}" for name in ("save", "delete", "reload", "export", "import")] + ["measure"]
+    buttons = [f"preset_{name}" for name in ("save", "delete", "reload")] + ["measure"]
     assert all(" " in components[name].webui_tooltip for name in (*PANEL, *LAST, *buttons))
 
 

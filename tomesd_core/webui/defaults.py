@@ -72,6 +72,7 @@ def updated(content: Mapping[str, Any]) -> dict[str, Any]:
         is_first = content.get(_key(tab, "ratio", "maximum")) == HIGHEST_RATIO_0_1_0
         former = copy if isinstance(copy, Mapping) else VERSION_0_1_0 if is_first else VERSION_1_0_0
         for name, setting in CONTROLS.items():
+            _rename(after, tab, setting)
             for field in RANGE:
                 after.pop(_key(tab, name, field), None)
             key = _key(tab, name, "value")
@@ -98,6 +99,12 @@ def _keep_late_ratio_low(content: dict[str, Any], tab: str) -> None:
         content[late] = ratio
 
 
+def _rename(content: dict[str, Any], tab: str, setting: Setting) -> None:
+    """Moves what stands under a control's former label to its present one."""
+    former = f"{SCRIPT}/{tab}/{setting.former_label}/"
+    for key in [key for key in content if setting.former_label and key.startswith(former)]:
+        content.setdefault(f"{SCRIPT}/{tab}/{setting.label}/{key.removeprefix(former)}", content.pop(key))
+
+
 def _key(tab: str, name: str, field: str) -> str:
-    setting: Setting = CONTROLS[name]
-    return f"{SCRIPT}/{tab}/{setting.label}/{field}"
+    return f"{SCRIPT}/{tab}/{CONTROLS[name].label}/{field}"

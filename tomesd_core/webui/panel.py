@@ -21,6 +21,10 @@ from .preset_row import PresetRow
 TAB_SIZE = {"width": 512, "height": 512, "steps": 20}
 """What the preview assumes of the tab where the page's script can't read it off the page."""
 
+MAIN_ROWS = (("ratio", "late_ratio"), ("schedule", "switch_at"), ("max_downsample", "min_tokens"))
+MORE_ROWS = (("apply_to", "reuse_steps"), ("method",))
+"""The panel's fields, row by row; those of the second are folded away."""
+
 
 def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     """Makes the panel; gives the script's controls by field name, in the order of its arguments.
@@ -41,25 +45,33 @@ def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
 
 def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     useful = useful_fields(PANEL_FIELDS["schedule"].default)
-    names, fields = list(PANEL_FIELDS), {}
+    fields: dict[str, Any] = {}
+
+    def rows(*names: tuple[str, ...]) -> None:
+        for row in names:
+            with ui_components.FormRow():
+                for name in row:
+                    fields[name] = _control(CONTROLS[name], elem_id(name), visible=name in useful)
+
     with (
         ui_components.InputAccordion(ENABLED.default, label=ENABLED.label, elem_id=elem_id("enabled")) as enabled,
         gr.Column(elem_classes=["tome-panel"]),
     ):
         chart = gr.HTML(elem_id=elem_id("preview"), elem_classes=["tome-preview"])
         preset_row = PresetRow(elem_id)
-        for row in (*(names[first : first + 2] for first in range(0, len(names), 2)), MAP_FIELDS):
-            with ui_components.FormRow():
-                for name in row:
-                    fields[name] = _control(CONTROLS[name], elem_id(name), visible=name in useful)
+        rows(*MAIN_ROWS)
         measure_row = MeasureRow(tab, elem_id)
+        with gr.Accordion("More", open=False, elem_id=elem_id("more")) as more:
+            rows(*MORE_ROWS, tuple(MAP_FIELDS))
         # The page's script presses it when something has changed and no slider is moving, and reads the first three
         # inputs off the page: width, height and steps belong to the tab.
         refresh = gr.Button("Refresh", visible=False, elem_id=elem_id("refresh"))
         sizes = [gr.Number(value, visible=False, elem_id=elem_id(name)) for name, value in TAB_SIZE.items()]
-    for component in (*sizes, chart, refresh):
+    for component in (*sizes, chart, refresh, more):
         component.do_not_save_to_config = True
-    controls, settings = {"enabled": enabled, **fields}, [fields[name] for name in PANEL_FIELDS]
+    fields["enabled"] = enabled
+    controls = {name: fields[name] for name in CONTROLS}
+    settings = [fields[name] for name in PANEL_FIELDS]
     read_size = f"(...given) => toMeTabSize('{tab}', given)"
     preview_made = host.listen(refresh.click, _preview, [*sizes, *controls.values()], [chart], js=read_size)
     preset = [preset_row.preset]

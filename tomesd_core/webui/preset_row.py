@@ -1,12 +1,10 @@
-"""The panel's row of presets: choose, save, delete, read again, export and import."""
+"""The panel's row of presets: choose, save, delete, read again."""
 
 from __future__ import annotations
 
 import html
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -21,7 +19,6 @@ BUTTONS = {
     "save": ("💾", "Save the settings under the name in the preset field"),
     "delete": ("🗑️", "Delete the preset"),
     "reload": ("🔄", "Read the presets again"),
-    "export": ("📤", "Export your presets to a file"),
 }
 
 
@@ -41,16 +38,8 @@ class PresetRow:
                 name: ui_components.ToolButton(sign, elem_id=elem_id(f"preset_{name}"), tooltip=tip)
                 for name, (sign, tip) in BUTTONS.items()
             }
-            self._upload = gr.UploadButton(
-                "📥",
-                elem_id=elem_id("preset_import"),
-                elem_classes=["gradio-button", "tool"],
-                tooltip="Import presets from a file",
-                file_types=[".json"],
-            )
         self._message = gr.HTML(elem_id=elem_id("preset_message"), elem_classes=["tome-message"])
-        self._file = gr.File(label="Your presets", visible=False, interactive=False, elem_id=elem_id("preset_file"))
-        for component in (self.preset, *self._buttons.values(), self._upload, self._message, self._file):
+        for component in (self.preset, *self._buttons.values(), self._message):
             component.do_not_save_to_config = True
 
     def connect(self, fields: Sequence[Any]) -> None:
@@ -64,8 +53,6 @@ class PresetRow:
         # The page as it was made holds the presets that there were then.
         connect(click["reload"], _reload, [], outputs)
         connect(Context.root_block.load, _load, [], outputs)
-        connect(click["export"], _export, [], [self._message, self._file])
-        connect(self._upload.upload, _import, [self._upload], outputs)
 
 
 def _choose(name: str) -> list[Any]:
@@ -96,17 +83,3 @@ def _load() -> list[Any]:
     # Its answer may come after that to a button: it says nothing where there is nothing to say.
     text, presets_there = _reload()
     return [text or gr.update(), presets_there]
-
-
-def _export() -> list[Any]:
-    path = Path(tempfile.mkdtemp()) / "tome-presets.json"
-    path.write_text(presets.export(), encoding="utf-8")
-    return ["Your presets are in the file below.", gr.update(value=str(path), visible=True)]
-
-
-def _import(upload: Any) -> list[Any]:
-    # Gradio 3 gives an open file, gradio 4 a path with the same attribute.
-    added, refused = presets.import_(Path(upload.name).read_bytes())
-    return _reload(
-        " ".join([f"Imported: {', '.join(added) or 'nothing new'}.", *(f"Left out: {it}" for it in refused)])
-    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
+import threading
 import unicodedata
 from collections.abc import Iterator
 from itertools import count
@@ -18,15 +18,16 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from filelock import FileLock
-
 from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
 from .arguments import panel_values
 from .log import log
 
 PATH = Path(__file__).resolve().parents[2] / "presets.json"
 """In the extension's folder, where git ignores it, so that an update keeps it."""
-VERSION, MAX_NAME, LOCK_SECONDS = 1, 100, 10.0
+VERSION, MAX_NAME = 1, 100
+
+_lock = threading.Lock()
+"""Held while the file is changed."""
 
 BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
     "Quality": ({"ratio": 0.75, "late_ratio": 0.6}, "Stays closest to the picture without merging; a little faster."),
@@ -102,31 +103,6 @@ def delete(name: str) -> None:
         del own[name]
 
 
-def export() -> str:
-    """JSON text with all of the user's presets, for `import_`."""
-    return json.dumps(_load(), indent=2)
-
-
-def import_(content: bytes) -> tuple[list[str], list[str]]:
-    """Adds an exported text's presets, and overwrites none: one that differs from its namesake gets a new name.
-
-    Gives the names of the new ones, and a line for each that can't be used.
-    """
-    added, refused = [], []
-    incoming = _parse(content, "the import")["presets"]
-    with _changing() as own:
-        for raw_name, entry in incoming.items():
-            try:
-                name, _ = clean_name(raw_name), _settings(entry)
-                names = (f"{name[: MAX_NAME - 9]} ({number})" if number > 1 else name for number in count(1))
-                name = next(name for name in names if own.get(name, entry) == entry)
-                added += [name] if name not in own else []
-                own[name] = entry
-            except SettingsError as error:
-                refused.append(f"{brief(raw_name)}: {error}")
-    return added, refused
-
-
 def clean_name(name: Any) -> Any:
     """`name` as presets are stored: no spaces around it, Unicode NFC. It is text and nothing else: no path, no HTML."""
     if built_in := _built_in(name):
@@ -159,54 +135,46 @@ def _settings(entry: Any) -> MergeSettings:
 def _load() -> dict[str, Any]:
     """The file's content; without presets where there is no file."""
     try:
-        return _parse(PATH.read_bytes(), str(PATH)) if PATH.exists() else {"version": VERSION, "presets": {}}
+        return _parse(PATH.read_bytes()) if PATH.exists() else {"version": VERSION, "presets": {}}
     except OSError as error:
         raise PresetError(f"{PATH} can't be read: {error}") from error
 
 
-def _parse(content: bytes, source: str) -> dict[str, Any]:
+def _parse(content: bytes) -> dict[str, Any]:
     try:
         document = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise _DamagedError(f"{source} is damaged: it is not JSON in UTF-8 ({error})") from error
+        raise _DamagedError(f"{PATH} is damaged: it is not JSON in UTF-8 ({error})") from error
     version = document.get("version") if isinstance(document, dict) else None
     if isinstance(version, (int, float)) and version > VERSION:
-        raise PresetError(f"{source} is from a newer version of this extension and left as it is: update the extension")
+        raise PresetError(f"{PATH} is from a newer version of this extension and left as it is: update the extension")
     if version != VERSION or version is True or not isinstance(document.get("presets"), dict):
-        raise _DamagedError(f'{source} is damaged: it must be {{"version": {VERSION}, "presets": {{…}}}}')
+        raise _DamagedError(f'{PATH} is damaged: it must be {{"version": {VERSION}, "presets": {{…}}}}')
     return dict(document)
 
 
 @contextlib.contextmanager
 def _changing() -> Iterator[dict[str, Any]]:
-    """The user's presets, to be changed in place; written, still under the lock, unless the block fails."""
+    """The user's presets, to be changed in place; the file is replaced as a whole, unless the block fails."""
     path = PATH.resolve()  # A symlink stays one: replacing it would cut it off from the file that it stands for.
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
+        with _lock:
             try:
                 document = _load()
             except _DamagedError as error:
                 names = (f"{path.stem}.damaged-{number}{path.suffix}" for number in count(1))
                 aside = next(aside for aside in map(path.with_name, names) if not aside.exists())
-                _replace(path, aside)
+                os.replace(path, aside)
                 log.warning(f"{error}. It is kept as {aside}")
                 document = _load()
             yield document["presets"]
             if path.exists() and not os.access(path, os.W_OK):  # Linux would replace it all the same.
                 raise PermissionError("it is read-only")
-            with open(f"{path}.tmp", "w") as file:  # ASCII: JSON can hold half a surrogate pair, which UTF-8 can't.
+            with open(new, "w") as file:  # ASCII: JSON can hold half a surrogate pair, which UTF-8 can't.
                 json.dump(document, file, indent=2)
                 file.flush()
                 os.fsync(file.fileno())
-            _replace(f"{path}.tmp", path)
-    except (OSError, NotImplementedError, RecursionError) as error:
+            os.replace(new, path)
+    except (OSError, RecursionError) as error:
         raise PresetError(f"{PATH} can't be written: {error}") from error
-
-
-def _replace(source: str | Path, target: Path) -> None:
-    """As `os.replace`; waits for a file that another program has open for a moment, which Windows then refuses."""
-    for _ in range(50):
-        with contextlib.suppress(PermissionError):
-            return os.replace(source, target)
-        time.sleep(0.02)
-    os.replace(source, target)
