@@ -22,7 +22,7 @@ TAB_SIZE = {"width": 512, "height": 512, "steps": 20}
 """What the preview assumes of the tab where the page's script can't read it off the page."""
 
 MAIN_ROWS = (("ratio", "late_ratio"), ("schedule", "switch_at"), ("max_downsample", "min_tokens"))
-MORE_ROWS = (("apply_to", "reuse_steps"), ("method",))
+MORE_ROWS = (("method", "reuse_steps"), ("apply_to",))
 """The panel's fields, row by row; those of the second are folded away."""
 
 
