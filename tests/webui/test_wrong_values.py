@@ -59,22 +59,6 @@ def test_parameters(log_lines, parameters):
 
 
 @many(150)
-@given(st.dictionaries(st.text(max_size=5), st.dictionaries(st.sampled_from([*PANEL_FIELDS]), ANYTHING) | ANYTHING))
-def test_presets(path, entries):
-    mine = {"kept": {"ratio": 0.25, "x": [1]}}
-    path.write_text(json.dumps({"version": 1, "presets": mine}), encoding="utf-8")
-    content = json.dumps({"version": 1, "presets": entries}).encode()
-    try:
-        added, refused = presets.import_(content)
-    except SettingsError as error:
-        assert "import" in str(error)
-        added, refused = [], []
-    usable, said = presets.read()
-    assert not said and {*presets.BUILT_IN, "kept", *added} == set(usable) and all(refused)
-    assert json.loads(path.read_text(encoding="utf-8"))["presets"]["kept"] == mine["kept"]
-
-
-@many(150)
 @given(BY_NAME | ANYTHING, st.text(max_size=5))
 def test_a_presets_file(path, entry, name):
     path.write_text(json.dumps({"version": 1, "presets": {name: entry, "kept": {"ratio": 0.25}}}), encoding="utf-8")
