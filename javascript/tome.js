@@ -131,7 +131,7 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
                 if (held || asking || !previews[tab].connected) return;
                 waiting = false;
                 asking = true;
-                byId(prefix + "refresh").click();
+                byId(prefix + "refresh")?.click();  // Reload UI empties the page.
             }, QUIET_MS);
         };
         const answered = () => {

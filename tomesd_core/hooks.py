@@ -129,7 +129,7 @@ class Merging:
             self.keep(hooks.register(layer))
 
     def keep(self, handles: Iterable[RemovableHandle]) -> None:
-        """Takes hooks off with all others; each is kept as soon as it is there."""
+        """Keeps the handles for `detach`, each as soon as its hook is registered."""
         for handle in handles:
             self._handles.append(handle)
 

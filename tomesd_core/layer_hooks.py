@@ -203,8 +203,9 @@ class LayerHooks:
         token_map = merging.token_map(self, source, grid)
         # Keys from elsewhere aren't merged and keep weight 1.
         weights = merging.settings.weights_keys and inputs.attends_to_itself
-        run = lambda probe: self._runs(Call(probe))  # noqa: E731
-        heads = probe_heads(attention, x, run, merging.refusals) if weights else None
+        heads = None
+        if weights:
+            heads = probe_heads(attention, x, lambda probe: self._runs(Call(probe)), merging.refusals)
         merged = token_map.merge(x)
         queries = merged if merging.settings.merges_queries else x
         # Every argument that is x itself is replaced; others aren't merged.

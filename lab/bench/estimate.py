@@ -58,15 +58,12 @@ def record(
         layer = OneLayer(channels, heads).to(dtype).eval().requires_grad_(False)
         image = torch.empty(2, side, side, channels, dtype=dtype).permute(0, 3, 1, 2)
 
-    def tomesd() -> None:
-        x = image.permute(0, 2, 3, 1).flatten(1, 2)
-        merge, unmerge = match_tomesd(x, (side, side), ratio, step=0, use_rand=False)
-        unmerge(layer.block.attn1(merge(layer.block.norm1(x))))
-
     with _as_cuda(dtype, autocast), attention(layer, "sdp"):
         if name == CORNER:  # It patches transformer blocks, of which this is none.
             with Recorder() as recorder:
-                tomesd()
+                x = image.permute(0, 2, 3, 1).flatten(1, 2)
+                merge, unmerge = match_tomesd(x, (side, side), ratio, step=0, use_rand=False)
+                unmerge(layer.block.attn1(merge(layer.block.norm1(x))))
             return recorder
         return _recorded(layer, name, ratio, {"skip_unprofitable": False, **settings}, lambda: layer(image))
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tomesd_core.proportional import WIDTHS
+
 LAUNCH_SECONDS, KERNEL_SECONDS, BANDWIDTH_SHARE = 2.5e-6, 5e-6, 0.8
 
 
@@ -97,7 +99,7 @@ class Operation:
         ins, outs = self.inputs, self.outputs
         if self.name == FUSED:
             (items, heads, queries, size), keys = ins[0].shape, ins[1].shape[2]
-            wide = next(width for width in (64, 96, 128, 192, 256) if size <= width)
+            wide = next(width for width in WIDTHS if size <= width)
             rate = card.attention.get(wide, card.attention[64])
             rate *= 0.88 if min(queries, keys) <= 1024 else 0.95 if min(queries, keys) <= 2048 else 1
             moved = 4 * items * heads * size * (queries + keys)
@@ -114,7 +116,7 @@ class Operation:
 
 
 class Recorder(TorchDispatchMode):
-    """While it is open: operations on the meta device, what the CPU would wait for, and the memory that they take."""
+    """Records, while open, operations on the meta device, what the CPU would wait for, and the peak of memory."""
 
     def __init__(self) -> None:
         super().__init__()

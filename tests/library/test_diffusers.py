@@ -192,7 +192,6 @@ def test_a_processor_of_its_own_that_uses_the_projections_is_merged(make_unet, r
     for layer in find_layers(unet):
         layer.block.attn1.set_processor(Twice())
     off = run(unet)
-    # Nothing is removed, but the hooks run: the weights of single tokens are 1.
     with tome.attach(unet, settings(method, 0.5)) as merging:
         on = run(unet)
     assert len(merging.report().merged_layers) == 3 and (on - off).norm() < 0.2 * off.norm()
