@@ -15,7 +15,6 @@ from lab.bench.contenders import CORNER, KEYS, TOKENS, UNMERGED
 from lab.bench.estimate import SHAPES, record, record_step
 from lab.bench.roofline import CARDS
 from tomesd_core.plan import pays
-from tomesd_core.settings import METHODS
 
 REUSED = {"reuse_steps": 50}
 BUDGET = [
@@ -82,10 +81,10 @@ RATIOS = (0.1, 0.25, 0.4375, 0.5, 0.6, 0.7, 0.75, 0.84, 0.9375)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_no_layer_that_the_rule_merges_on_a_gpu_loses(layer, autocast):
     merging = []
-    for side, method in itertools.product((32, 40, 48, 56, 64, 80), METHODS):
+    for side, method in itertools.product((32, 40, 48, 56, 64, 80), (KEYS, TOKENS)):
         if paying := [ratio for ratio in RATIOS if pays(side**2, *layer, ratio, "cuda", method)]:
             merging.append((side, method, paying[0]))
-    assert {method for _, method, _ in merging} == set(METHODS)
+    assert {method for _, method, _ in merging} == {KEYS, TOKENS}
     for side, method, ratio in merging:
         whole, merged = (
             record(side, layer, torch.float16, *what, autocast) for what in ((UNMERGED, 0.0), (method, ratio))
@@ -118,3 +117,11 @@ def test_sdxl_has_its_own_depths_and_no_attention_at_full_resolution():
     calls = [one.inputs[0].shape[2] for one in whole.operations if one.name == "fused_attention"]
     # Each block attends twice: 2 levels of 2 + 3 transformers, 2 and 10 blocks each, and 10 blocks in the middle.
     assert calls.count(16 * 16) == 2 * 5 * 2 and calls.count(8 * 8) == 2 * (5 + 1) * 10
+
+
+@pytest.mark.parametrize(
+    ("device", "side", "ratio", "merges"),
+    [("cpu", 16, 0.3, True), ("cpu", 16, 0.25, False), ("cuda", 48, 0.3, True), ("cuda", 32, 0.75, False)],
+)
+def test_the_method_paper_merges_where_version_0_1_0_did(device, side, ratio, merges):
+    assert pays(side**2, 320, 8, ratio, device, "paper") == merges

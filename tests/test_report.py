@@ -37,6 +37,16 @@ def test_layers_reason_for_another_extension_are_in_the_summary_beside_merged_on
     assert summary == "1 of 4 self-attention layers, 512 → 256 tokens, 2 of 2 steps; 2 left out: tiled"
 
 
+def test_a_failure_is_the_reason_before_all_others():
+    layers = [layer("a", calls=1, reason="merging failed: x"), layer("b", 2, calls=1, reason="level 2 is above 1")]
+    assert Report(layers, 1, 0, 0.5, ["no attention at level 1"], "merging failed: x").summary == (
+        "nothing merged: merging failed: x"
+    )
+    merged = layer("a", 1, 64, 32, 2, 1)
+    merged.count_whole("merging failed: x")
+    assert Report([merged], 2, 1, 0.5, [], "merging failed: x").summary.count("merging failed: x") == 1
+
+
 def test_a_note_does_not_hide_why_nothing_was_merged():
     summary = Report([layer(calls=1, reason="too small")], 1, 0, 0.5, ["no attention at level 1"]).summary
     assert summary == "nothing merged: too small; no attention at level 1"

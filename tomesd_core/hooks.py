@@ -162,10 +162,8 @@ class Merging:
         reports = [hooks.report.copy() for hooks in self._layers]
         if self._steps and self._layers and not any(report.calls or report.reason for report in reports):
             notes.append("the model's own attention layers did not run")
-        if self.failure and any(report.merged_calls for report in reports):
-            notes.append(self.failure)
         ratio = self.passes.step.ratio if self._steps else None
-        return Report(reports, self._steps, self._merged_steps, ratio, notes)
+        return Report(reports, self._steps, self._merged_steps, ratio, notes, self.failure)
 
     def detach(self) -> None:
         """Removes every hook; once more does no harm.

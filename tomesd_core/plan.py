@@ -12,13 +12,16 @@ from .reasons import NotMerged
 from .settings import MergeSettings
 from .unet import Layer, finest_level
 
-LEAST_GAIN = {"keys": 512.0, "tokens": 512.0, "paper": 256.0}
-"""On CPUs: how many tokens fewer each token must attend to, by method."""
+LEAST_FEWER = 512
+"""On CPUs: how many tokens fewer each token must attend to."""
 
-LEAST_PRODUCTS = {"keys": 2.3e9, "tokens": 2.3e9, "paper": 3.8e9}
+LEAST_PRODUCTS = 2.3e9
 PRODUCTS_PER_NUMBER = 1300.0
-"""On other devices: how many products of an attention kernel the launches of merging cost, by method, and how many each
-number of its input costs."""
+"""On other devices: how many products of an attention kernel the launches of merging cost, and how many each number of
+its input costs."""
+
+PAPER_LEAST_FEWER, PAPER_LEAST_FEWER_ELSEWHERE = 128, 1024
+"""`LEAST_FEWER` of the method paper, on CPUs and on other devices: version 0.1.0's, so that seeds give its pictures."""
 
 LITTLE_GAIN_TOKENS = 4096
 """On other devices a step gains a few percent where no merged layer has more tokens, and attention is fast."""
@@ -33,23 +36,25 @@ def pays(tokens: int, channels: int, heads: int, ratio: float, device_type: str,
     """Whether merging `ratio` of a layer's `tokens` of `channels` saves more time than it takes.
 
     Attention over N tokens takes N² C operations; matching, merging and weighting take a number that grows with N C. So
-    on CPUs N times the share of saved pairs decides: from `LEAST_GAIN` on no layer was slower merged on two CPU cores
+    on CPUs N times the share of saved pairs decides: from `LEAST_FEWER` on no layer was slower merged on two CPU cores
     with SDP attention. On other devices a launch costs time at any size, and a padded head may need a larger kernel: by
     `bench estimate` no layer that merges there loses on an RTX 4090 or an H200 with FlashAttention (`docs/speed.md`). A
     slower attention pays earlier, but the rule doesn't ask which one runs.
     """
+    fewer = tokens * (1 - pairs_left(ratio, method))
+    if method == "paper":
+        return fewer >= (PAPER_LEAST_FEWER if device_type == "cpu" else PAPER_LEAST_FEWER_ELSEWHERE)
     if device_type == "cpu":
-        return tokens * (1 - pairs_left(ratio, method)) >= LEAST_GAIN[method]
+        return fewer >= LEAST_FEWER
     return products_saved(tokens, channels, heads, ratio, method) >= (
-        LEAST_PRODUCTS[method] + PRODUCTS_PER_NUMBER * tokens * channels
+        LEAST_PRODUCTS + PRODUCTS_PER_NUMBER * tokens * channels
     )
 
 
 def products_saved(tokens: int, channels: int, heads: int, ratio: float, method: str) -> float:
     """Products of queries with keys that a fused kernel saves: it computes a head at the next of `WIDTHS`."""
     size = channels // heads
-    merged_size = size if method == "paper" else padded_size(size)
-    whole, merged = (next((width for width in WIDTHS if one <= width), one) for one in (size, merged_size))
+    whole, merged = (next((width for width in WIDTHS if one <= width), one) for one in (size, padded_size(size)))
     return heads * tokens**2 * (whole - pairs_left(ratio, method) * merged)
 
 

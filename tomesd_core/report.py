@@ -68,6 +68,8 @@ class Report:
     """The ratio of the last step; None before the first."""
     notes: list[str]
     """What a person should know: a fallback level, a model without layers."""
+    failure: str | None = None
+    """The error of merging itself after which nothing merged any more."""
 
     @property
     def merged_layers(self) -> list[LayerReport]:
@@ -76,8 +78,10 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: layers, tokens, steps, calls that merged layers left whole, conflicts, notes."""
+        """One line: layers, tokens, steps, calls that merged layers left whole, conflicts, notes, the failure."""
         merged = self.merged_layers
+        if self.failure and not merged:
+            return f"nothing merged: {self.failure}"
         if not merged:
             reasons = sorted({layer.reason for layer in self.layers if layer.reason})
             why = "; ".join(dict.fromkeys([*reasons, *self.notes]))
@@ -87,16 +91,16 @@ class Report:
         line = f"{len(merged)} of {len(self.layers)} self-attention layers, {', '.join(changes)}"
         line += f", {self.merged_steps} of {self.steps} steps"
         calls = sum(layer.calls for layer in merged)
-        # A failure is among the notes too.
         whole = sum((layer.whole_calls for layer in merged), Counter())
-        for note in self.notes:
-            del whole[note]
         unmerged = [
-            f"{count} of {calls} calls not merged: {why}" for why, count in whole.items() if why not in self.notes
+            f"{count} of {calls} calls not merged: {reason}"
+            for reason, count in whole.items()
+            if reason not in (*self.notes, self.failure)
         ]
         conflicts = Counter(layer.conflict for layer in self.layers if layer.conflict and not layer.merged_calls)
         foreign = [f"{count} left out: {why}" for why, count in conflicts.items()]
-        return "; ".join([line, *unmerged, *foreign, *self.notes])
+        failure = [self.failure] if self.failure else []
+        return "; ".join([line, *unmerged, *foreign, *self.notes, *failure])
 
     def __str__(self) -> str:
         lines = [f"token merging: {self.summary}"]

@@ -29,6 +29,7 @@ from .contenders import (
     Running,
     put_on,
 )
+from .samplers import SAMPLERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Variant:
     ratio: float = 0.0
     settings: MergeSettings | None = None
     steps: int | None = None
-    """None: as many as the studio says."""
+    """None: the studio's."""
+    sampler: str = "PLMS"
+    """One of `samplers.SAMPLERS`."""
 
     def put_on(self, unet: nn.Module) -> contextlib.AbstractContextManager[Running]:
         """While open, the UNet runs so; nothing is left behind."""
@@ -48,7 +51,7 @@ class Variant:
     @property
     def unmerged(self) -> Variant:
         """The way to make this one's twins."""
-        return Variant(UNMERGED, steps=self.steps)
+        return Variant(UNMERGED, steps=self.steps, sampler=self.sampler)
 
     @property
     def mean_ratio(self) -> float:
@@ -197,12 +200,24 @@ def _cells() -> list[Row]:
 
 def _few_steps() -> list[Row]:
     rows = []
-    for steps in (4, 5, 8, 10, 20, 50):
+    for steps in (4, 8, 20, 50):
         rows.append(Row(UNMERGED, Variant(UNMERGED, steps=steps)))
-        reuses = (1, 2, 4)
+        ways = {every: ours(KEYS, ratio=0.84, reuse_steps=every) for every in (1, 2, 4)}
         rows += _beside(
-            *(Row(f"kept for {every}", by_settings(shipped(method=KEYS, reuse_steps=every), steps)) for every in reuses)
+            *(Row(f"kept for {every}", dataclasses.replace(way, steps=steps)) for every, way in ways.items())
         )
+    return rows
+
+
+def _samplers() -> list[Row]:
+    """Few steps and many of three samplers, each beside its own unmerged pictures."""
+    rows = []
+    for sampler in SAMPLERS:
+        for steps in (4, 8, 20):
+            rows.append(Row(f"{sampler}, unmerged", Variant(UNMERGED, steps=steps, sampler=sampler)))
+            for method, ratio in ((KEYS, 0.6), (KEYS, 0.84)):
+                way = dataclasses.replace(ours(method, ratio=ratio), steps=steps, sampler=sampler)
+                rows.append(Row(f"{sampler}, {method} {ratio:g}", way))
     return rows
 
 
@@ -230,7 +245,8 @@ TABLES = {
     "draw": Table("Draw: how often destinations are drawn, with a matching in every step", _draw()),
     "schedules": Table("Schedules: early and late ratios of our methods at one mean", _schedules()),
     "cells": Table("Cells: the size of a cell with one destination", _cells()),
-    "steps": Table("Steps: for how many of few steps a matching is kept, by the defaults", _few_steps(), over="steps"),
+    "steps": Table("Steps: for how many steps a matching is kept, keys at 0.84", _few_steps(), over="steps"),
+    "samplers": Table("Samplers: few steps and many", _samplers(), over="steps"),
     "partition": _halved(
         "Partition: how destinations are chosen (paper, table 2)",
         "random 2x2",

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
-import io
 import json
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from .contenders import CORNER, RANDOM, TODO, UNWEIGHTED, Running
 from .models import attention
 from .options import DTYPES
 from .packages import require
+from .samplers import SAMPLERS
 from .timing import timed
 
 CHUNK = 8
@@ -47,7 +47,7 @@ class Studio:
     name: str
     """The model's: one of `MODELS`, or `UNTRAINED`."""
     steps: int
-    """Of PLMS, where a variant doesn't say; they divide 1000."""
+    """Where a variant doesn't say; they divide 1000."""
     scale: float
     """Of classifier-free guidance."""
     attention: str
@@ -101,33 +101,29 @@ class Studio:
         with torch.random.fork_rng(devices=[]), attention(unet, self.attention), narrow:
             torch.manual_seed(first)
             with variant.put_on(unet) as running:
-                work = functools.partial(self._sample, model, prompts, first, running, self.steps_of(variant))
+                work = functools.partial(self._sample, model, prompts, first, running, variant)
                 seconds, x = timed(work, self.device)
                 merged = running.describe()
         return model.to_rgb(x).mul(255).round().byte().permute(0, 2, 3, 1).cpu(), seconds, merged
 
-    def _sample(self, model: TinyModel, prompts: Sequence[str], first: int, running: Running, steps: int) -> Tensor:
-        """[B, 3, H, W], by ldm's own PLMS; picture i starts from the noise of seed `first` + i."""
-        sampler = require("ldm.models.diffusion.plms").PLMSSampler(model)
+    def _sample(
+        self, model: TinyModel, prompts: Sequence[str], first: int, running: Running, variant: Variant
+    ) -> Tensor:
+        """[B, 3, H, W]; picture i starts from the noise of seed `first` + i."""
+        steps = self.steps_of(variant)
         noise = [
             torch.randn(self.image_shape, generator=torch.Generator().manual_seed(first + number))
             for number in range(len(prompts))
         ]
-        running.begin_step(0, steps)
-        # It prints, and draws a progress bar of its own for each run.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            x, _ = sampler.sample(
-                S=steps,
-                batch_size=len(prompts),
-                shape=self.image_shape,
-                conditioning=model.encode_prompts(prompts),
-                unconditional_conditioning=model.encode_prompts([""] * len(prompts)),
-                unconditional_guidance_scale=self.scale,
-                x_T=torch.stack(noise).to(self.device),
-                callback=lambda step: running.begin_step(step + 1, steps),
-                verbose=False,
-            )
-        return x
+        return SAMPLERS[variant.sampler](
+            model,
+            torch.stack(noise).to(self.device),
+            model.encode_prompts(prompts),
+            model.encode_prompts([""] * len(prompts)),
+            self.scale,
+            steps,
+            lambda step: running.begin_step(step, steps),
+        )
 
     def digest(self, variant: Variant) -> str:
         """Of all that a variant's pictures depend on: the model, how it is run, and the code that merges."""

@@ -1,13 +1,11 @@
 """How far merging takes the pictures of a tiny trained model from what they were: by method, and the paper's tables.
 
 The model is that of emoji, or by --model that of photographs, which makes textures and no compositions. Every row's
-pictures are made from the same seeds and prompts, by ldm's own PLMS sampler. PSNR and SSIM are to the unmerged twin,
-made in as many steps; "pairs" is the share of query-key pairs left in layers that merge. Fréchet is the distance of
-all of a row's pictures to the training pictures, on features of a small classifier of the same pictures (not
-Inception: it compares with no published FID); "named" is the share of pictures that this classifier takes for their
-prompt's. Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only the
-new ones. --speed adds a table at equal time for each size in its files, and what a row's ratio brings in times faster,
-by the first of them.
+pictures are made from the same seeds and prompts, by ldm's PLMS sampler where a table doesn't say otherwise. PSNR and
+SSIM are to the unmerged twin, made by the same sampler in as many steps; "pairs" is the share of query-key pairs left
+in layers that merge. Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only
+the new ones. --speed adds a table at equal time for each size in its files, and what a row's ratio brings in times
+faster, by the first of them.
 """
 
 from __future__ import annotations
@@ -72,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a picture, and tokens of the finest layers (32; the model of photographs knows 64 too)",
     )
     parser.add_argument("--samples", type=whole_number, metavar="N", help="pictures a row, from 2 up")
-    parser.add_argument("--steps", type=whole_number, metavar="N", help="of PLMS, where a table doesn't say")
+    parser.add_argument("--steps", type=whole_number, metavar="N", help="where a table doesn't say")
     parser.add_argument("--scale", type=float, metavar="S", help="of classifier-free guidance")
     parser.add_argument("--tables", choices=TABLES, nargs="+", metavar="TABLE", help=f"some of: {', '.join(TABLES)}")
     parser.add_argument("--processes", type=whole_number, metavar="N", help="side by side, of --threads each")
@@ -301,7 +299,7 @@ def _write_markdown(
     for heading, rows in sections:
         samples, scale = (rows[0][name] for name in ("samples", "scale"))
         steps = " or ".join(map(str, dict.fromkeys(row["steps"] for row in rows)))
-        parts.append(f"**{heading}** {samples} pictures a row, {steps} PLMS steps, guidance {scale:g}.")
+        parts.append(f"**{heading}** {samples} pictures a row, {steps} steps, guidance {scale:g}.")
         parts.append(output.table(*_shown(rows)))
     parts.append("\n".join(f"* {note}" for note in notes))
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -59,6 +59,7 @@ def lines(host, make):
             lines.append(make([{**kind, **values, "method": method}], **HIRES).comments.strip())
     lines.append(preview.describe(settings.MergeSettings(skip_unprofitable=False), layers, (64, 64), "cuda"))
     lines.append("loaded at the first picture")
+    lines.append(preview.of_loaded_model(settings.MergeSettings(apply_to="hires pass"), 512, 512, has_hires_pass=False))
     lines.append(preview.describe(settings.MergeSettings(min_tokens=65536), layers, (64, 64), "cpu"))
     for values in ({"min_tokens": 65536}, {"ratio": 0, "schedule": "constant"}, {"ratio": 0.3}):
         lines.append(make([values]).comments.strip())

@@ -211,7 +211,7 @@ def test_a_failure_of_merging_is_said(measure, sampling, monkeypatch, log_lines)
         raise LookupError("on purpose")
 
     monkeypatch.setattr(sampling, "attach", fail)
-    with pytest.raises(measure.NoResultError, match="failed: the log says why"):
+    with pytest.raises(measure.NoResultError, match=r"failed: .*LookupError: on purpose"):
         measure.measure(ASKED)
     assert any("LookupError: on purpose" in line for line in log_lines)
 
@@ -261,7 +261,7 @@ def test_the_progress_is_that_of_the_steps(measure, on_denoised):
 
 @given(st.floats(0.01, 10), st.floats(0.2, 5), st.integers(2, 30))
 def test_pairs_of_one_quotient_give_it_without_a_spread(seconds, times, pairs):
-    quotient, spread = running("webui.measure").times_faster([(seconds, seconds / times)] * pairs)
+    quotient, spread = running("webui.measure").times_faster([([seconds] * 2, [seconds / times] * 2)] * pairs)
     assert (quotient, spread) == (pytest.approx(times), pytest.approx(0, abs=1e-9))
 
 
@@ -269,18 +269,17 @@ def test_pairs_of_one_quotient_give_it_without_a_spread(seconds, times, pairs):
 @settings(max_examples=30, deadline=None)
 def test_the_spread_is_the_standard_error(seed, deviation, times):
     """Of 200 measurements of normal noise."""
-    noise = np.random.default_rng(seed).normal(0, deviation, (200, 25, 2))
-    results = np.array(
-        [running("webui.measure").times_faster(list(map(tuple, np.exp(one) * [1, 1 / times]))) for one in noise]
-    )
+    noise = np.random.default_rng(seed).normal(0, deviation, (200, 25, 2, 2))
+    seconds = np.exp(noise) * [[1], [1 / times]]
+    results = np.array([running("webui.measure").times_faster(pairs) for pairs in seconds])
     assert results[:, 0].std() / times == pytest.approx(np.median(results[:, 1]), rel=0.5)
 
 
 @given(st.integers(6, 30), st.data())
 def test_a_hiccup_changes_nothing(rounds, data):
-    times = [[1.0, 0.5] for _ in range(rounds)]
-    times[data.draw(st.integers(0, rounds - 1))][data.draw(st.integers(0, 1))] *= 50
-    assert running("webui.measure").times_faster([tuple(pair) for pair in times]) == pytest.approx((2.0, 0.0))
+    times = np.tile([[1.0], [0.5]], (rounds, 1, 2))
+    times[data.draw(st.integers(0, rounds - 1)), data.draw(st.integers(0, 1)), data.draw(st.integers(0, 1))] *= 50
+    assert running("webui.measure").times_faster(times) == pytest.approx((2.0, 0.0))
 
 
 # The route

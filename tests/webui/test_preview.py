@@ -22,3 +22,13 @@ def test_the_line_tells_of_a_model_that_is_loaded_later(host, monkeypatch):
     chosen = {"checkpoint_info": object()}
     monkeypatch.setattr(sd_models.model_data, "forge_loading_parameters", chosen, raising=False)
     assert describe(settings, None, (64, 64), "cpu") == "loaded at the first picture"
+
+
+@pytest.mark.parametrize(
+    ("apply_to", "has_hires_pass", "merges"),
+    [("hires pass", False, False), ("hires pass", True, True), ("first pass", False, True)],
+)
+def test_a_tab_without_a_hires_pass_promises_none(host, apply_to, has_hires_pass, merges):
+    settings = running("settings").MergeSettings(apply_to=apply_to, skip_unprofitable=False)
+    line = running("webui.preview").of_loaded_model(settings, 512, 512, has_hires_pass)
+    assert ("→" in line) == merges and ("no hires pass" in line) != merges

@@ -263,15 +263,15 @@ class _Run(Sampling):
             yield pair
 
     def _measured(self) -> tuple[float, float]:
-        return times_faster([(fmean(unmerged), fmean(merged)) for unmerged, merged in self._steps(self._seconds)])
+        return times_faster(list(self._steps(self._seconds)))
 
     def _is_enough(self) -> bool:
         return self._measured()[1] < MOST_SPREAD or sum(self._seconds) + SECONDS > MOST_SECONDS
 
     def result(self, size: str) -> Result:
         """What came out, once the sampling has ended."""
-        if self.settings is None:
-            raise NoResultError(f"measuring at {size} failed: the log says why")
+        if self.failure:
+            raise NoResultError(f"measuring at {size} failed: {self.failure}")
         if not any(report.merged_layers for report in self.reports):
             why = next(iter(self._summaries), "this model has no self-attention layers that can be merged")
             return Result(f"no faster at {size}: {why}")
@@ -290,23 +290,28 @@ def line_of(size: str, times: float, spread: float, share: float, saving: float 
     line = f"no faster at {size}: attention is {share:.0%} of a step here"
     if times > 1 + max(spread, 0.005):
         memory = f", {saving:.0%} less memory" if saving and saving >= 0.005 else ""
-        line = f"{times:.2f} times faster at {size} (± {spread:.0%}){memory}, on this machine"
+        line = f"{times:.2f} times faster at {size} (± {max(spread, 0.01):.0%}){memory}, on this machine"
     return line.replace("%", " %")
 
 
-def times_faster(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def times_faster(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float]:
     """How many times faster merged steps are, and the standard error of that as a share of it.
 
-    `pairs` holds the mean seconds of an unmerged and of a merged step for each pair of rounds, in the order of time.
-    Each counts as the median of itself and its neighbours, so that a hiccup counts for nothing, and each part of the
-    schedule for its share of a sampling. The error comes from the differences between neighbours among the unmerged
-    steps, in which the schedule doesn't show, and which are as noisy as the merged ones.
+    `pairs` holds the seconds of the unmerged and of the merged steps of each pair of rounds, in the order of time. Each
+    pair counts as the median of itself and its neighbours, so that a hiccup counts for nothing, and each part of the
+    schedule for its share of a sampling. The error comes from unmerged steps at the same place of neighbouring pairs,
+    in which the schedule doesn't show, and which are as noisy as the merged ones.
     """
-    unmerged, merged = (_smoothed(times) for times in zip(*pairs, strict=True))
-    changes = [abs(math.log(one / other)) for (one, _), (other, _) in pairwise(pairs)]
-    # Of differences of normal noise half are below 0.95 of its deviation.
-    deviation = median(changes) / 0.954
-    return sum(unmerged) / sum(merged), math.sqrt(2 / len(pairs)) * deviation
+    unmerged, merged = (_smoothed([fmean(steps) for steps in kind]) for kind in zip(*pairs, strict=True))
+    changes = [
+        abs(math.log(one / other))
+        for (before, _), (after, _) in pairwise(pairs)
+        for one, other in zip(before, after, strict=True)
+    ]
+    # Of differences of normal noise half are below 0.95 of its deviation. Few of them may be small by chance.
+    deviation = median(changes) / 0.954 * math.sqrt(1 + 2 / len(changes))
+    steps_per_pair = len(pairs[0][0])
+    return sum(unmerged) / sum(merged), math.sqrt(2 / (len(pairs) * steps_per_pair)) * deviation
 
 
 def _smoothed(times: Sequence[float]) -> list[float]:

@@ -13,7 +13,10 @@ from modules import ui_components
 from . import host, measure
 from .arguments import CONTROLS
 
-TIP = "Times steps with and without merging, with these settings at this tab's size, for about ten seconds a size"
+TIP = (
+    "Times steps with and without merging, with these settings at this tab's size: ten seconds or more per size, "
+    "eleven steps at least"
+)
 
 
 class MeasureRow:

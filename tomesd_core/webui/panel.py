@@ -73,7 +73,11 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     controls = {name: fields[name] for name in CONTROLS}
     settings = [fields[name] for name in PANEL_FIELDS]
     read_size = f"(...given) => toMeTabSize('{tab}', given)"
-    preview_made = host.listen(refresh.click, _preview, [*sizes, *controls.values()], [chart], js=read_size)
+
+    def preview_of_tab(*values: Any) -> str:
+        return _preview(tab, *values)
+
+    preview_made = host.listen(refresh.click, preview_of_tab, [*sizes, *controls.values()], [chart], js=read_size)
     preset = [preset_row.preset]
     host.listen(preview_made.then, None, preset, preset, js=f"(preset) => toMeAnswered('{tab}', preset)")
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
@@ -105,13 +109,13 @@ def _visibility(schedule: str) -> list[dict[str, Any]]:
     return [gr.update(visible=name in useful) for name in PANEL_FIELDS]
 
 
-def _preview(width: Any, height: Any, steps: Any, *args: Any) -> str:
+def _preview(tab: str, width: Any, height: Any, steps: Any, *args: Any) -> str:
     """The preview's HTML. The page's script takes the panel's title from it, and the preset that the values are."""
     name = None
     try:
         settings = read_arguments([True, *args[1:]], None, presets.get).settings
         name = presets.named(settings)
-        line = preview.of_loaded_model(settings, width, height)
+        line = preview.of_loaded_model(settings, width, height, has_hires_pass=tab == "txt2img")
         chart = preview.chart(settings, min(max(int(steps), 1), 150))
         title = preview.title(settings if args[0] else None)
     except (SettingsError, TypeError, ValueError, OverflowError) as error:

@@ -32,8 +32,10 @@ def _merged(settings: MergeSettings) -> str:
     return "keys" if settings.method == "keys" else "tokens"
 
 
-def of_loaded_model(settings: MergeSettings, width: Any, height: Any) -> str:
-    """`describe`, of the loaded model at a size in pixels."""
+def of_loaded_model(settings: MergeSettings, width: Any, height: Any, has_hires_pass: bool) -> str:
+    """`describe`, of the loaded model at a size in pixels, in a tab with hires fix or without."""
+    if settings.apply_to == "hires pass" and not has_hires_pass:
+        return "nothing would be merged: this tab has no hires pass"
     latent = int(height) // processing.opt_f, int(width) // processing.opt_f
     return describe(settings, host.loaded_layers(), latent, devices.device.type)
 

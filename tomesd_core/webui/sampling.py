@@ -172,9 +172,9 @@ class Sampling:
     def _end(self, error: BaseException | None) -> None:
         if isinstance(error, Exception) and self._merging is not None and self._merging.has_unfinished_call:
             lack = "ran out of memory" if is_out_of_memory(error) else "failed"
-            line = f"merged attention {lack} at this size ({in_a_line(error)})"
-            _too_large[self._shape] = line
-            log.error(f"{line}; pictures of this size are made without merging until the UI is reloaded")
+            self.failure = f"merged attention {lack} at this size ({in_a_line(error)})"
+            _too_large[self._shape] = self.failure
+            log.error(f"{self.failure}; pictures of this size are made without merging until the UI is reloaded")
         self.unhook()
         if error is None and self._began is not None and not (shared.state.interrupted or shared.state.skipped):
             self.seconds = now() - self._began
