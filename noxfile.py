@@ -88,6 +88,7 @@ def _install(session: nox.Session, *packages: str) -> None:
 
 def _test(session: nox.Session) -> None:
     _install(session, *TESTS)
+    session.install("--no-deps", "ca-tome==0.1.3")  # It asks for an older torch, and for diffusers, which is not used.
     # Each test's tensors are small: a process a core is faster than two threads in one.
     parallel = ("-n", "auto", "--dist", "loadfile") if not session.posargs else ()
     env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}

@@ -24,6 +24,7 @@ from lab.bench.contenders import (
     LIMIT_OF,
     OURS,
     PAPER,
+    QUERIES,
     RANDOM,
     TODO,
     TODO_FACTORS,
@@ -37,6 +38,7 @@ from lab.bench.contenders import (
 )
 from lab.bench.options import merge_ratio, picture_size
 from lab.bench.packages import MissingPackage, require
+from lab.bench.peers import TOMA
 from tomesd_core import hooks
 from tomesd_core.proportional import PROBE_TOKENS
 from tomesd_core.settings import MergeSettings
@@ -46,7 +48,7 @@ pytest.importorskip("tqdm")
 CPU = torch.device("cpu")
 FORCED = MergeSettings(schedule="constant", skip_unprofitable=False)
 OURS_AND_PEERS = [KEYS, PAPER, CORNER, RANDOM]
-EVERYONE = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, CORNER, RANDOM, TODO, LIMIT_KEYS, LIMIT]
+EVERYONE = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, CORNER, RANDOM, QUERIES, TODO, TOMA, LIMIT_KEYS, LIMIT]
 
 
 def one_contender(name: str, ratio: float, tokens: int = 256) -> Contender:
@@ -135,7 +137,7 @@ def test_layer(bench: Callable) -> None:
     pytest.importorskip("tomesd")
     rows, _ = bench("layer", "--tiny", "--rounds", 1, "--ratios", 0.3, 0.75)
     matchers_alone = [EXACT]
-    names = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM]
+    names = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM, QUERIES]
     limits = [LIMIT_KEYS, LIMIT]
     assert [(row["tokens"], row["ratio"], row["contender"]) for row in rows] == [
         (tokens, ratio, name)
@@ -149,8 +151,9 @@ def test_layer(bench: Callable) -> None:
         seconds = {name: float(row["layer"]) for name, row in by_name.items() if row["layer"]}
         assert set(by_name) - set(seconds) == set(matchers_alone)
         for name, row in by_name.items():
-            # Tiny layers: too little to pay.
-            assert row["rule"] == ("leave out" if name in (KEYS, TOKENS, PAPER) else "")
+            # Tiny layers: too little to pay, but by the rule of the method paper.
+            rule = "merge" if name == PAPER and row["tokens"] == "256" else "leave out"
+            assert row["rule"] == (rule if name in (KEYS, TOKENS, PAPER) else "")
             if name in seconds:
                 assert float(row["gain"]) == pytest.approx(seconds[UNMERGED] / seconds[name])
             if name in LIMIT_OF:
@@ -192,6 +195,7 @@ def test_layers_run_with_their_contender_on(monkeypatch: pytest.MonkeyPatch, ben
         UNMERGED: whole,
         **dict.fromkeys((KEYS, UNWEIGHTED, TODO, LIMIT_KEYS), fewer),
         **dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM, LIMIT), both),
+        QUERIES: {(64, 256)},
     }
 
 
@@ -352,7 +356,7 @@ def test_what_weighting_changes(tiny: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", EVERYONE)
 def test_contenders_leave_nothing_behind(tiny: nn.Module, hook_dicts: Callable, name: str) -> None:
-    if name in (CORNER, RANDOM):
+    if name in (CORNER, RANDOM, QUERIES):
         pytest.importorskip("tomesd")
     step = models.one_step(tiny, models.TINY, (64, 64))
     registered, kinds, plain = hook_dicts(tiny), [type(module) for module in tiny.modules()], step()
@@ -385,7 +389,7 @@ def test_what_takes_too_much_is_left_out() -> None:
     assert [one.name for one in some] == [OURS, EXACT]
     assert any("GB" in note or "not installed" in note for note in notes)
     able, _ = contenders(EVERYONE, 0.5, 256 * 256, torch.float32)
-    assert [one.name for one in able] == [name for name in EVERYONE if name not in (CORNER, RANDOM, TODO)]
+    assert [one.name for one in able] == [name for name in EVERYONE if name not in (CORNER, RANDOM, QUERIES, TODO)]
 
 
 def test_without_tomesd(monkeypatch: pytest.MonkeyPatch, bench: Callable) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 pytest.importorskip("ldm")
 
 from lab.demo import train
-from lab.demo.model import FeatureNet, TinyModel
+from lab.demo.model import TinyModel
 
 SMALL = {"image_size": 8, "channel_mult": [1, 1], "attention_resolutions": [1, 2], "context_dim": 32}
 RECIPE = train.Recipe(batch=6, warmup=5, lr=2e-3)
@@ -107,7 +107,6 @@ def test_export_writes_what_load_reads(pictures, tmp_path):
     training = train.Training(pictures, RECIPE, SMALL)
     steps_of(training, 1)
     (tmp_path / "train.log").write_text("".join(f"line {i}\n" for i in range(40)), encoding="utf-8")
-    FeatureNet(4).save(tmp_path / "features.safetensors")
     train.export(training, tmp_path, tmp_path / "train.log", pictures="four squares")
     model = TinyModel.read(tmp_path / "tiny.safetensors")
     assert '"pictures": "four squares"' in (tmp_path / "tiny.json").read_text(encoding="utf-8")
@@ -142,20 +141,6 @@ def test_both_sizes_are_trained_on_and_their_captions_are_kept_once(both_sizes, 
     assert 0.3 < losses[0] < 1.2 and 0.3 < losses[1] < 1.2
     training.save(tmp_path / "checkpoint.pt")
     assert train.Training.resume(tmp_path / "checkpoint.pt", both_sizes).model.captions == both_sizes.captions[:4]
-
-
-def test_features_name_captions(both_sizes):
-    net, right = train.train_features(both_sizes, steps=40, batch=16)
-    assert (net.head.out_features, len(net.reference)) == (4, 8)
-    assert right > 0.8
-    guesses = net(both_sizes.rgb[0] / 255).argmax(1).tolist()
-    assert guesses == [0, 1, 2, 3] * 2
-
-
-def test_what_lies_outside_of_a_varied_picture_is_as_its_edge(pictures):
-    grey = torch.full((64, 3, 8, 8), 0.5)
-    varied = train.vary(grey, torch.Generator().manual_seed(0))
-    assert varied.mean(dim=(1, 2, 3)).max() < 0.6
 
 
 # The photographs

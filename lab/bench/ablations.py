@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,21 +15,8 @@ from tomesd_core.plan import pairs_left
 from tomesd_core.settings import METHODS, MergeSettings
 from tomesd_core.webui.presets import BUILT_IN
 
-from .contenders import (
-    BASE,
-    CORNER,
-    FORMER,
-    KEYS,
-    PAPER,
-    RANDOM,
-    TODO,
-    TODO_FACTORS,
-    TOKENS,
-    UNMERGED,
-    UNWEIGHTED,
-    Running,
-    put_on,
-)
+from .contenders import BASE, FORMER, KEYS, LIMIT, PAPER, TOKENS, UNMERGED, UNWEIGHTED, put_on
+from .peers import CA_TOME, CORNER, QUERIES, RANDOM, TODO, TODO_FACTORS, TOMA, Running
 from .samplers import SAMPLERS
 
 
@@ -61,7 +49,7 @@ class Variant:
     @property
     def pairs(self) -> float:
         """The share of query-key pairs left in a layer that merges, over many steps."""
-        method = KEYS if self.contender in (KEYS, UNWEIGHTED, TODO) else PAPER
+        method = KEYS if self.contender in (KEYS, UNWEIGHTED, TODO, QUERIES) else PAPER
         return _mean([pairs_left(ratio, method) for ratio in self._ratios])
 
     @property
@@ -210,14 +198,20 @@ def _few_steps() -> list[Row]:
 
 
 def _samplers() -> list[Row]:
-    """Few steps and many of three samplers, each beside its own unmerged pictures."""
+    """Few steps of three samplers, each held against many: how near merged pictures are to their unmerged twins."""
     rows = []
-    for sampler in SAMPLERS:
-        for steps in (4, 8, 20):
-            rows.append(Row(f"{sampler}, unmerged", Variant(UNMERGED, steps=steps, sampler=sampler)))
-            for method, ratio in ((KEYS, 0.6), (KEYS, 0.84)):
-                way = dataclasses.replace(ours(method, ratio=ratio), steps=steps, sampler=sampler)
-                rows.append(Row(f"{sampler}, {method} {ratio:g}", way))
+    for sampler, ratio in itertools.product(SAMPLERS, (0.6, 0.84)):
+        ways = {
+            steps: dataclasses.replace(ours(KEYS, ratio=ratio), steps=steps, sampler=sampler) for steps in (20, 8, 4)
+        }
+        rows += _beside(*(Row(f"{sampler}, {KEYS} {ratio:g}", way) for way in ways.values()))
+    return rows
+
+
+def _peers() -> list[Row]:
+    rows = [WHOLE]
+    for name, ratios in PEER_RATIOS.items():
+        rows += [_at(name, ratio) for ratio in ratios]
     return rows
 
 
@@ -237,8 +231,16 @@ def _presets() -> list[Row]:
 EQUAL_PAIRS = {0.4375: 0.25, 0.75: 0.5, 0.84: 0.6, 0.9375: None}
 """By ratio of the method keys, that at which what merges queries too leaves as many pairs; None: not measured."""
 
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75)
-PEER_RATIOS = (0.25, 0.5, 0.6)
+PEER_RATIOS: dict[str, tuple[float, ...]] = {
+    KEYS: (0.4375, 0.6, 0.75, 0.84, 0.9375),
+    TOKENS: (0.25, 0.5, 0.6, 0.75),
+    CORNER: (0.25, 0.5, 0.6, 0.75),
+    QUERIES: (0.25, 0.5, 0.75),
+    TODO: tuple(TODO_FACTORS),
+    CA_TOME: (0.95, 0.9, 0.7),
+    TOMA: (0.25, 0.5, 0.75),
+}
+"""By contender its ratios, and CA-ToMe's thresholds: 0.7 is the published one."""
 
 TABLES = {
     "what": Table("What: which tokens are merged, at equally many pairs (paper, table 3a)", _what(), over="pairs"),
@@ -246,7 +248,7 @@ TABLES = {
     "schedules": Table("Schedules: early and late ratios of our methods at one mean", _schedules()),
     "cells": Table("Cells: the size of a cell with one destination", _cells()),
     "steps": Table("Steps: for how many steps a matching is kept, keys at 0.84", _few_steps(), over="steps"),
-    "samplers": Table("Samplers: few steps and many", _samplers(), over="steps"),
+    "samplers": Table("Samplers: few steps beside many", _samplers(), over="steps"),
     "partition": _halved(
         "Partition: how destinations are chosen (paper, table 2)",
         "random 2x2",
@@ -286,16 +288,7 @@ TABLES = {
         "level 1",
         **{"level 1": {}, "levels 1, 2": {"max_downsample": 2}, "levels 1, 2, 4": {"max_downsample": 4}},
     ),
-    "ratio": Table(
-        "Ratio: quality and time (paper, table 4)",
-        _beside(WHOLE, *(_at(PAPER, ratio) for ratio in RATIOS)),
-        over="ratio",
-    ),
-    "peers": Table(
-        "Peers: the paper's method, ours and tomesd's, at equal ratio",
-        [WHOLE, *(row for r in PEER_RATIOS for row in _beside(*(_at(name, r) for name in (PAPER, CORNER, RANDOM))))],
-        over="ratio",
-    ),
+    "peers": Table("Peers: keys and tokens beside the methods of others", _peers(), over="pairs"),
     "defaults": Table(
         "Defaults: as shipped, and as they were",
         [WHOLE, *_beside(Row("before", by_settings(FORMER["Balanced"])), Row("shipped", by_settings(shipped())))],
@@ -305,13 +298,16 @@ TABLES = {
 """By name; those that set a default come first, `presets` after the tables that set its rows."""
 
 
-def times_faster(variant: Variant, gains: Gains) -> float | None:
+def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
     """How many times faster than unmerged a contender is at its ratio; None where that wasn't measured.
 
-    Nor is it known of a variant with settings of its own, a schedule or other levels.
+    Nor is it known of a variant with settings of its own, a schedule or other levels. CA-ToMe and ToMA match in some
+    steps only, and are taken to be as fast as attention over their share of `pairs` alone: they can't be faster.
     """
     contender, ratio = variant.contender, variant.ratio
-    is_timed = contender != UNMERGED and variant == _at(contender, ratio).variant
+    if contender in (CA_TOME, TOMA):
+        contender, ratio = LIMIT, 1 - pairs**0.5
+    is_timed = contender != UNMERGED and variant == _at(variant.contender, variant.ratio).variant
     points = gains.get(contender, {})
     return _between(points, ratio) if is_timed and _is_measured(points, ratio) else None
 
@@ -325,7 +321,7 @@ def at_equal_time(what: str, gains: Gains) -> Table:
     rows = [WHOLE]
     keys = gains.get(KEYS, {})
     percents = [percent for percent in range(1, 100) if _is_measured(keys, percent / 100)]
-    for ratio in PEER_RATIOS:
+    for ratio in PEER_RATIOS[CORNER]:
         peers = [peer for peer in (CORNER, RANDOM) if _is_measured(gains.get(peer, {}), ratio)]
         if not peers:
             continue

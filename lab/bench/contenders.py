@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,17 +16,30 @@ from torch import Tensor, nn
 from tomesd_core import hooks
 from tomesd_core.matching import match
 from tomesd_core.partition import make_partition
-from tomesd_core.plan import coarsest_level, tokens_removed
+from tomesd_core.plan import tokens_removed
 from tomesd_core.settings import METHODS, MergeSettings
-from tomesd_core.unet import LDM, Layer, find_layers, names_in
 
 from .packages import INSTALL, MissingPackage, require
+from .peers import (
+    CA_TOME,
+    CORNER,
+    PUT_ON,
+    QUERIES,
+    RANDOM,
+    TODO,
+    TODO_FACTORS,
+    TOMESD_MOST,
+    Apply,
+    OnUnet,
+    Running,
+    attending_to,
+    match_tomesd,
+    merged_layers,
+)
 
 UNMERGED = "unmerged"
 KEYS, TOKENS, PAPER = METHODS
 UNWEIGHTED = "keys unweighted"
-CORNER, RANDOM = "tomesd corner", "tomesd random"
-TODO = "ToDo"
 LIMIT_KEYS, LIMIT = "limit keys", "limit"
 
 OURS = "ours"
@@ -49,12 +63,6 @@ OVER_OTHERS = {
     "over_limit": LIMIT_OF,
 }
 """Columns that hold a contender's measure over that of another: by contender, whose."""
-
-TOMESD_MOST = 0.75
-"""The highest ratio that `tomesd`'s cells of 2×2 allow; above it, it removes as much, and says nothing."""
-
-TODO_FACTORS = {0.75: 2, 0.9375: 4}
-"""By ratio: of how many tokens in each direction ToDo keeps one."""
 
 PEER_BYTES = 4e9
 """Where `tomesd`'s similarities alone would take more than this, it is left out."""
@@ -95,28 +103,11 @@ FORMER = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Running:
-    """A contender that is on a UNet."""
-
-    begin_step: Callable[[int, int], None] = lambda step, total: None
-    """Says that the UNet's next passes belong to this step, from 0, of so many."""
-    describe: Callable[[], str] = str
-    """What was merged, for people; may be empty."""
-
-
-OnUnet = contextlib.AbstractContextManager[Running]
-"""While open, a UNet runs as a contender says; nothing is left behind."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Contender:
     """One way to run a UNet."""
 
     name: str
     put_on: Callable[[nn.Module], OnUnet]
-
-
-Apply = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +140,9 @@ def why_left_out(name: str, ratio: float, tokens: int, dtype: torch.dtype) -> st
     """Why a contender can't remove this ratio of so many tokens; None where it can."""
     if name == TODO and ratio not in TODO_FACTORS:
         return f"{TODO} is left out but at the ratios {' and '.join(map(str, TODO_FACTORS))}, the only ones that it has"
-    if name not in (CORNER, RANDOM):
+    if name == CA_TOME and importlib.util.find_spec("ca_tome") is None:
+        return f"{CA_TOME} is left out, since it is not installed: {INSTALL['ca_tome']}"
+    if name not in (CORNER, RANDOM, QUERIES):
         return None
     try:
         require("tomesd")
@@ -166,11 +159,12 @@ def why_left_out(name: str, ratio: float, tokens: int, dtype: torch.dtype) -> st
 
 
 def peer_versions() -> str:
-    """The peers that are installed, for people."""
-    try:
-        return f"tomesd {importlib.metadata.version('tomesd')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "tomesd not installed"
+    """The peers' packages that are installed, for people."""
+    versions = []
+    for package in ("tomesd", "ca-tome"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(versions) or "tomesd not installed"
 
 
 def matchers(side: int, ratio: float, dtype: torch.dtype) -> tuple[list[Matcher], list[str]]:
@@ -184,13 +178,6 @@ def matchers(side: int, ratio: float, dtype: torch.dtype) -> tuple[list[Matcher]
         else:
             notes.append(note)
     return every_matcher, notes
-
-
-def merged_layers(unet: nn.Module) -> list[Layer]:
-    """The layers that the default settings merge in."""
-    layers = find_layers(unet)
-    coarsest = coarsest_level(MergeSettings(), layers)
-    return [layer for layer in layers if layer.is_self_attention and (layer.level or coarsest + 1) <= coarsest]
 
 
 def put_on(unet: nn.Module, name: str, ratio: float, settings: MergeSettings | None = None) -> OnUnet:
@@ -216,23 +203,6 @@ class Unweighted(MergeSettings):
     """The method keys with each merged key counted once: what proportional attention brings, and what it takes."""
 
     weights_keys = False
-
-
-@contextlib.contextmanager
-def _tomesd(unet: nn.Module, ratio: float, use_rand: bool) -> Iterator[Running]:
-    tomesd = require("tomesd")
-    model = unet
-    if names_in(unet) is LDM:
-        model = nn.Module()
-        model.model = nn.Module()
-        model.model.diffusion_model = unet
-    tomesd.apply_patch(model, ratio=ratio, use_rand=use_rand)
-    try:
-        yield Running()
-    finally:
-        tomesd.remove_patch(model)
-        for module in unet.modules():
-            vars(module).pop("_tome_info", None)
 
 
 def _first_tokens(y: Tensor, ratio: float) -> Tensor:
@@ -272,45 +242,11 @@ def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
         yield Running()
 
 
-@contextlib.contextmanager
-def _attending_to(
-    unet: nn.Module, ratio: float, choose: Callable[[Tensor, tuple[int, int], float], Tensor]
-) -> Iterator[Running]:
-    """All tokens attend to `chosen` of them, by the tokens, their grid and the ratio: [B, N, C] to [B, M, C]."""
-    grids: dict[nn.Module, tuple[int, int]] = {}
-
-    def see_grid(transformer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        grids[transformer] = tuple(args[0].shape[-2:])
-
-    with contextlib.ExitStack() as handles:
-        for layer in merged_layers(unet) if ratio else []:
-
-            def with_context(
-                module: nn.Module,
-                args: tuple[Tensor, ...],
-                kwargs: dict[str, object],
-                layer: Layer = layer,
-            ) -> tuple[object, object]:
-                return args, {**kwargs, layer.names.context: choose(args[0], grids[layer.transformer], ratio)}
-
-            handles.callback(layer.transformer.register_forward_pre_hook(see_grid).remove)
-            handles.callback(layer.block.attn1.register_forward_pre_hook(with_context, with_kwargs=True).remove)
-        yield Running()
-
-
-def _every_second(y: Tensor, grid: tuple[int, int], ratio: float) -> Tensor:
-    """ToDo's keys and values: every second, or fourth, token in each direction (arXiv 2402.13573, section 3)."""
-    factor = TODO_FACTORS[ratio]
-    return y.unflatten(1, grid)[:, ::factor, ::factor].flatten(1, 2)
-
-
 _OTHERS: dict[str, Callable[[nn.Module, float], OnUnet]] = {
+    **PUT_ON,
     UNMERGED: lambda unet, ratio: contextlib.nullcontext(Running()),
-    CORNER: functools.partial(_tomesd, use_rand=False),
-    RANDOM: functools.partial(_tomesd, use_rand=True),
-    TODO: functools.partial(_attending_to, choose=_every_second),
     # Keys and values that cost nothing: what no choice or merging of them can beat.
-    LIMIT_KEYS: functools.partial(_attending_to, choose=lambda y, grid, ratio: _first_tokens(y, ratio)),
+    LIMIT_KEYS: functools.partial(attending_to, choose=lambda y, grid, ratio: _first_tokens(y, ratio)),
     LIMIT: _limit,
 }
 """By name, the contenders that are not ours."""
@@ -321,13 +257,3 @@ def _match_ours(x: Tensor, grid: tuple[int, int], ratio: float, step: int, exact
     split = make_partition(grid, settings.cell, step=step, window=settings.window, device=x.device)
     token_map = match(x, split, exact).token_map(tokens_removed(x.shape[1], ratio, rounded=True))
     return token_map.merge, token_map.unmerge
-
-
-def match_tomesd(x: Tensor, grid: tuple[int, int], ratio: float, step: int, use_rand: bool) -> tuple[Apply, Apply]:
-    """`tomesd`'s own matching: what merges, and what unmerges."""
-    tomesd = require("tomesd")
-    rows, columns = grid
-    generator = torch.Generator(x.device).manual_seed(step) if use_rand else None
-    return tomesd.merge.bipartite_soft_matching_random2d(
-        x, columns, rows, 2, 2, int(x.shape[1] * ratio), no_rand=not use_rand, generator=generator
-    )

@@ -1,4 +1,4 @@
-"""How far pictures are from their unmerged twins and from the training pictures, and how sure that is.
+"""How far pictures are from their unmerged twins, and how sure that is.
 
 Whatever is compared is made from the same seeds and prompts, and resampled alike: `resamples` are drawn once, every
 value is computed on each of them, and the spread of a value, or of a difference of two, over them is its error.
@@ -64,41 +64,8 @@ def ssim(pictures: Tensor, twins: Tensor) -> Tensor:
     return torch.tensor([structural_similarity(one, other, channel_axis=-1, data_range=255) for one, other in pairs])
 
 
-class Frechet:
-    """The Fréchet distance of sets of features to a reference set (arXiv 1706.08500): both are taken as normal.
-
-    It is larger for small sets, whose covariance is not well known: compare only sets of one size.
-    """
-
-    def __init__(self, reference: Tensor) -> None:
-        """`reference`: [M, D] features."""
-        self._mean, self._covariance = _moments(reference.double())
-        values, vectors = torch.linalg.eigh(self._covariance)
-        self._root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-    def distance(self, features: Tensor) -> Tensor:
-        """[...]: the distances of sets of features, [..., N, D]."""
-        centre, covariance = _moments(features.double())
-        # The root of a product of covariances has the trace of the root of this one, which is symmetric.
-        shared = torch.linalg.eigvalsh(self._root @ covariance @ self._root).clamp(min=0).sqrt().sum(-1)
-        traces = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + self._covariance.trace()
-        return (centre - self._mean).square().sum(-1) + traces - 2 * shared
-
-    def estimate(self, features: Tensor, numbers: Tensor) -> Estimate:
-        """The distance of one set, [N, D]; `numbers`: [R, N], as `resamples` gives them."""
-        resampled = torch.cat([self.distance(features[part]) for part in numbers.split(50)])
-        return Estimate(float(self.distance(features)), resampled)
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [..., D] and covariance [..., D, D] of [..., N, D]."""
-    centre = features.mean(-2)
-    away = features - centre.unsqueeze(-2)
-    return centre, away.mT @ away / (features.shape[-2] - 1)
-
-
-def verdict(difference: Estimate, higher_is_better: bool) -> str:
+def verdict(difference: Estimate) -> str:
     """`better` or `worse`; `none` where the interval of the difference holds 0."""
     if abs(difference.value) <= difference.interval:
         return "none"
-    return "better" if (difference.value > 0) == higher_is_better else "worse"
+    return "better" if difference.value > 0 else "worse"

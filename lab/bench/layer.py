@@ -36,6 +36,7 @@ from .contenders import (
     MATCHING_OVER_PEERS,
     OURS,
     PAPER,
+    QUERIES,
     RANDOM,
     TODO,
     TOKENS,
@@ -61,10 +62,10 @@ TINY = {"tokens": [8, 16], "channels": 32, "rounds": 1}
 MOST_SIDE = {"plain": 64, "sdp": 128}
 """Of a grid whose layers are timed: above it plain attention takes more than 4 GB, and sdp minutes on a CPU."""
 
-HOOKED = (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, TODO, LIMIT_KEYS, LIMIT)
+HOOKED = (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, QUERIES, TODO, LIMIT_KEYS, LIMIT)
 """What runs on a layer as on a UNet. `tomesd` replaces whole blocks: around a layer its parts are called."""
 
-ORDER = (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, EXACT, CORNER, RANDOM, TODO, LIMIT_KEYS, LIMIT)
+ORDER = (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, EXACT, CORNER, RANDOM, QUERIES, TODO, LIMIT_KEYS, LIMIT)
 """In which rows stand."""
 
 PARTS = ("match", "merge", "unmerge")

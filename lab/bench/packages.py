@@ -6,6 +6,7 @@ import importlib
 import types
 
 INSTALL = {
+    "ca_tome": "pip install --no-deps ca-tome==0.1.3",
     "ldm": "pip install einops omegaconf pillow tqdm && pip install --no-deps stable-diffusion-sdkit==2.1.5",
     "diffusers": "pip install diffusers",
     "matplotlib": "pip install matplotlib",

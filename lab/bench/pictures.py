@@ -9,10 +9,12 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +22,14 @@ from torch import Tensor
 
 from tomesd_core import hooks, matching, partition, plan, proportional, schedule, token_map
 
-from ..demo.model import FeatureNet, TinyModel
-from . import contenders
+from ..demo.model import TinyModel
+from . import peers
 from .ablations import Variant
-from .contenders import CORNER, RANDOM, TODO, UNWEIGHTED, Running
+from .contenders import UNWEIGHTED, Unweighted
 from .models import attention
 from .options import DTYPES
 from .packages import require
+from .peers import CA_TOME, CORNER, PUT_ON, QUERIES, RANDOM, Running
 from .samplers import SAMPLERS
 from .timing import timed
 
@@ -36,8 +39,23 @@ CHUNK = 8
 UNTRAINED = "untrained"
 """A smaller model of random weights, in a trained one's place."""
 
+PACKAGES = {**dict.fromkeys((CORNER, RANDOM, QUERIES), "tomesd"), CA_TOME: "ca-tome"}
+"""By contender, whose code it is."""
+
 TINY_SHAPE = {"image_size": 8, "channel_mult": [1, 1, 1], "context_dim": 32}
 TINY_CAPTIONS = ("cat face", "red apple", "red cat", "apple face", "apple")
+
+
+class Chunk(NamedTuple):
+    """Pictures that were made at once."""
+
+    pictures: Tensor
+    """uint8, [N, H, W, 3]."""
+    seconds: float
+    merged: str
+    """What was merged, for people; may be empty."""
+    pairs: float
+    """The share of query-key pairs that was left in merged layers; NaN where the ratio alone decides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +84,6 @@ class Studio:
         """The model, which later calls give again. Raises `FileNotFoundError` where its weights are missing."""
         return _model(self.name, self.device)
 
-    def classifier(self) -> FeatureNet:
-        """The classifier of the model's pictures. Raises `FileNotFoundError` where it is missing."""
-        if self.name != UNTRAINED:
-            return FeatureNet.load(self.name)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            net = FeatureNet(len(self.model().captions), references=8).eval().requires_grad_(False)
-            net.reference.normal_()
-        return net
-
     def captions(self, count: int) -> list[int]:
         """The numbers of the captions that the first `count` pictures are made of.
 
@@ -89,8 +97,8 @@ class Studio:
         """In how many steps a variant's pictures are made."""
         return variant.steps or self.steps
 
-    def make(self, variant: Variant, first: int) -> tuple[Tensor, float, str]:
-        """`CHUNK` pictures from number `first` on, uint8 [CHUNK, H, W, 3]; their seconds; and what was merged."""
+    def make(self, variant: Variant, first: int) -> Chunk:
+        """`CHUNK` pictures from number `first` on."""
         model = self.model()
         prompts = [model.captions[number] for number in self.captions(first + CHUNK)[first:]]
         unet, dtype = model.model.diffusion_model, DTYPES[self.dtype]
@@ -103,8 +111,9 @@ class Studio:
             with variant.put_on(unet) as running:
                 work = functools.partial(self._sample, model, prompts, first, running, variant)
                 seconds, x = timed(work, self.device)
-                merged = running.describe()
-        return model.to_rgb(x).mul(255).round().byte().permute(0, 2, 3, 1).cpu(), seconds, merged
+                merged, pairs = running.describe(), running.pairs()
+        pictures = model.to_rgb(x).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+        return Chunk(pictures, seconds, merged, math.nan if pairs is None else pairs)
 
     def _sample(
         self, model: TinyModel, prompts: Sequence[str], first: int, running: Running, variant: Variant
@@ -131,10 +140,12 @@ class Studio:
         if variant.settings is not None:
             # What settings come to, besides their values: not the text of their module, with its labels and defaults.
             code += [_code_digest(), variant.settings.cell, variant.settings.draws_anew, variant.settings.exact]
-        if variant.contender in (CORNER, RANDOM):
-            code.append(importlib.metadata.version("tomesd"))
-        if variant.contender in (TODO, UNWEIGHTED):
-            code.append(inspect.getsource(contenders))
+        if package := PACKAGES.get(variant.contender):
+            code.append(importlib.metadata.version(package))
+        elif variant.contender in PUT_ON:
+            code.append(inspect.getsource(peers))
+        if variant.contender == UNWEIGHTED:
+            code.append(inspect.getsource(Unweighted))
         how = [self.scale, self.attention, self.dtype, self.device.type, self.image_shape, CHUNK, torch.__version__]
         way = {**dataclasses.asdict(variant), "steps": self.steps_of(variant)}
         everything = [_model_digest(self.model()), how, way, code]
@@ -175,7 +186,8 @@ class Series:
     seconds: float
     """A picture: the median over its chunks. They are made one after the other, not in rounds."""
     merged: str
-    """What was merged, for people; may be empty."""
+    pairs: float
+    """As of a `Chunk`; the mean."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,17 +226,17 @@ class Album:
                 chunks.append({name: arrays[name] for name in arrays.files})
         pictures = torch.from_numpy(np.concatenate([chunk["pictures"] for chunk in chunks])[:count])
         seconds = float(np.median([chunk["seconds"] for chunk in chunks])) / CHUNK
-        return Series(pictures, seconds, str(chunks[0]["merged"]))
+        return Series(pictures, seconds, str(chunks[0]["merged"]), float(np.mean([chunk["pairs"] for chunk in chunks])))
 
     def _make(self, chunk: tuple[Variant, int]) -> Variant:
         variant, first = chunk
-        pictures, seconds, merged = self.studio.make(variant, first)
+        made = self.studio.make(variant, first)
         path = self._path(variant, first)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Under its own name only once it is whole: an interrupted run leaves no half chunk to be read.
         partial = path.with_suffix(f".{os.getpid()}.partial")
         with partial.open("wb") as file:
-            np.savez_compressed(file, pictures=pictures.numpy(), seconds=seconds, merged=merged)
+            np.savez_compressed(file, **{**made._asdict(), "pictures": made.pictures.numpy()})
         os.replace(partial, path)
         return variant
 

@@ -15,19 +15,18 @@ import contextlib
 import csv
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
 
 from ..demo.model import MODELS
 from . import distances, output
 from .ablations import TABLES, Gains, Table, Variant, at_equal_time, times_faster
-from .contenders import CORNER, KEYS, RANDOM, UNMERGED, why_left_out
+from .contenders import KEYS, UNMERGED, why_left_out
 from .distances import Estimate
 from .options import add_shared, fill_in, picture_side, whole_number
 from .packages import require
+from .peers import CA_TOME, CORNER, QUERIES, RANDOM
 from .pictures import UNTRAINED, Album, Series, Studio
 from .timing import progress
 
@@ -38,19 +37,13 @@ TINY = {"samples": 6, "steps": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A measure of quality, and how it is written."""
+    """A measure of quality, and how it is written. Higher is better."""
 
     title: str
     write: Callable[[object], str]
-    higher_is_better: bool = True
 
 
-METRICS = {
-    "psnr": Metric("PSNR, dB", output.number(2)),
-    "ssim": Metric("SSIM", output.number(4)),
-    "frechet": Metric("Fréchet", output.number(3), higher_is_better=False),
-    "named": Metric("named, %", output.number(1, 100)),
-}
+METRICS = {"psnr": Metric("PSNR, dB", output.number(2)), "ssim": Metric("SSIM", output.number(4))}
 
 NOTES = (
     "± is half of the 95 % interval: 1.96 bootstrap standard errors over the pictures. Differences are paired, picture "
@@ -131,9 +124,6 @@ class Judge:
 
     def __init__(self, album: Album, samples: int) -> None:
         self._album, self._samples = album, samples
-        self._labels = torch.tensor(album.studio.captions(samples))
-        self._net = album.studio.classifier()
-        self._frechet = distances.Frechet(self._net.reference)
         self._drawn = distances.resamples(samples)
         self._judged: dict[Variant, tuple[Series, dict[str, Estimate]]] = {}
 
@@ -146,10 +136,11 @@ class Judge:
             series, values = self._judge(variant)
             others = {} if reference is None else self._judge(reference.variant)[1]
             line: dict[str, object] = {"row": row.name, "contender": variant.contender}
-            line |= {"ratio": variant.mean_ratio, "pairs": variant.pairs, "faster": times_faster(variant, gains)}
+            pairs = variant.pairs if math.isnan(series.pairs) else series.pairs
+            line |= {"ratio": variant.mean_ratio, "pairs": pairs, "faster": times_faster(variant, gains, pairs)}
             line["steps"] = studio.steps_of(variant)
-            for name, metric in METRICS.items():
-                line |= _compared(name, metric, values.get(name), others.get(name))
+            for name in METRICS:
+                line |= _compared(name, values.get(name), others.get(name))
             line |= {"seconds": series.seconds, "reference": reference and reference.name, "merged": series.merged}
             line |= {"model": studio.name, "side": studio.image_shape[-1]}
             line |= {"samples": self._samples, "scale": studio.scale}
@@ -159,17 +150,7 @@ class Judge:
     def _judge(self, variant: Variant) -> tuple[Series, dict[str, Estimate]]:
         if variant not in self._judged:
             series = self._album.read(variant, self._samples)
-            # The classifier knows the model's first size, which larger ones are averaged down to.
-            rgb = F.adaptive_avg_pool2d(
-                series.pictures.permute(0, 3, 1, 2).float().div(255),
-                self._album.studio.model().image_shape[1:],
-            )
-            features = self._net.features(rgb)
-            named = self._net.head(features).argmax(1) == self._labels
-            values = {
-                "frechet": self._frechet.estimate(features, self._drawn),
-                "named": distances.mean(named, self._drawn),
-            }
+            values = {}
             if variant.contender != UNMERGED:
                 twins = self._judge(variant.unmerged)[0].pictures
                 values["psnr"] = distances.mean(distances.psnr(series.pictures, twins), self._drawn)
@@ -205,7 +186,9 @@ def _that_can_run(
     tables = {name: table for name, table in TABLES.items() if name in args.tables}
     tables |= {f"time {what}".replace(" ", "-"): at_equal_time(what, of_size) for what, of_size in gains.items()}
     side = studio.image_shape[-1]
-    why_not = {peer: why_left_out(peer, 0.0, side * side, args.torch_dtype) for peer in (CORNER, RANDOM)}
+    why_not = {
+        peer: why_left_out(peer, 0.0, side * side, args.torch_dtype) for peer in (CORNER, RANDOM, QUERIES, CA_TOME)
+    }
     needed = {row.variant.contender for table in tables.values() for row in table.rows}
     notes = [note for peer, note in why_not.items() if note and peer in needed]
     some = {name: table.without({peer for peer, note in why_not.items() if note}) for name, table in tables.items()}
@@ -225,7 +208,7 @@ def _chunks_by_table(album: Album, tables: Mapping[str, Table], samples: int) ->
     return chunks
 
 
-def _compared(name: str, metric: Metric, value: Estimate | None, other: Estimate | None) -> dict[str, object]:
+def _compared(name: str, value: Estimate | None, other: Estimate | None) -> dict[str, object]:
     """A metric's columns: the value, its difference to the reference's, both intervals, the difference in a word."""
     difference = value.minus(other) if value is not None and other is not None else None
     return {
@@ -233,13 +216,15 @@ def _compared(name: str, metric: Metric, value: Estimate | None, other: Estimate
         f"{name}_interval": None if value is None else value.interval,
         f"{name}_difference": None if difference is None else difference.value,
         f"{name}_difference_interval": None if difference is None else difference.interval,
-        f"{name}_verdict": None if difference is None else distances.verdict(difference, metric.higher_is_better),
+        f"{name}_verdict": None if difference is None else distances.verdict(difference),
     }
 
 
 def _heading(table: Table) -> str:
     references = dict.fromkeys(row.reference for row in table.rows if row.reference is not None)
     names = ", ".join(repr(name) for name in dict.fromkeys(row.name for row in references))
+    if not names:
+        return f"{table.title}."
     return f"{table.title}. Differences: to {names}{', the last one above' if len(references) > 1 else ''}."
 
 
@@ -268,18 +253,16 @@ def _shown(rows: Sequence[output.Row]) -> tuple[output.Columns, list[output.Row]
 
 
 def _panels(table: Table, rows: Sequence[output.Row]) -> list[output.Panel]:
-    """A plot of each measure: a line a name, or a point a row; the unmerged pictures are a line."""
-    unmerged = {row["steps"]: row for row in rows if row["contender"] == UNMERGED}
+    """A plot of each measure: a line a name, or a point a row."""
     merged = [row for row in rows if row["contender"] != UNMERGED]
     merged.sort(key=lambda row: row[table.over] if table.over else 0)
     panels = []
-    for name in ("psnr", "ssim", "frechet"):
-        title, up = table.title.partition(":")[0], METRICS[name].title
-        panels.append(output.Panel(title, table.over or "", up, reference=UNMERGED))
+    for name, metric in METRICS.items():
+        panel = output.Panel(table.title.partition(":")[0], table.over or "", metric.title)
         for row in merged:
             x, line = (row[table.over], row["row"]) if table.over else (row["row"], "merged")
-            panels[-1].add(line, x, row[name], row[f"{name}_interval"])
-            panels[-1].add(UNMERGED, x, unmerged[row["steps"]][name])
+            panel.add(line, x, row[name], row[f"{name}_interval"])
+        panels.append(panel)
     return panels
 
 

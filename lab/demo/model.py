@@ -253,50 +253,6 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-class FeatureNet(nn.Module):
-    """A small classifier of the training pictures; its last features but one serve for a Fréchet distance.
-
-    It is not Inception, and its distances compare with no published FID: only with each other. It tells ``classes``
-    captions apart, in the order of `TinyModel.captions`, and holds the features of ``references`` pictures.
-    """
-
-    #: Length of a feature vector.
-    width = 64
-
-    def __init__(self, classes: int, references: int = 0) -> None:
-        super().__init__()
-
-        def stage(into: int, out: int, stride: int) -> list[nn.Module]:
-            return [nn.Conv2d(into, out, 3, stride, 1), nn.GroupNorm(8, out), nn.SiLU()]
-
-        self.stages = nn.Sequential(
-            *stage(3, 24, 1), *stage(24, 48, 2), *stage(48, 64, 2), *stage(64, 96, 2), *stage(96, self.width, 1)
-        )
-        self.head = nn.Linear(self.width, classes)
-        #: Features of the training pictures, [references, width].
-        self.register_buffer("reference", torch.zeros(references, self.width))
-
-    def features(self, images: Tensor) -> Tensor:
-        """Features [B, 64] of ``images``: RGB in [0, 1], [B, 3, 32, 32]."""
-        return self.stages(1 - images).mean(dim=(2, 3))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes]: which caption each of ``images`` (as for `features`) looks like."""
-        return self.head(self.features(images))
-
-    @classmethod
-    def load(cls, name: str = "emoji") -> FeatureNet:
-        """That of one of the `MODELS`, in fp32 and eval mode. Raises `FileNotFoundError` where it is missing."""
-        weights = _read(WEIGHTS / name / "features.safetensors")
-        net = cls(len(weights["head.bias"]), len(weights["reference"]))
-        net.load_state_dict(weights)
-        return net.eval().requires_grad_(False)
-
-    def save(self, path: str | Path) -> None:
-        """Writes the weights, in fp16, to ``path`` (``.safetensors``)."""
-        _write(self, path)
-
-
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path.name} is missing from {path.parent}")

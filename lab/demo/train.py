@@ -29,13 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from tomesd_core.matching import similarity_dtype
 
-from .model import MODELS, WEIGHTS, FeatureNet, TinyModel, on_white, split_words
+from .model import MODELS, WEIGHTS, TinyModel, on_white, split_words
 
 PICTURES, NAMES = "lobehub-fluent-emoji-3d-1.1.0.tgz", "emoji-datasource-16.0.0.tgz"
 
@@ -397,53 +396,8 @@ def run(training: Training, out: Path, steps: int, every: float = 300.0) -> bool
 # --- What is shipped --------------------------------------------------------------------------------------------------
 
 
-def vary(rgb: Tensor, generator: torch.Generator) -> Tensor:
-    """``rgb`` [B, 3, H, W] in [0, 1], each one turned, scaled, shifted, mirrored, tinted and made a little noisy."""
-
-    def between(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(len(rgb), generator=generator)
-
-    angle, scale = between(-0.35, 0.35), between(0.85, 1.3)
-    mirror = torch.where(between(0, 1) < 0.5, 1.0, -1.0)
-    across, down = between(-0.25, 0.25), between(-0.25, 0.25)
-    upper = [scale * mirror * angle.cos(), -scale * angle.sin(), across]
-    lower = [scale * mirror * angle.sin(), scale * angle.cos(), down]
-    grid = F.affine_grid(torch.stack(upper + lower, 1).view(-1, 2, 3), list(rgb.shape), align_corners=False)
-    # Outside is what the edge is: white around an emoji.
-    moved = 1 - F.grid_sample(1 - rgb, grid, padding_mode="border", align_corners=False)
-    tint = 1 + 0.15 * (2 * torch.rand(len(rgb), 3, 1, 1, generator=generator) - 1)
-    noise = torch.randn(moved.shape, generator=generator) * between(0, 0.08).view(-1, 1, 1, 1)
-    return (moved * tint + noise).clamp(0, 1)
-
-
-def train_features(pictures: Pictures, steps: int = 700, batch: int = 64, seed: int = 0) -> tuple[FeatureNet, float]:
-    """A `FeatureNet` trained to name varied ``pictures``, and the part of other variations that it names rightly.
-
-    It sees those of the first size, and names them by their captions. Takes less than a minute on two idle cores.
-    """
-    rgb = pictures.rgb[0].float() / 255
-    labels = torch.tensor([pictures.names.index(caption) for caption in pictures.captions])
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = FeatureNet(len(pictures.names), len(rgb))
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        drawn = torch.randint(len(rgb), (batch,), generator=generator)
-        loss = F.cross_entropy(net(vary(rgb[drawn], generator)), labels[drawn], label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    net.eval().requires_grad_(False)
-    net.reference.copy_(net.features(rgb))
-    guess = net(vary(rgb, generator)).argmax(1)
-    return net, float((guess == labels).float().mean())
-
-
 def export(training: Training, folder: Path, log: Path, **remarks: Any) -> None:
-    """Writes what is shipped to ``folder``: averaged model, log's end, and the feature classifier if it is missing.
+    """Writes what is shipped to ``folder``: the averaged model and the log's end.
 
     ``remarks``, on the pictures, stand beside the recipe in the model's ``.json``.
     """
@@ -452,10 +406,6 @@ def export(training: Training, folder: Path, log: Path, **remarks: Any) -> None:
     training.averaged().save(folder / "tiny.safetensors", training=remarks)
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     (folder / "train.log").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")
-    if not (folder / "features.safetensors").is_file():
-        net, right = train_features(training.pictures)
-        net.save(folder / "features.safetensors")
-        print(f"feature classifier: {right:.1%} of varied training pictures named rightly")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

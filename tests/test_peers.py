@@ -1,0 +1,81 @@
+"""The methods of others as the bench runs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("ldm", reason="the peers run on ldm's own UNet")
+
+from lab.bench import models, peers
+from lab.bench.peers import CA_TOME, PUT_ON, QUERIES, TOMA
+
+
+@pytest.fixture
+def tiny():
+    return models.build_unet(models.TINY, torch.device("cpu"), torch.float32)
+
+
+def tokens_of(unet, name, ratio, size=(128, 128)):
+    """The numbers of queries and keys of each merged layer, in one pass."""
+    counts, step = [], models.one_step(unet, models.TINY, size)
+    with PUT_ON[name](unet, ratio):
+        for layer in peers.merged_layers(unet):
+            attn1 = layer.block.attn1
+            for projection in (attn1.to_q, attn1.to_k):
+                projection.register_forward_hook(lambda _, args, output: counts.append(output.shape[1]))
+        step()
+    return counts
+
+
+def test_forges_own_merging_shortens_the_queries_alone(tiny):
+    pytest.importorskip("tomesd")
+    counts = tokens_of(tiny, QUERIES, 0.5)
+    assert set(counts[::2]) == {128} and set(counts[1::2]) == {256}
+
+
+def test_toma_keeps_the_same_share_of_every_tile(tiny):
+    assert set(tokens_of(tiny, TOMA, 0.75)) == {64}
+
+
+def test_each_of_tomas_destinations_covers_more_than_any_other_token_would():
+    unit = torch.nn.functional.normalize(torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    similarity = unit @ unit.T
+    chosen = peers.facility_locations(similarity, 3).tolist()
+    for place, one in enumerate(chosen):
+        covered = similarity[:, chosen[:place]].amax(1) if place else torch.full((64,), -1.0)
+        totals = torch.maximum(similarity, covered[:, None]).sum(0)
+        assert totals[one] == pytest.approx(float(totals.max()))
+
+
+@pytest.mark.parametrize("grid", [(16, 8), (8, 24), (5, 8)], ids=str)
+def test_tiles_are_put_back_where_they_were(grid):
+    x = torch.arange(2 * grid[0] * grid[1] * 3.0).view(2, -1, 3)
+    assert torch.equal(peers._untiled(peers._tiles(x, grid), grid), x)
+
+
+def test_with_every_token_a_destination_toma_changes_nothing():
+    x = 100 * torch.eye(64).repeat(2, 1, 1)
+    queries, keys, unmerge = peers._soft(x, (8, 8), 0.0)
+    assert keys is queries and torch.allclose(unmerge(queries), x, atol=1)
+
+
+def test_ca_tome_matches_in_its_own_steps_alone(tiny, monkeypatch):
+    pytest.importorskip("tomesd")
+    if peers.importlib.util.find_spec("ca_tome") is None:
+        pytest.skip("ca-tome is not installed")
+    step, matched = models.one_step(tiny, models.TINY, (128, 128)), []
+    merge = peers._ca_tome_patch().merge
+    usual = merge.torch.Tensor.argsort
+    with PUT_ON[CA_TOME](tiny, -1.0) as running:
+        monkeypatch.setattr(merge.torch.Tensor, "argsort", lambda *args, **kw: matched.append(1) or usual(*args, **kw))
+        counts = []
+        for number in range(10):
+            matched.clear()
+            running.begin_step(number, 10)
+            step()
+            counts.append(bool(matched))
+        monkeypatch.undo()
+        # Of 50 steps 0, 8, 11, 13, 20, 25, 30, 35 and 45 to 49.
+        assert counts == [True, True, True, False, True, True, True, True, False, True]
+        assert running.pairs() == pytest.approx(1 / 16)
