@@ -80,9 +80,16 @@ def test_a_wrong_request_that_merges_is_not_refused() -> None:
         assert soak._problem(soak.Request(body, outcome=outcome), answer).partition(":")[0] == problem
 
 
+@pytest.mark.parametrize(("side", "problem"), [(81, ""), (128, ""), (160, "lost")])
+def test_a_host_may_round_the_size_of_a_hires_pass(side: int, problem: str) -> None:
+    body = {"width": 64, "height": 64, "hr_scale": 1.28}
+    answer = soak.Answer([soak.Image.new("RGB", (side, side))], "ToMe ratio: 0.5")
+    assert soak._problem(soak.Request(body), answer).partition(":")[0] == problem
+
+
 def test_what_is_drawn_is_a_seeds_own_and_has_every_kind() -> None:
     class Server:
-        pixels, samplers, presets = 8, ("Euler", "DDIM"), ("Fast", "Quality")
+        pixels, samplers, presets, upscaler = 8, ("Euler", "DDIM"), ("Fast", "Quality"), "Latent"
 
     def some_requests(seed: int) -> list[soak.Request]:
         return [*itertools.islice(soak.requests(Server, seed, soak.SIZES, 2), 300)]

@@ -199,6 +199,13 @@ def baseline(webui: WebUI) -> Picture:
 
 
 @pytest.fixture(scope="session")
+def loaded_model(request: pytest.FixtureRequest) -> None:
+    """A model, which some hosts load at the first picture."""
+    if URL:
+        request.getfixturevalue("baseline")
+
+
+@pytest.fixture(scope="session")
 def browser(address: str) -> Iterator[Any]:
     """Headless Chromium, where that and Playwright are installed; it ends when the server has."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
