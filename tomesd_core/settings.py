@@ -114,10 +114,10 @@ class MergeSettings:
     """
 
     ratio: float = _field(
-        HIGHEST_RATIO,
+        0.85,
         "number",
         "Ratio",
-        "Share of the tokens removed before self-attention, in the early steps. More is faster and less exact.",
+        "Share of the tokens removed before self-attention. More is faster and less exact.",
         0,
         HIGHEST_RATIO,
         RATIO_STEP,
@@ -126,18 +126,20 @@ class MergeSettings:
         0.75,
         "number",
         "Late ratio",
-        "The ratio in the late steps, where details are made. Where only the ratio is set, it is at most that.",
+        "The ratio of late steps, unless the schedule is constant. Where only the ratio is set, it is at most that.",
         0,
         HIGHEST_RATIO,
         RATIO_STEP,
         initial=None,
     )
     schedule: str = _field(
-        "linear",
+        "constant",
         "choice",
         "Schedule",
-        "constant: the same ratio in every step. linear: from ratio to late ratio. step: a change at one point.",
+        "constant: the same ratio in every step. linear: from ratio to late ratio. step: a change at one point. Where "
+        "only a late ratio is set, it is linear.",
         choices=SCHEDULES,
+        initial=None,
     )
     switch_at: float = _field(
         0.5,
@@ -205,6 +207,9 @@ class MergeSettings:
     def __post_init__(self) -> None:
         for name in ("stride", "partition"):
             object.__setattr__(self, name, FIELDS[name].check(name, getattr(self, name)))
+        if self.schedule is None:
+            schedule = FIELDS["schedule"].default if self.late_ratio is None else "linear"
+            object.__setattr__(self, "schedule", schedule)
         if self.late_ratio is None:
             late = FIELDS["late_ratio"].default
             object.__setattr__(self, "late_ratio", late_ratio_beside(self.ratio, late))

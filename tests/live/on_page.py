@@ -15,9 +15,9 @@ expect = sync_api.expect
 
 TABS = ["txt2img", "img2img"]
 DEFAULTS = {
-    "ratio": 0.9375,
+    "ratio": 0.85,
     "late_ratio": 0.75,
-    "schedule": "linear",
+    "schedule": "constant",
     "switch_at": 0.5,
     "max_downsample": "1",
     "min_tokens": 0,

@@ -16,12 +16,12 @@ from on_page import DEFAULTS, OTHERS, TABS, Panel, await_option, choose, expect,
 @pytest.mark.parametrize("tab", TABS, indirect=True)
 def test_the_title_says_what_is_set_and_the_preview_what_will_happen(page, tab):
     panel = Panel(page, tab).unfold()
-    expect(panel.title).to_contain_text("ToMe: 94 % → 75 % of keys, level 1")
+    expect(panel.title).to_contain_text("ToMe: 85 % of keys, level 1")
     expect(panel.preview).to_contain_text("self-attention layers")
     panel.set(ratio=0.25)
     expect(panel.title).to_contain_text("ToMe: 25 % of keys, level 1")
     panel.expect({"late_ratio": 0.25})  # A ratio alone never merges more late than early.
-    panel.set(late_ratio=0.75)
+    panel.set(schedule="linear", late_ratio=0.75)
     expect(panel.title).to_contain_text("ToMe: 25 % → 75 % of keys, level 1")
     panel.set(schedule="constant")
     expect(panel.title).to_contain_text("ToMe: 25 % of keys, level 1")
@@ -109,7 +109,7 @@ def test_help_is_shown_on_hover(panel):
 
 def test_no_server_call_while_a_slider_is_moving(panel):
     calls = []
-    expect(panel.title).to_contain_text("94 %")
+    expect(panel.title).to_contain_text("85 %")
     panel.page.on("request", lambda request: calls.append(request.url) if request.method == "POST" else None)
     box = panel.element("ratio").locator("input[type=range]").bounding_box()
     panel.page.mouse.move(box["x"] + box["width"] * 0.66, box["y"] + box["height"] / 2)

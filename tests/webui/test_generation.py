@@ -468,7 +468,7 @@ def copying(add_script, inside):
         def make_one(p):
             inner = copy(p)
             inner.is_a_copy = True
-            inner.width, inner.height, inner.n_iter = 16, 16, 1
+            inner.width, inner.height, inner.n_iter = 8, 8, 1
             inner.scripts = scripts(p)
             if when == "with a wrapper of its own":
                 wrapper([])(inner)
@@ -495,10 +495,10 @@ def test_a_copy_of_p_makes_its_own_picture_unmerged(make, copying, attention, me
     attention.tokens.clear()
     processed = make(ON, n_iter=2, steps=2)
     without, *with_merging = pictures
-    assert without.images[0].size == (16, 16)
+    assert without.images[0].size == (8, 8)
     assert [pixels(one) for one in with_merging] == [pixels(without)] * 2
     assert all(keys_of(one) == {} and "ToMe" not in one.comments for one in with_merging)
-    assert attention.tokens.count(16 * 16) == 4 and attention.tokens.count(HALF) == 4
+    assert attention.tokens.count(8 * 8) == 4 and attention.tokens.count(HALF) == 4
     assert processed.images[1].tobytes() == merged[0]
     assert "ToMe ratio: 0.5" in processed.infotexts[1] and "1024 → 512 tokens" in processed.comments
 
@@ -555,11 +555,11 @@ def test_a_copy_of_p_for_which_the_script_runs_merges_as_that_says(make, copying
     pictures = copying(when, scripts=lambda p: p.scripts)
     processed = make(ON)
     (inner,) = pictures
-    assert keys_of(inner) == {} and inner.images[0].size == (16, 16)
-    assert "nothing merged: " in inner.comments, "256 tokens are too few to be worth it"
+    assert keys_of(inner) == {} and inner.images[0].size == (8, 8)
+    assert "nothing merged: " in inner.comments, "64 tokens are too few to be worth it"
     assert keys_of(processed)["ToMe ratio"] == 0.5
     assert pixels(processed) == merged
-    assert sorted(set(attention.tokens)) == [16 * 16, HALF]
+    assert sorted(set(attention.tokens)) == [8 * 8, HALF]
 
 
 # Plots and loops: copies of `p` share its dicts, and one `p` may be used again
@@ -889,10 +889,13 @@ def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
 def test_an_object_switches_on_and_missing_keys_are_defaults(make, given):
     names = ["ratio", "late_ratio", "schedule", "max_downsample", "reuse_steps", "method", *(given.keys() & FIELDS)]
     values = {FIELDS[name].infotext: given.get(name, FIELDS[name].default) for name in names}
+    # Who gives a late ratio wants it reached.
+    if "late_ratio" in given and "schedule" not in given:
+        values["ToMe schedule"] = "linear"
     # A ratio alone never merges more late than early.
     if "late_ratio" not in given:
         values["ToMe late ratio"] = min(values["ToMe ratio"], FIELDS["late_ratio"].default)
-    if given.get("schedule") == "constant":
+    if values["ToMe schedule"] == "constant":
         del values["ToMe late ratio"]
     assert keys_of(make([given], steps=1)) == values
 

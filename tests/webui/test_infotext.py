@@ -120,7 +120,7 @@ def test_a_wrong_value_is_the_default_and_logged(pasted, log_lines, name, value)
 
 def test_values_that_a_webui_split_or_that_are_no_texts_are_defaults(pasted, log_lines):
     for value in (None, 8, ["0.5"], {}):
-        assert pasted({"ToMe schedule": value})["schedule"] == "linear"
+        assert pasted({"ToMe schedule": value})["schedule"] == "constant"
     assert len(log_lines) == 4
     assert pasted({"ToMe ratio-1": "8", "ToMe ratio-2": "8"})["enabled"] is False
 

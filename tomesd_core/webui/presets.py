@@ -30,15 +30,15 @@ _lock = threading.Lock()
 """Held while the file is changed."""
 
 BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
-    "Quality": ({"ratio": 0.75, "late_ratio": 0.6}, "Stays closest to the picture without merging; a little faster."),
+    "Quality": ({"ratio": 0.6}, "Stays closest to the picture without merging; a little faster."),
     "Balanced": ({}, "Faster, with small changes in detail; a good start."),
     "Fast": (
-        {"ratio": 0.75, "late_ratio": 0.6, "max_downsample": 2, "method": "tokens"},
+        {"ratio": 0.75, "late_ratio": 0.6, "schedule": "linear", "max_downsample": 2, "method": "tokens"},
         "For drafts: moves details more. Merges queries too, and in coarser layers.",
     ),
     "Hires only": ({"apply_to": "hires pass"}, "Speeds up the second pass of hires fix, where most of the time goes."),
     "Paper (60 %)": (
-        {"ratio": 0.6, "schedule": "constant", "method": "paper"},
+        {"ratio": 0.6, "method": "paper"},
         "The paper's own method and ratio; moves pictures the most.",
     ),
 }
