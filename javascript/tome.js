@@ -40,7 +40,7 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
     toMeMeasure = tab => byId(`script_${tab}_tome_measure_${tasks[tab] ? "stop" : "start"}`).click();
     toMeMeasuring = function(tab, given) {
         const asked = {task: `task(tome-${Math.random().toString(36).slice(2)})`};
-        for (const name of ["width", "height", "batch_size", "cfg_scale"]) {
+        for (const name of ["width", "height", "batch_size", "cfg_scale", "steps"]) {
             const value = read(tab, name);
             if (value !== null) asked[name] = value;
         }

@@ -39,7 +39,7 @@ def small_settings() -> Callable[..., tome.MergeSettings]:
     """
 
     def make(**values: object) -> tome.MergeSettings:
-        simple = {"ratio": 0.5, "schedule": "constant", "method": "paper", "skip_unprofitable": False}
+        simple = {"ratio": 0.5, "schedule": "constant", "method": "paper", "full_steps": 1, "skip_unprofitable": False}
         return tome.MergeSettings(**{**simple, **values})
 
     return make

@@ -937,7 +937,7 @@ def test_a_device_that_lacks_an_operation_costs_no_picture(unet, small_settings,
         monkeypatch.undo()
         assert torch.equal(unet(*inputs), unmerged)
     assert merging.report().summary == (
-        "nothing merged: level 2 is above max downsample 1; merging failed: NotImplementedError: "
+        "nothing merged: merging failed: NotImplementedError: "
         "The operator 'aten::searchsorted.Tensor' is not implemented for this device."
     )
     with tome.attach(unet, small_settings(method=method)) as merging:
@@ -988,3 +988,17 @@ def test_a_pass_in_autocast_is_merged_too(unet, whole, make_inputs):
         output = unet(*make_inputs())
     assert output.isfinite().all()
     assert {layer.merged_tokens for layer in merging.report().merged_layers} == {128}
+
+
+def test_a_picture_of_few_steps_keeps_more_tokens_and_says_why_nothing_merged(unet, small_settings, make_inputs, watch):
+    inputs = make_inputs()
+    with tome.attach(unet, small_settings(ratio=0.75, full_steps=20)) as merging:
+        # The last four of twenty are as long as all of twenty; four of four are not.
+        for steps, ratio in (({"schedule_steps": 20}, 0.75), ({}, 1 - 0.25 * 5 ** (2 / 3))):
+            merging.set_step(0, 4, **steps)
+            assert merging.passes.step.ratio == pytest.approx(ratio)
+            unet(*inputs)
+    with tome.attach(unet, small_settings(ratio=0.5, full_steps=20)) as merging:
+        merging.set_step(0, 2)
+        unet(*inputs)
+    assert "a picture of 2 steps keeps more tokens than one of 20" in merging.report().summary

@@ -205,3 +205,17 @@ def test_the_defaults_are_the_fields_own_and_valid():
 def test_settings_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         tome.MergeSettings().ratio = 0.1
+
+
+@pytest.mark.parametrize(("steps", "ratio"), [(None, 0.85), (150, 0.85), (20, 0.85), (10, 0.762), (4, 0.561), (1, 0.0)])
+def test_pictures_of_few_steps_keep_more_tokens(steps, ratio):
+    settings = tome.MergeSettings(ratio=0.85, late_ratio=0.6, schedule="linear").in_steps(steps)
+    assert settings.ratio == pytest.approx(ratio, abs=1e-3)
+    assert settings.late_ratio == pytest.approx(max(0.0, 1 - 0.4 * (1 - ratio) / 0.15), abs=1e-2)
+    assert settings.in_steps(steps) == settings
+    assert settings.cell == ((4, 4) if ratio > 0.75 else (2, 2))
+
+
+def test_one_step_for_the_full_ratio_is_the_full_ratio_in_any_steps():
+    settings = tome.MergeSettings(full_steps=1)
+    assert settings.in_steps(1) is settings.in_steps(4) is settings

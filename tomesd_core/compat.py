@@ -57,6 +57,7 @@ def apply_patch(
             partition=partition,
             window=None,
             method="paper",
+            full_steps=1,
             skip_unprofitable=False,
         ),
     )

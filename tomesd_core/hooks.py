@@ -95,7 +95,7 @@ class Merging:
         ignored: Collection[str],
     ) -> None:
         self.settings, self.leave_out, self.on_map, self.ignored = settings, leave_out, on_map, ignored
-        self.passes = Passes(settings.ratio_at(0.0))
+        self.passes = Passes(settings)
         self.failure: str | None = None
         """The reason why nothing is merged any more: an error of merging itself."""
         self.refusals: dict[Hashable, str] = {}
@@ -104,6 +104,8 @@ class Merging:
         """The level up to which layers merge."""
         self.attached = True
         """False after `detach`."""
+        self._few_steps: int | None = None
+        """The number of steps, where it is below that for the full ratio."""
         self._steps = self._merged_steps = 0
         self._unet = weakref.ref(unet)
         self._is_compiled, self._names = is_compiled(unet), names_in(unet)
@@ -133,18 +135,19 @@ class Merging:
         for handle in handles:
             self._handles.append(handle)
 
-    def set_step(self, step: int, total: int | None = None) -> None:
+    def set_step(self, step: int, total: int | None = None, schedule_steps: int | None = None) -> None:
         """Says where sampling is: the UNet passes that follow belong to `step` (from 0) of `total`.
 
-        Without it every pass counts as the next step, and the total is unknown, so that the ratio is the early one.
+        `schedule_steps` is the number of steps from pure noise, where img2img takes only the last `total` of them.
+        Without a call every pass counts as the next step, and the total is unknown, so that the ratio is the early one.
         """
         self.passes.counts_passes = False
-        self._begin_step(step, total)
+        self._begin_step(step, total, schedule_steps)
 
     def on_step_end(self, pipeline: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """The `callback_on_step_end` of a diffusers pipeline: says that the step after this one begins."""
         total = pipeline.num_timesteps
-        self.set_step((step + 1) % total, total)
+        self.set_step((step + 1) % total, total, getattr(pipeline.scheduler, "num_inference_steps", None))
         return inputs
 
     def report(self) -> Report:
@@ -160,6 +163,10 @@ class Merging:
                 "the finest of this model"
             )
         reports = [hooks.report.copy() for hooks in self._layers]
+        if self._few_steps and not any(report.merged_calls for report in reports):
+            notes.append(
+                f"a picture of {self._few_steps} steps keeps more tokens than one of {self.settings.full_steps}"
+            )
         if self._steps and self._layers and not any(report.calls or report.reason for report in reports):
             notes.append("the model's own attention layers did not run")
         ratio = self.passes.step.ratio if self._steps else None
@@ -207,9 +214,9 @@ class Merging:
         matching = passes.matchings.get(key)
         if matching is None:
             draw, draws = step.number if settings.draws_anew else 0, 1 if settings.shared_draw else items
-            partition = make_partition(grid, settings.cell, settings.partition, draw, settings.window, draws, x.device)
+            partition = make_partition(grid, step.cell, settings.partition, draw, settings.window, draws, x.device)
             if not partition.most_removed:
-                rows, columns = settings.cell
+                rows, columns = step.cell
                 raise NotMerged(f"its {grid[0]}x{grid[1]} grid is smaller than a {rows}x{columns} cell")
             matching = KeptMatching(match(x, partition, settings.exact))
             if settings.reuse_steps > 1 and passes.kept_tokens + items * tokens <= KEPT_TOKENS:
@@ -217,7 +224,7 @@ class Merging:
                 passes.kept_tokens += items * tokens
         return matching.map_of(removed)
 
-    def _begin_step(self, number: int, total: int | None) -> None:
+    def _begin_step(self, number: int, total: int | None, schedule_steps: int | None = None) -> None:
         passes, every = self.passes, self.settings.reuse_steps
         before = passes.step.number
         # A step that doesn't come after the last one belongs to another run. Without `set_step` a pass may be any part
@@ -225,8 +232,10 @@ class Merging:
         if passes.counts_passes or number <= before or number // every != before // every:
             passes.matchings.clear()
             passes.kept_tokens = 0
-        number = max(number, 0)
-        passes.step = Step(number, self.settings.ratio_at(progress_of(number, total)))
+        steps = schedule_steps or total
+        number, settings = max(number, 0), self.settings.in_steps(steps)
+        self._few_steps = None if settings is self.settings else steps
+        passes.step = Step(number, settings.ratio_at(progress_of(number, total)), settings.cell)
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.attached:
@@ -254,7 +263,7 @@ class Merging:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.passes = Passes(self.passes.step.ratio)
+        self.passes = Passes(self.settings, self.passes.step.ratio)
         for unet in [unet for unet, merging in _attached.items() if merging is self]:
             del _attached[unet]
 

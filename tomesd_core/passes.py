@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .matching import Matching
+from .settings import MergeSettings
 from .token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Step:
 
     number: int
     ratio: float
+    cell: tuple[int, int]
+    """Rows and columns of the cell that has one destination."""
     passes: int = 0
     """Passes of the UNet in this step so far."""
     has_merged: bool = False
@@ -71,8 +74,8 @@ class KeptMatching:
 class Passes(threading.local):
     """What one thread's passes share. Every thread has its own."""
 
-    def __init__(self, ratio: float) -> None:
-        self.step = Step(-1, ratio)
+    def __init__(self, settings: MergeSettings, ratio: float | None = None) -> None:
+        self.step = Step(-1, settings.ratio_at(0.0) if ratio is None else ratio, settings.cell)
         self.counts_passes = True
         self.latent: Grid | None = None
         self.is_checkpointed = False

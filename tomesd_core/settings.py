@@ -24,6 +24,9 @@ HIGHEST_RATIO = 1 - 1 / (CELLS[-1][0] * CELLS[-1][1])
 RATIO_STEP = 0.0125
 """By how much the sliders of ratios move; the highest ratio is a multiple."""
 
+FEWER_STEPS_EXPONENT = 2 / 3
+"""Of the quotient of steps, by which a picture of few steps keeps more tokens. See `MergeSettings.in_steps`."""
+
 PASSES = ("both passes", "first pass", "hires pass")
 
 
@@ -191,6 +194,16 @@ class MergeSettings:
         "are unmerged. paper: as published, not counted.",
         choices=METHODS,
     )
+    full_steps: int = _field(
+        20,
+        "integer",
+        "Steps for full ratio",
+        "Pictures of fewer steps keep more tokens, since each of their steps weighs more. 1: all pictures merge at the "
+        "full ratio.",
+        1,
+        150,
+        1,
+    )
     stride: tuple[int, int] | None = _field(None, "pair", minimum=1, maximum=16, optional=True)
     """Rows and columns of the cell that has one destination; None: as `cell` says."""
     partition: str = _field("random", "choice", choices=PARTITIONS)
@@ -259,6 +272,18 @@ class MergeSettings:
     def draws_anew(self) -> bool:
         """Whether each new matching has a new random choice of destinations."""
         return self.method == "paper" if self.redraw is None else self.redraw
+
+    def in_steps(self, steps: int | None) -> MergeSettings:
+        """The settings of a picture of `steps` steps, None where that isn't known.
+
+        Below `full_steps` it keeps (full_steps / steps) ** (2 / 3) times as many tokens: a sampler of higher order
+        extrapolates, and over long steps that enlarges every error (docs/quality.md, "Few steps").
+        """
+        if not steps or steps >= self.full_steps:
+            return self
+        more = (self.full_steps / steps) ** FEWER_STEPS_EXPONENT
+        ratio, late_ratio = (max(0.0, 1 - (1 - ratio) * more) for ratio in (self.ratio, self.late_ratio))
+        return dataclasses.replace(self, ratio=ratio, late_ratio=late_ratio, full_steps=1)
 
     def ratio_at(self, progress: float) -> float:
         """The ratio at `progress`, from 0 (first step) to 1 (last). See `schedule.ratio_at`."""

@@ -75,6 +75,7 @@ BASE: dict[str, Any] = {
     "max_downsample": 1,
     "min_tokens": 0,
     "reuse_steps": 1,
+    "full_steps": 1,
     "method": PAPER,
     "stride": None,
     "partition": "random",

@@ -72,13 +72,18 @@ def sampling(host) -> ModuleType:
     return running("webui.sampling")
 
 
+def of_any_steps(tome: list[Any] | None) -> list[Any] | None:
+    """An object that merges the small pictures of two steps at the ratio that it names."""
+    return [{"full_steps": 1, **tome[0]}, *tome[1:]] if tome and isinstance(tome[0], dict) else tome
+
+
 @pytest.fixture(scope="module")
 def make(host) -> Callable[..., Any]:
     """Makes a small picture; `tome` are the script's arguments, the others the fields of `p`."""
     from modules import processing
 
     def run(tome: list[Any] | None = None, tab: str = "txt2img", **fields: Any):
-        with contextlib.closing(host.make_p(tome, tab, **{**REQUEST, **fields})) as p:
+        with contextlib.closing(host.make_p(of_any_steps(tome), tab, **{**REQUEST, **fields})) as p:
             return processing.process_images(p)
 
     return run
@@ -89,7 +94,7 @@ def make_p(host) -> Callable[..., Any]:
     """What `process_images` takes; `tome=None` is one without scripts."""
 
     def build(tome: list[Any] | None, **fields: Any):
-        p = host.make_p(tome, **{**REQUEST, **fields})
+        p = host.make_p(of_any_steps(tome), **{**REQUEST, **fields})
         if tome is None:
             p.scripts = None
         return p

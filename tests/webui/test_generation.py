@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from in_host import HALVED, HIRES, HIRES_TOKENS, KEYS, failing_unet, hooked, left, pixels
+from in_host import HALVED, HIRES, HIRES_TOKENS, KEYS, SIDE, failing_unet, hooked, left, pixels
 from PIL import Image, ImageChops
 from torch import nn
 
-from tomesd_core.settings import FIELDS
+from tomesd_core.settings import FIELDS, MergeSettings
 
 ON = HALVED
 HALF = left(0.5)
@@ -411,7 +411,7 @@ def inside(once):
     return generate
 
 
-@pytest.mark.parametrize("inner", [None, [False], [True, 0.7, 0.7]], ids=["without scripts", "off", "on"])
+@pytest.mark.parametrize("inner", [None, [False], [{"ratio": 0.7}]], ids=["without scripts", "off", "on"])
 @pytest.mark.parametrize("ends", ["made", "interrupted", "failed"])
 def test_a_generation_inside_another(host, make, make_p, once, inside, attention, merged, inner, ends, process):
     """As ADetailer's and others': the inner one merges as it says itself, and the outer one goes on."""
@@ -430,7 +430,7 @@ def test_a_generation_inside_another(host, make, make_p, once, inside, attention
     attention.tokens.clear()
     inside(generate)
     processed = make(ON)
-    ratio = inner[1] if inner and inner[0] else 0.0
+    ratio = inner[0]["ratio"] if inner and inner[0] else 0.0
     assert attention.tokens == [HALF] + [left(ratio)] * (2 if ends == "made" else 1) + [HALF]
     assert pixels(processed) == merged
     assert "1024 → 512 tokens" in processed.comments
@@ -837,7 +837,7 @@ def test_a_wrong_value_leaves_the_picture_unmerged_and_is_said(make, one_step, l
     [
         [True, 0.5, 0, "constant", 1, 1.0, 0.0, "both passes", 1.0, "paper"],
         arguments(late=0.9),
-        [*arguments(), 0, 1, *["too", "many"] * 20],
+        [*arguments(), 0, 1, 1, *["too", "many"] * 20],
     ],
     ids=["numbers of other types", "another value without effect", "more arguments than fields"],
 )
@@ -859,7 +859,7 @@ def test_a_list_of_version_0_1_0_means_what_it_meant(make, args):
 
 @pytest.mark.parametrize("args", [[True], [True, 0.8], [True, 0.8, 0.7, "linear"]], ids=len)
 def test_a_shorter_list_has_the_defaults_of_today(make, args):
-    assert keys_of(make(args))["ToMe method"] == "keys"
+    assert keys_of(make(args, steps=20))["ToMe method"] == "keys"
 
 
 def test_choices_may_be_texts(make, merged):
@@ -937,3 +937,20 @@ def test_off_registers_no_hook_and_reads_nothing(host, make, sampling, monkeypat
     sampling.on_denoise(Untouchable())
     make(ON)
     assert registered, "the test sees them"
+
+
+# Few steps
+
+
+def test_steps_of_the_schedule_decide_how_much_a_picture_of_few_steps_merges(make, attention):
+    """img2img takes the last steps of as many as are asked for, each as long as in them."""
+    picture = Image.new("RGB", (SIDE, SIDE), "orange")
+    few = {"ratio": 0.75, "full_steps": 20}
+    for tab, fields, steps in (
+        ("txt2img", {"steps": 8}, 8),
+        ("img2img", {"steps": 20, "init_images": [picture], "denoising_strength": 0.2}, 20),
+    ):
+        attention.tokens.clear()
+        make([few], tab, **fields)
+        ratio = MergeSettings(ratio=0.75).in_steps(steps).ratio
+        assert set(attention.tokens) == {left(ratio)}

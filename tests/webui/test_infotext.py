@@ -6,7 +6,7 @@ import pytest
 from in_host import KEYS, left
 
 from tomesd_core.settings import FIELDS
-from tomesd_core.webui.arguments import shown
+from tomesd_core.webui.arguments import BEFORE_NAMED, CONTROLS, MAP_FIELDS, shown
 
 PANEL = {name: setting for name, setting in FIELDS.items() if setting.infotext}
 
@@ -20,6 +20,7 @@ VALUES = {
     "apply_to": "hires pass",
     "reuse_steps": 3,
     "method": "tokens",
+    "full_steps": 4,
 }
 """None is its field's default."""
 
@@ -34,8 +35,9 @@ def pasted(host):
 
     def all_fields(parsed, tab="txt2img"):
         runner = getattr(scripts, f"scripts_{tab}")
-        # The last two are the merge map's, which is in no picture's parameters.
-        names = dict(zip(runner.script("ToMe").controls[:-2], ["enabled", *PANEL], strict=True))
+        every_name = dict(zip(runner.script("ToMe").controls, CONTROLS, strict=True))
+        # The merge map's are in no picture's parameters.
+        names = {control: name for control, name in every_name.items() if name not in MAP_FIELDS}
         values = {names[control]: function(parsed) for control, function in runner.infotext_fields}
         for control, name in names.items():
             kind = type(control.value)
@@ -84,7 +86,7 @@ def test_a_field_alone_leaves_the_others_at_their_defaults(pasted, name):
     values = pasted(parsed(**{name: VALUES[name]}))
     defaults = {field: shown(field, setting.default) for field, setting in PANEL.items()}
     if name == "ratio":
-        defaults["method"] = "paper"  # Version 0.1.0 had one method, and didn't name it.
+        defaults |= BEFORE_NAMED
     assert values == {"enabled": name == "ratio", **defaults, name: VALUES[name]}
 
 
@@ -92,7 +94,7 @@ def test_a_picture_gives_back_what_it_was_made_with(make, pasted):
     from modules import infotext_utils
 
     values = {**VALUES, "ratio": 0.6, "max_downsample": "1"}
-    processed = make([True, *values.values()], enable_hr=True, hr_scale=1.25, steps=1)
+    processed = make([values], enable_hr=True, hr_scale=1.25, steps=4)
     from_text = pasted(infotext_utils.parse_generation_parameters(processed.infotexts[0]))
     assert from_text == {"enabled": True, **values}
 

@@ -19,6 +19,7 @@ CONSTANT = {"ratio": 0.5, "schedule": "constant", "reuse_steps": 1, "method": "p
 def with_map(step=1, layer=1, **values):
     """The script's arguments with a merge map."""
     settings = {name: values.get(name, CONSTANT.get(name, field.default)) for name, field in PANEL_FIELDS.items()}
+    settings.pop("full_steps")
     return [True, *settings.values(), step, layer]
 
 

@@ -309,7 +309,7 @@ def test_the_route_gives_a_result_a_size(post):
         ({"settings": {"ratio": 2}}, ["ratio", "2", "[0, 0.9375]"]),
         ({"settings": {"preset": "No such"}}, ["preset", "No such", "Balanced"]),
         ({"settings": [0.5]}, ["settings", "[0.5]", "object"]),
-        ({"steps": 20}, ["unknown field", "'steps'", "width"]),
+        ({"step": 20}, ["unknown field", "'step'", "width"]),
     ],
 )
 def test_the_route_says_what_is_wrong(post, attention, body, words):

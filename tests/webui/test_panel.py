@@ -37,7 +37,7 @@ def components(host, tab):
 
 def test_fields_in_the_order_that_programs_rely_on(controls):
     assert list(controls)[: len(FIRST)] == FIRST
-    assert list(controls) == ["enabled", *PANEL, *LAST]
+    assert list(controls) == ["enabled", *(name for name in PANEL if name != "full_steps"), *LAST, "full_steps"]
 
 
 def test_every_field_has_its_element(components):
@@ -61,7 +61,7 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
 
 
 def test_defaults_of_the_page_are_a_generation(controls, make):
-    processed = make([True, *[control.value for control in list(controls.values())[1:]]], steps=1)
+    processed = make([True, *[control.value for control in list(controls.values())[1:-1]], 1], steps=1)
     assert "ToMe error" not in processed.extra_generation_params
     assert processed.extra_generation_params["ToMe ratio"] == 0.85
 

@@ -61,9 +61,11 @@ def test_a_preset_holds_every_field_of_the_panel_and_no_other(path):
     assert list(on_disk(path)["presets"]["mine"]) == list(PANEL_FIELDS)
     assert presets.get("mine") == MergeSettings(ratio=0.4)
     write(path, {"mine": {"ratio": 0.4, "stride": [4, 4], "enabled": True, "method": "keys"}, "none": {}})
-    assert presets.get("mine") == MergeSettings(ratio=0.4)
+    assert presets.get("mine") == MergeSettings(ratio=0.4, full_steps=1)
     assert presets.get("none") == MergeSettings()
-    assert presets.named(MergeSettings(ratio=0.4)) == "mine" and presets.named(MergeSettings()) == "Balanced"
+    assert (
+        presets.named(MergeSettings(ratio=0.4, full_steps=1)) == "mine" and presets.named(MergeSettings()) == "Balanced"
+    )
     assert presets.named(MergeSettings(ratio=0.41)) is None
     assert set(FIELDS) > set(PANEL_FIELDS) and not messages()
 
@@ -72,7 +74,7 @@ def test_a_preset_of_version_0_1_0_means_what_it_meant(path):
     """It had one method, and didn't name it."""
     former = {"ratio": 0.6, "late_ratio": 0.4, "schedule": "linear", "max_downsample": 1, "reuse_steps": 4}
     write(path, {"mine": former})
-    assert presets.get("mine") == MergeSettings(**former, method="paper")
+    assert presets.get("mine") == MergeSettings(**former, method="paper", full_steps=1)
 
 
 def test_a_ratio_that_only_an_expert_field_allows_is_refused(path):
@@ -84,11 +86,11 @@ def test_a_ratio_that_only_an_expert_field_allows_is_refused(path):
 def test_the_built_in_presets(path):
     values, notes = presets.read()
     assert list(values) == NAMES and not notes
-    pairs = [pairs_left(values[name].late_ratio, values[name].method) for name in ("Quality", "Balanced", "Fast")]
+    pairs = [pairs_left(values[name].ratio, values[name].method) for name in ("Quality", "Balanced", "Fast")]
     assert pairs == sorted(set(pairs), reverse=True)
     assert values["Balanced"] == MergeSettings()
     assert [name for name in NAMES if values[name].apply_to != "both passes"] == ["Hires only"]
-    assert values["Paper (60 %)"] == MergeSettings(ratio=0.6, schedule="constant", method="paper")
+    assert values["Paper (60 %)"] == MergeSettings(ratio=0.6, schedule="constant", method="paper", full_steps=1)
     lines = [line for _, line in presets.BUILT_IN.values()]
     assert all(20 < len(line) < 120 and line.endswith(".") for line in lines) and len(set(lines)) == len(NAMES)
     assert not list(path.parent.iterdir()), "reading leaves nothing behind"

@@ -92,5 +92,5 @@ def test_the_requests_of_the_documentation(start, make):
     arguments = [json.loads(re.search(r'"args": (\[.*\])\}\}', body)[1]) for body in bodies]
     assert len(arguments) == 3
     for tome in arguments:
-        assert make(tome, steps=1).extra_generation_params["ToMe late ratio"] == 0.3
+        assert make(tome, steps=20).extra_generation_params["ToMe late ratio"] == 0.3
     assert sorted(re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", page)) == sorted([*ROUTES, "/tome/measure"])

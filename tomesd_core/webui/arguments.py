@@ -32,8 +32,19 @@ MAP_FIELDS = {
 }
 """What is shown of a generation, not what is made: in no preset, no picture's parameters and no plot."""
 
-CONTROLS: dict[str, Setting] = {"enabled": ENABLED, **PANEL_FIELDS, **MAP_FIELDS}
+NEWER_FIELDS = ("full_steps",)
+"""Of `PANEL_FIELDS`, those that came after the map's: each version appends its arguments."""
+
+CONTROLS: dict[str, Setting] = {
+    "enabled": ENABLED,
+    **{name: setting for name, setting in PANEL_FIELDS.items() if name not in NEWER_FIELDS},
+    **MAP_FIELDS,
+    **{name: PANEL_FIELDS[name] for name in NEWER_FIELDS},
+}
 """The script's arguments by name, in order."""
+
+BEFORE_NAMED = {"method": "paper", "full_steps": 1}
+"""What settings mean that don't name these: they are of versions that had nothing else."""
 
 
 class Asked(NamedTuple):
@@ -72,14 +83,16 @@ def _by_name(args: Sequence[Any]) -> dict[str, Any]:
     """Positional arguments by name, without those that weren't given.
 
     A list of version 0.1.0 has no method, which was `paper`: it ends with `reuse_steps`, or with the map's two numbers.
+    One of version 1.0.0 names the method, and has no `full_steps`.
     """
     place, args = list(CONTROLS).index("method"), list(args)
     method = args[place] if place < len(args) else None
     if isinstance(method, (int, float)) and not isinstance(method, bool):
-        args.insert(place, "paper")
+        args.insert(place, BEFORE_NAMED["method"])
     elif method is None and len(args) >= place and args[place - 1] is not None:
-        args[place : place + 1] = ["paper"]
-    return {name: value for name, value in zip(CONTROLS, args, strict=False) if value is not None}
+        args[place : place + 1] = [BEFORE_NAMED["method"]]
+    values = {name: value for name, value in zip(CONTROLS, args, strict=False) if value is not None}
+    return {**BEFORE_NAMED, **values} if "method" in values else values
 
 
 def _changed(
@@ -128,12 +141,13 @@ def panel_values(settings: MergeSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in PANEL_FIELDS}
 
 
-def useful_fields(schedule: str, min_tokens: int = 1, has_hires_pass: bool = True) -> set[str]:
+def useful_fields(schedule: str, min_tokens: int = 1, has_hires_pass: bool = True, full_steps: int = 2) -> set[str]:
     """The controls that have an effect; by default those that a person needs to see with this schedule."""
     useless = {
         "late_ratio": schedule == "constant",
         "switch_at": schedule != "step",
         "min_tokens": not min_tokens,
         "apply_to": not has_hires_pass,
+        "full_steps": full_steps == 1,
     }
     return {name for name in CONTROLS if not useless.get(name)}

@@ -101,7 +101,12 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         elif why_not := _why_not(p, arguments.settings):
             leave_unmerged(p, why_not)
         else:
-            useful = useful_fields(arguments.settings.schedule, arguments.settings.min_tokens, has_hires_pass(p))
+            useful = useful_fields(
+                arguments.settings.schedule,
+                arguments.settings.min_tokens,
+                has_hires_pass(p),
+                arguments.settings.full_steps,
+            )
             values = panel_values(arguments.settings)
             generation = _begun(p)
             generation.settings, generation.map_place = arguments.settings, arguments.map_place
@@ -158,6 +163,12 @@ def built_in_is_on(p: Any) -> bool:
 def has_hires_pass(p: Any) -> bool:
     """Whether hires fix is on."""
     return bool(getattr(p, "enable_hr", False))
+
+
+def schedule_steps(p: Any, is_hires: bool) -> int | None:
+    """The steps from pure noise, of which img2img and a hires pass take only the last ones."""
+    own = getattr(p, "hr_second_pass_steps", 0) if is_hires else 0
+    return own or getattr(p, "steps", None)
 
 
 def is_left_to_built_in(p: Any) -> bool:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..settings import PANEL_FIELDS, Setting, SettingsError
-from .arguments import from_text, shown
+from .arguments import BEFORE_NAMED, from_text, shown
 from .log import log
 
 
@@ -24,8 +24,7 @@ def paste_fields(controls: Mapping[str, Any]) -> list[tuple[Any, Callable[[Mappi
 
 def _read(name: str, setting: Setting, parameters: Mapping[str, Any]) -> Any:
     key = str(setting.infotext)
-    # Version 0.1.0 had one method, and didn't name it.
-    missing = "paper" if name == "method" and "ToMe ratio" in parameters else setting.default
+    missing = BEFORE_NAMED.get(name, setting.default) if "ToMe ratio" in parameters else setting.default
     try:
         return shown(name, setting.check(name, from_text(setting, parameters.get(key, missing))))
     except SettingsError as error:

@@ -40,10 +40,11 @@ FIELDS = {
     "height": Setting(512, "integer", minimum=16, maximum=16384),
     "batch_size": Setting(1, "integer", minimum=1, maximum=256),
     "cfg_scale": Setting(7.0, "number", minimum=0, maximum=100),
+    "steps": Setting(20, "integer", minimum=1, maximum=1000),
     "hires_width": Setting(0, "integer", minimum=0, maximum=16384),
     "hires_height": Setting(0, "integer", minimum=0, maximum=16384),
 }
-"""What a measurement is asked for, beside `settings`. A hires size of 0: no hires fix."""
+"""What a measurement is asked for, beside `settings`. A hires size of 0: no hires fix. `steps`: of the picture."""
 
 _stopped: deque[str] = deque(maxlen=16)
 """The last tasks that were stopped: maybe before their requests came, maybe after they had ended."""
@@ -106,7 +107,8 @@ def _read(request: Mapping[str, Any]) -> tuple[dict[str, Any], MergeSettings]:
     settings = request.get("settings", {})
     if not isinstance(settings, Mapping):
         raise SettingsError(f"settings must be an object of settings, got {settings!r}")
-    return values, read_arguments([{**settings, "enabled": True}], None, presets.get).settings
+    asked = read_arguments([{**settings, "enabled": True}], None, presets.get).settings
+    return values, asked.in_steps(values["steps"])
 
 
 def _of_size(
@@ -215,7 +217,7 @@ class _Run(Sampling):
                 self._hook(unet, settings, False, params.x.shape, self._p.sampler)
             if self._merging is not None:
                 every = settings.reuse_steps
-                self._merging.set_step(number // 2 * every + merged, self._pairs * every)
+                self._merging.set_step(number // 2 * every + merged, self._pairs * every, STEPS)
         else:
             self.unhook()
         self._stop_clocks()

@@ -22,7 +22,7 @@ TAB_SIZE = {"width": 512, "height": 512, "steps": 20}
 """What the preview assumes of the tab where the page's script can't read it off the page."""
 
 MAIN_ROWS = (("ratio", "late_ratio"), ("schedule", "switch_at"), ("max_downsample", "min_tokens"))
-MORE_ROWS = (("method", "reuse_steps"), ("apply_to",))
+MORE_ROWS = (("method",), ("reuse_steps", "full_steps"), ("apply_to",))
 """The panel's fields, row by row; those of the second are folded away."""
 
 
@@ -114,9 +114,10 @@ def _preview(tab: str, width: Any, height: Any, steps: Any, *args: Any) -> str:
     name = None
     try:
         settings = read_arguments([True, *args[1:]], None, presets.get).settings
-        name = presets.named(settings)
+        name, steps = presets.named(settings), min(max(int(steps), 1), 150)
+        settings = settings.in_steps(steps)
         line = preview.of_loaded_model(settings, width, height, has_hires_pass=tab == "txt2img")
-        chart = preview.chart(settings, min(max(int(steps), 1), 150))
+        chart = preview.chart(settings, steps)
         title = preview.title(settings if args[0] else None)
     except (SettingsError, TypeError, ValueError, OverflowError) as error:
         line, chart, title = str(error), "", preview.title(None)

@@ -19,7 +19,7 @@ from reprlib import repr as brief
 from typing import Any
 
 from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
-from .arguments import panel_values
+from .arguments import BEFORE_NAMED, panel_values
 from .log import log
 
 PATH = Path(__file__).resolve().parents[2] / "presets.json"
@@ -33,12 +33,19 @@ BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
     "Quality": ({"ratio": 0.6}, "Stays closest to the picture without merging; a little faster."),
     "Balanced": ({}, "Faster, with small changes in detail; a good start."),
     "Fast": (
-        {"ratio": 0.75, "late_ratio": 0.6, "schedule": "linear", "max_downsample": 2, "method": "tokens"},
+        {
+            "ratio": 0.75,
+            "late_ratio": 0.6,
+            "schedule": "linear",
+            "max_downsample": 2,
+            "method": "tokens",
+            "full_steps": 1,
+        },
         "For drafts: moves details more. Merges queries too, and in coarser layers.",
     ),
     "Hires only": ({"apply_to": "hires pass"}, "Speeds up the second pass of hires fix, where most of the time goes."),
     "Paper (60 %)": (
-        {"ratio": 0.6, "method": "paper"},
+        {"ratio": 0.6, "method": "paper", "full_steps": 1},
         "The paper's own method and ratio; moves pictures the most.",
     ),
 }
@@ -128,8 +135,7 @@ def _settings(entry: Any) -> MergeSettings:
     if not isinstance(entry, dict):
         raise PresetError(f"a preset must be an object of settings, got {brief(entry)}")
     fields = {name: entry[name] for name in PANEL_FIELDS if name in entry}
-    # Version 0.1.0 had one method, and didn't name it.
-    return MergeSettings(**{"method": "paper", **fields} if "ratio" in fields else fields)
+    return MergeSettings(**{**BEFORE_NAMED, **fields} if "ratio" in fields else fields)
 
 
 def _load() -> dict[str, Any]:

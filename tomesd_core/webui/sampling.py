@@ -208,7 +208,8 @@ class Sampling:
         options_of_sampler = getattr(getattr(denoiser.sampler, "config", None), "options", None) or {}
         twice_a_step = bool(options_of_sampler.get("second_order"))
         if self._merging is not None:
-            self._merging.set_step(denoiser.step, denoiser.total_steps - twice_a_step)
+            total = denoiser.total_steps - twice_a_step
+            self._merging.set_step(denoiser.step, total, generation.schedule_steps(self._p, is_hires))
 
     def _hook(self, unet: nn.Module, settings: MergeSettings, is_hires: bool, shape: Any, sampler: Any) -> None:
         if self._map_place and is_hires not in self._recorders:
