@@ -34,10 +34,10 @@ def pictures_of(path, width=256, height=256):
 
 def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
     out = tmp_path / "new" / "cat.png"
-    assert main(["cat qwxyz", "--ratio", "0.5", "--steps", "3", "--out", str(out)]) == 0
+    assert main(["cat qwxyz", "--ratio", "0.5", "--steps", "20", "--out", str(out)]) == 0
     output = capsys.readouterr().out
     assert "does not know the word 'qwxyz'" in output and "'cat'" not in output
-    assert "1024 → 512 keys, 3 of 3 steps" in output
+    assert "1024 → 512 keys, 20 of 20 steps" in output
     assert "merge map of step 1, layer 1" in output
     assert len(re.findall(r"^with(out)? merging: \d+\.\d\d s$", output, re.MULTILINE)) == 2
     assert output.endswith(f"saved: {out.resolve()}\n")

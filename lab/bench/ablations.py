@@ -198,13 +198,17 @@ def _few_steps() -> list[Row]:
 
 
 def _samplers() -> list[Row]:
-    """Few steps of three samplers, each held against many: how near merged pictures are to their unmerged twins."""
+    """Few steps of three samplers, each held against twenty: how near merged pictures are to their unmerged twins."""
     rows = []
     for sampler, ratio in itertools.product(SAMPLERS, (0.6, 0.84)):
-        ways = {
-            steps: dataclasses.replace(ours(KEYS, ratio=ratio), steps=steps, sampler=sampler) for steps in (20, 8, 4)
-        }
-        rows += _beside(*(Row(f"{sampler}, {KEYS} {ratio:g}", way) for way in ways.values()))
+        name = f"{sampler}, {KEYS} {ratio:g}"
+        ways = [(name, 20, 1), (name, 8, 1), (name, 4, 1), (f"{name}, more kept", 8, 20), (f"{name}, more kept", 4, 20)]
+        rows += _beside(
+            *(
+                Row(name, dataclasses.replace(ours(KEYS, ratio=ratio, full_steps=full), steps=steps, sampler=sampler))
+                for name, steps, full in ways
+            )
+        )
     return rows
 
 

@@ -97,7 +97,7 @@ FORMER = {
         "Quality": {"ratio": 0.4, "late_ratio": 0.2},
         "Balanced": {"ratio": 0.6},
         "Fast": {"ratio": 0.75, "late_ratio": 0.5, "max_downsample": 2},
-        "Paper (60 %)": {"ratio": 0.6, "schedule": "constant", "reuse_steps": 1},
+        "Paper (60 %)": {"ratio": 0.6, "late_ratio": 0.6, "schedule": "constant", "reuse_steps": 1},
     }.items()
 }
 """The presets of version 0.1.0, whose names the shipped ones still have. `Balanced` was the default."""

@@ -33,6 +33,8 @@ URL = os.environ.get("WEBUI_URL", "").rstrip("/")
 PATIENCE_MS = 180_000
 """A busy machine is waited for; a server that has ended isn't: see `browser`."""
 SIDE = int(os.environ.get("WEBUI_SIDE", "512")) if URL else 32
+MAP_PLACE = 10
+"""Of the merge map's two arguments; those of later versions come behind them, `full_steps` first."""
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 
@@ -96,7 +98,7 @@ class WebUI:
         return requests.get(f"{self.url}{path}", timeout=60)
 
     def request(self, arguments: list[Any] | None = None, **settings: Any) -> dict[str, Any]:
-        """A request for a picture of three steps; `arguments` are the script's."""
+        """A request for a picture of three steps; `arguments` are the script's, and merge as if it had twenty."""
         body: dict[str, Any] = {
             "prompt": "cat",
             "seed": 1,
@@ -111,6 +113,10 @@ class WebUI:
         if "enable_hr" in body and self.is_forge:
             body["hr_additional_modules"] = ["Use same choices"]  # Forge's own default fails.
         if arguments is not None:
+            if arguments and isinstance(arguments[0], dict):
+                arguments = [{"full_steps": 1, **arguments[0]}]
+            elif len(arguments) <= MAP_PLACE:
+                arguments = [*arguments, *[None] * (MAP_PLACE + 2 - len(arguments)), 1]
             body["alwayson_scripts"] = {"ToMe": {"args": arguments}}
         return body
 

@@ -24,6 +24,7 @@ DEFAULTS = {
     "apply_to": "both passes",
     "reuse_steps": 1,
     "method": "keys",
+    "full_steps": 20,
 }
 OTHERS = {
     "ratio": 0.4,
@@ -35,6 +36,7 @@ OTHERS = {
     "apply_to": "first pass",
     "reuse_steps": 3,
     "method": "tokens",
+    "full_steps": 2,
 }
 """For every field, a value that isn't its default."""
 

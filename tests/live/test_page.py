@@ -36,7 +36,7 @@ def test_the_other_tabs_panel_finds_a_new_preset(webui, page, panel, own_name):
 
 
 def test_a_generation_says_what_was_merged(webui, page, panel):
-    panel.set(ratio=0.6)
+    panel.set(ratio=0.6, full_steps=1)
     results = generate(page, webui.side)
     expect(results).to_contain_text("ToMe ratio: 0.6")
     expect(results.locator(".comments")).to_contain_text("ToMe: ")
@@ -47,8 +47,7 @@ def test_a_generation_says_what_was_merged(webui, page, panel):
 
 @pytest.mark.parametrize("tab", TABS)
 def test_png_info_sends_every_field_and_switches_off_without_them(webui, baseline, page, tab, tmp_path):
-    arguments = [True, *(int(value) if value == "2" else value for value in OTHERS.values())]
-    pictures = {"merged": webui.make(arguments, **HIRES), "plain": baseline}
+    pictures = {"merged": webui.make([OTHERS], **HIRES), "plain": baseline}
     panel = Panel(page, tab)
     for name, picture in pictures.items():
         file = Path(tmp_path, f"{name}.png")
@@ -82,7 +81,10 @@ def xyz(page: Any, tab: str) -> Any:
     return page.locator(f"#script_{tab}_xyz_plot_x_type")
 
 
-def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page):
+def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page, panel):
+    panel.set(full_steps=1)
+    panel.title.click(position={"x": 150, "y": 10})
+    expect(panel.switch).not_to_be_checked()
     webui.make([True, 0.6])
     before = webui.get("/tome/status").json()["summary"]
     axis = xyz(page, "txt2img")
@@ -123,6 +125,7 @@ def test_the_settings_page_has_a_section(webui, page):
 
 SHOWN = {"Ratio": 0.5, "Late ratio": 0.25, "Schedule": "step", "Switch at": 0.25, "Max downsample": "4"}
 SHOWN |= {"Min tokens": 512, "Apply to": "first pass", "Reuse matching (steps)": 3, "Method": "tokens"}
+SHOWN |= {"Steps for full ratio": 5}
 """By its label in ui-config.json, a default for each of the panel's controls."""
 
 
@@ -143,7 +146,10 @@ def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel
     # The panel is unfolded, which may be its switch.
     assert set(changes()) <= {"ToMe/value"}
     go_to(page, "txt2img")
-    names = {label: label.lower().replace(" ", "_") for label in SHOWN} | {"Reuse matching (steps)": "reuse_steps"}
+    names = {label: label.lower().replace(" ", "_") for label in SHOWN} | {
+        "Reuse matching (steps)": "reuse_steps",
+        "Steps for full ratio": "full_steps",
+    }
     panel.set(**{names[label]: value for label, value in SHOWN.items()})
     go_to(page, "Settings")
     after = changes()
