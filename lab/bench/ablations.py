@@ -237,7 +237,6 @@ EQUAL_PAIRS = {0.4375: 0.25, 0.75: 0.5, 0.84: 0.6, 0.9375: None}
 
 PEER_RATIOS: dict[str, tuple[float, ...]] = {
     KEYS: (0.4375, 0.6, 0.75, 0.84, 0.9375),
-    TOKENS: (0.25, 0.5, 0.6, 0.75),
     CORNER: (0.25, 0.5, 0.6, 0.75),
     QUERIES: (0.25, 0.5, 0.75),
     TODO: tuple(TODO_FACTORS),
@@ -292,7 +291,7 @@ TABLES = {
         "level 1",
         **{"level 1": {}, "levels 1, 2": {"max_downsample": 2}, "levels 1, 2, 4": {"max_downsample": 4}},
     ),
-    "peers": Table("Peers: keys and tokens beside the methods of others", _peers(), over="pairs"),
+    "peers": Table("Peers: keys beside the methods of others", _peers(), over="pairs"),
     "defaults": Table(
         "Defaults: as shipped, and as they were",
         [WHOLE, *_beside(Row("before", by_settings(FORMER["Balanced"])), Row("shipped", by_settings(shipped())))],
@@ -317,22 +316,20 @@ def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
 
 
 def at_equal_time(what: str, gains: Gains) -> Table:
-    """`tomesd` at each of its ratios beside the method keys at the ratio that takes no longer than either kind of it.
+    """`tomesd`'s corner at each of its ratios beside the method keys at the ratio that takes no longer.
 
     Of keys it is the lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where there is none, and
-    outside of what was measured.
+    outside of what was measured. Corner, since `tomesd`'s random destinations lie no nearer (`what`).
     """
     rows = [WHOLE]
-    keys = gains.get(KEYS, {})
+    keys, corner = gains.get(KEYS, {}), gains.get(CORNER, {})
     percents = [percent for percent in range(1, 100) if _is_measured(keys, percent / 100)]
     for ratio in PEER_RATIOS[CORNER]:
-        peers = [peer for peer in (CORNER, RANDOM) if _is_measured(gains.get(peer, {}), ratio)]
-        if not peers:
+        if not _is_measured(corner, ratio):
             continue
-        needed = max(_between(gains[peer], ratio) for peer in peers)
-        fast = [percent for percent in percents if _between(keys, percent / 100) >= needed]
-        if fast:
-            rows += _beside(_at(KEYS, fast[0] / 100), *(_at(peer, ratio) for peer in peers))
+        needed = _between(corner, ratio)
+        if fast := [percent for percent in percents if _between(keys, percent / 100) >= needed]:
+            rows += _beside(_at(KEYS, fast[0] / 100), _at(CORNER, ratio))
     return Table(f"Time: keys and tomesd at equal time, {what}", rows, over="ratio", gains=gains)
 
 

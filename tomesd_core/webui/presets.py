@@ -30,7 +30,7 @@ _lock = threading.Lock()
 """Held while the file is changed."""
 
 BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
-    "Quality": ({"ratio": 0.6}, "Stays closest to the picture without merging; a little faster."),
+    "Quality": ({"ratio": 0.55}, "Stays closest to the picture without merging; a little faster."),
     "Balanced": ({}, "Faster, with small changes in detail; a good start."),
     "Fast": (
         {
