@@ -296,23 +296,20 @@ def test_presets_are_held_against_what_they_were() -> None:
 
 def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> None:
     curve = {0.0: 1.0, 0.1: 0.9, 0.5: 1.7, 0.9375: 4.0}
-    peers = {CORNER: {0.0: 0.92, 0.5: 1.5}, RANDOM: {0.0: 0.7, 0.5: 1.61, 0.6: 5.0}}
-    table = ablations.at_equal_time("", {KEYS: curve, **peers})
+    table = ablations.at_equal_time("", {KEYS: curve, CORNER: {0.0: 0.92, 0.5: 1.5, 0.6: 5.0}})
     ratios = [(row.name, row.variant.ratio) for row in table.rows]
     assert ratios == [
         (UNMERGED, 0),
-        # Corner 1.21 and random 1.155 times: at 0.1 + 0.4 * 0.31 / 0.8 = 0.255.
-        *((KEYS, 0.26), (CORNER, 0.25), (RANDOM, 0.25)),
-        # 1.5 and 1.61 times: at 0.1 + 0.4 * 0.71 / 0.8 = 0.455.
-        *((KEYS, 0.46), (CORNER, 0.5), (RANDOM, 0.5)),
-        # Corner wasn't timed at 0.6, and keys never runs 5 times as fast.
+        # 1.21 times: at 0.1 + 0.4 * 0.31 / 0.8 = 0.255.
+        *((KEYS, 0.26), (CORNER, 0.25)),
+        # 1.5 times: at 0.1 + 0.4 * 0.6 / 0.8 = 0.4.
+        *((KEYS, 0.4), (CORNER, 0.5)),
+        # Keys never runs 5 times as fast, and nothing was timed at 0.75.
     ]
-    assert [row.reference for row in table.rows[1:]] == [None, *[table.rows[1]] * 2, None, *[table.rows[4]] * 2]
-    # Where one of the peers alone was timed, it decides; and something is always merged.
-    alone = ablations.at_equal_time("", {KEYS: curve, RANDOM: {0.5: 0.5, 0.6: 2.0}})
-    ratios = [(row.name, row.variant.ratio) for row in alone.rows[1:]]
-    # 2 times: at 0.5 + 0.4375 * 0.3 / 2.3 = 0.557.
-    assert ratios == [(KEYS, 0.01), (RANDOM, 0.5), (KEYS, 0.56), (RANDOM, 0.6)]
+    assert [row.reference for row in table.rows[1:]] == [None, table.rows[1], None, table.rows[3]]
+    # Something is always merged.
+    slow = ablations.at_equal_time("", {KEYS: curve, CORNER: {0.5: 0.5, 0.55: 0.6}})
+    assert [(row.name, row.variant.ratio) for row in slow.rows[1:]] == [(KEYS, 0.01), (CORNER, 0.5)]
 
 
 # Its pictures
