@@ -146,7 +146,16 @@ class Studio:
             code.append(inspect.getsource(peers))
         if variant.contender == UNWEIGHTED:
             code.append(inspect.getsource(Unweighted))
-        how = [self.scale, self.attention, self.dtype, self.device.type, self.image_shape, CHUNK, torch.__version__]
+        how = [
+            self.scale,
+            self.attention,
+            self.dtype,
+            self.device.type,
+            self.image_shape,
+            CHUNK,
+            Chunk._fields,
+            torch.__version__,
+        ]
         way = {**dataclasses.asdict(variant), "steps": self.steps_of(variant)}
         everything = [_model_digest(self.model()), how, way, code]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
