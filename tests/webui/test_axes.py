@@ -100,11 +100,7 @@ def test_the_switch_and_the_presets_have_axes_and_the_switch_wins(cells, axes, p
     assert pixels(off) == plain and "ToMe" not in off.infotexts[0]
     assert pixels(on) == pixels(neither) == merged
     parameters = preset.extra_generation_params
-    assert (parameters["ToMe ratio"], parameters["ToMe max downsample"], parameters["ToMe schedule"]) == (
-        0.3,
-        2,
-        "linear",
-    )
+    assert (parameters["ToMe ratio"], parameters["ToMe max downsample"]) == (0.3, 2)
     assert attention.tokens[:2] == [SIDE * SIDE] * 2
 
 

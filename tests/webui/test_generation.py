@@ -903,9 +903,9 @@ def test_an_object_switches_on_and_missing_keys_are_defaults(make, given):
 def test_an_object_may_name_a_preset_and_change_it(make):
     preset = keys_of(make([{"preset": "Fast"}], steps=1))
     changed = keys_of(make([{"preset": "Fast", "ratio": 0.6}], steps=1))
-    assert changed == {**preset, "ToMe ratio": 0.6, "ToMe late ratio": 0.6}
-    lower = keys_of(make([{"preset": "Fast", "ratio": 0.55}], steps=1))
-    assert lower == {**preset, "ToMe ratio": 0.55, "ToMe late ratio": 0.55}
+    assert changed == {**preset, "ToMe ratio": 0.6}
+    late = keys_of(make([{"preset": "Fast", "late_ratio": 0.6}], steps=1))
+    assert late == {**preset, "ToMe schedule": "linear", "ToMe late ratio": 0.6}
 
 
 # Off

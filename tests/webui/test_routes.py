@@ -75,7 +75,7 @@ def test_an_app_without_a_page(start, api_auth, open_to_all):
 def test_what_they_answer(start, make):
     client = start(has_page=False)
     presets = {preset["name"]: preset for preset in client.get("/tome/presets").json()}
-    assert presets["Fast"]["description"] and presets["Fast"]["settings"]["schedule"] == "linear"
+    assert presets["Fast"]["description"] and presets["Fast"]["settings"]["max_downsample"] == 2
     make([True, 0.6, 0.3, "linear"], steps=1)
     status = client.get("/tome/status").json()
     assert status["version"] == VERSION

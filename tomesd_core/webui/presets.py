@@ -33,15 +33,8 @@ BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
     "Quality": ({"ratio": 0.55}, "Stays closest to the picture without merging; a little faster."),
     "Balanced": ({}, "Faster, with small changes in detail; a good start."),
     "Fast": (
-        {
-            "ratio": 0.75,
-            "late_ratio": 0.6,
-            "schedule": "linear",
-            "max_downsample": 2,
-            "method": "tokens",
-            "full_steps": 1,
-        },
-        "For drafts: moves details more. Merges queries too, and in coarser layers.",
+        {"ratio": 0.9375, "max_downsample": 2, "full_steps": 1},
+        "For drafts: moves details more. Merges in coarser layers too.",
     ),
     "Hires only": ({"apply_to": "hires pass"}, "Speeds up the second pass of hires fix, where most of the time goes."),
     "Paper (60 %)": (
