@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("ldm")
 pytest.importorskip("matplotlib")
@@ -96,6 +97,8 @@ def test_a_table_says_how_each_row_differs(bench: Callable, tmp_path: Path) -> N
         "6 of 10",
         "10 of 10",
     ]
+    with Image.open(tmp_path / "quality-where-pictures.png") as sheet:
+        assert sheet.width > 6 * 8 * 3 and sheet.height > 4 * 8 * 3
     assert (tmp_path / "quality-where.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert rows[0]["command"] in markdown and rows[0]["command"] in printed
@@ -279,7 +282,7 @@ def test_rows_are_held_against_rows_above(name: str) -> None:
         assert reference is None or reference.reference is None
         if name != "samplers" and reference is not None and reference.variant.contender != UNMERGED:
             assert reference.variant.steps == row.variant.steps
-    assert any(row.reference for row in rows) or name == "peers"
+    assert any(row.reference for row in rows) or name in ("peers", "pictures")
 
 
 def test_presets_are_held_against_what_they_were() -> None:

@@ -219,6 +219,12 @@ def _peers() -> list[Row]:
     return rows
 
 
+def _pictures() -> list[Row]:
+    """The presets that ship, and `tomesd` where its layer is about as fast as that of *Quality* and of *Balanced*."""
+    presets = [Row(name, by_settings(shipped(**BUILT_IN[name][0]))) for name in ("Quality", "Balanced", "Fast")]
+    return [WHOLE, *presets, _at(CORNER, 0.35), _at(CORNER, 0.73)]
+
+
 def _presets() -> list[Row]:
     """The shipped presets beside what they were; here what is measured is what people get."""
     rows = [WHOLE]
@@ -296,6 +302,7 @@ TABLES = {
         "Defaults: as shipped, and as they were",
         [WHOLE, *_beside(Row("before", by_settings(FORMER["Balanced"])), Row("shipped", by_settings(shipped())))],
     ),
+    "pictures": Table("Pictures: presets, and tomesd about as fast as the first two", _pictures()),
     "presets": Table("Presets: the built-in ones that a picture of one pass tells apart, and as they were", _presets()),
 }
 """By name; those that set a default come first, `presets` after the tables that set its rows."""

@@ -19,6 +19,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from ..demo.compare import enlarged, sheet
 from ..demo.model import MODELS
 from . import distances, output
 from .ablations import TABLES, Gains, Table, Variant, at_equal_time, times_faster
@@ -44,6 +48,9 @@ class Metric:
 
 
 METRICS = {"psnr": Metric("PSNR, dB", output.number(2)), "ssim": Metric("SSIM", output.number(4))}
+
+SHOWN_PICTURES, ENLARGED = 10, 3
+"""How many pictures of a row are shown, and how many times as large as they are."""
 
 NOTES = (
     "± is half of the 95 % interval: 1.96 bootstrap standard errors over the pictures. Differences are paired, picture "
@@ -107,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
                 tick(f"{name}: {variant.contender}, {variant.ratio:g}")
             rows = [{"table": name, **row} for row in judge.rows(table, table.gains or first)]
             sections.append((_heading(table), rows))
+            files.append(args.out / f"quality-{name}-pictures.png")
+            judge.sheet(table).save(files[-1])
             # After every table: what is done is there to be read while the rest is made.
             files.append(args.out / f"quality-{name}.csv")
             output.write_csv(files[-1], rows, machine)
@@ -146,6 +155,18 @@ class Judge:
             line |= {"samples": self._samples, "scale": studio.scale}
             rows.append(line | {"how": json.dumps(dataclasses.asdict(variant))})
         return rows
+
+    def sheet(self, table: Table) -> Image.Image:
+        """Some pictures of each row, enlarged, under its name and its distance."""
+        strips, labels = [], []
+        for row in table.rows:
+            series, values = self._judge(row.variant)
+            strip = np.concatenate(list(series.pictures[:SHOWN_PICTURES].numpy()), axis=1)
+            strips.append(enlarged(Image.fromarray(strip), (ENLARGED * strip.shape[1], ENLARGED * strip.shape[0])))
+            psnr = values.get("psnr")
+            ratio = f" {row.variant.ratio:g}" if row.variant.contender == row.name and psnr else ""
+            labels.append(f"{row.name}{ratio}{f', {psnr.value:.1f} dB' if psnr else ''}")
+        return sheet(strips, labels, columns=1)
 
     def _judge(self, variant: Variant) -> tuple[Series, dict[str, Estimate]]:
         if variant not in self._judged:

@@ -94,13 +94,13 @@ def test_the_switch_and_the_presets_have_axes_and_the_switch_wins(cells, axes, p
         HALVED,
         [(axes["Enabled"], "False"), (axes["Ratio"], "0.6")],
         [(axes["Enabled"], "true")],
-        [(axes["Preset"], "Fast"), (axes["Ratio"], "0.3")],
+        [(axes["Preset"], "Fast"), (axes["Ratio"], "0.6")],
         [],
     )
     assert pixels(off) == plain and "ToMe" not in off.infotexts[0]
     assert pixels(on) == pixels(neither) == merged
     parameters = preset.extra_generation_params
-    assert (parameters["ToMe ratio"], parameters["ToMe max downsample"]) == (0.3, 2)
+    assert (parameters["ToMe ratio"], parameters["ToMe max downsample"]) == (0.6, 2)
     assert attention.tokens[:2] == [SIDE * SIDE] * 2
 
 
