@@ -28,11 +28,11 @@ QUERY = (12, 11)
 """Row and column of the token whose attention is shown."""
 
 
-def main() -> None:
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
     parser = argparse.ArgumentParser(prog="python -m lab.figure", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="a PNG")
-    draw(parser.parse_args().out)
+    return parser
 
 
 def draw(path: Path) -> None:
@@ -141,4 +141,4 @@ def _layer_inputs() -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
 
 if __name__ == "__main__":
     with torch.no_grad():
-        main()
+        draw(make_parser().parse_args().out)

@@ -16,6 +16,7 @@ import yaml
 
 from lab.bench.__main__ import parser as bench_parser
 from lab.demo.__main__ import _parser as demo_parser
+from lab.figure import make_parser as figure_parser
 from tomesd_core.settings import FIELDS, MergeSettings, Setting
 from tomesd_core.webui.arguments import read_arguments
 from tomesd_core.webui.presets import BUILT_IN
@@ -111,7 +112,7 @@ def test_every_nox_session_that_is_named_is_there():
     assert len(named) > 4 and named <= set(sessions)
 
 
-PARSERS = {"bench": bench_parser, "demo": demo_parser}
+PARSERS = {"bench": bench_parser, "demo": demo_parser, "figure": figure_parser}
 PREFIXES = {f"python -m lab.{name}": name for name in PARSERS} | {f"nox -s {name} --": name for name in PARSERS}
 LINES = [*spans(EVERYTHING), *(line for block in blocks(EVERYTHING) for line in block.splitlines())]
 COMMANDS = [line for line in LINES if any(line.startswith(f"{prefix} ") for prefix in PREFIXES)]
