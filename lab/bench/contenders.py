@@ -189,7 +189,7 @@ def put_on(unet: nn.Module, name: str, ratio: float, settings: MergeSettings | N
     if name not in (*METHODS, UNWEIGHTED):
         return _OTHERS[name](unet, ratio)
     method = KEYS if name == UNWEIGHTED else name
-    settings = dataclasses.replace(settings or MergeSettings(), method=method, ratio=ratio)
+    settings = dataclasses.replace(settings or MergeSettings(full_steps=1), method=method, ratio=ratio)
     return merging(unet, Unweighted(**vars(settings)) if name == UNWEIGHTED else settings)
 
 

@@ -92,7 +92,7 @@ def _unet(model: str, dtype: torch.dtype) -> nn.Module:
 def _recorded(
     unet: nn.Module, name: str, ratio: float, settings: Mapping[str, Any], run: Callable[[], Any]
 ) -> Recorder:
-    how = MergeSettings(**{"schedule": "constant", **settings})
+    how = MergeSettings(**{"schedule": "constant", "full_steps": 1, **settings})
     make_partition.cache_clear()  # Another subject's draws of the same grid would cost nothing here.
     with torch.no_grad(), put_on(unet, name, ratio, how) as running:
         for step in range(STEPS):

@@ -155,7 +155,7 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
         for ratio in args.ratios:
             some, left_out = matchers(side, ratio, args.torch_dtype)
             notes += left_out
-            settings = MergeSettings(schedule="constant", skip_unprofitable=False)
+            settings = MergeSettings(schedule="constant", full_steps=1, skip_unprofitable=False)
             hooked, left_out = contenders(HOOKED, ratio, side * side, args.torch_dtype, settings)
             notes += left_out
             cases.append((side, ratio, some, hooked if is_timed else []))

@@ -77,6 +77,9 @@ def _schedules(args: argparse.Namespace) -> list[Contender]:
     ours = [
         Contender(name, functools.partial(merging, settings=dataclasses.replace(one, skip_unprofitable=not args.force)))
         for preset in args.presets or ()
-        for name, one in ((preset, MergeSettings(**BUILT_IN[preset][0])), (f"{preset} before", FORMER[preset]))
+        for name, one in (
+            (preset, MergeSettings(**{**BUILT_IN[preset][0], "full_steps": 1})),
+            (f"{preset} before", FORMER[preset]),
+        )
     ]
     return [Contender(UNMERGED, functools.partial(put_on, name=UNMERGED, ratio=0.0)), *ours] if ours else []

@@ -61,7 +61,9 @@ def everyone(args: argparse.Namespace, tokens: int, reuse_steps: int = 1) -> tup
 
     Ours merges at one ratio in all steps; with `--force` also where the rule says that it can't pay.
     """
-    settings = MergeSettings(schedule="constant", reuse_steps=reuse_steps, skip_unprofitable=not args.force)
+    settings = MergeSettings(
+        schedule="constant", full_steps=1, reuse_steps=reuse_steps, skip_unprofitable=not args.force
+    )
     # Of the methods alone: with keys alone the limit of the peers tells nothing.
     limits = dict.fromkeys(LIMIT_OF[method] for method in args.methods)
     names = [UNMERGED, *args.methods, CORNER, RANDOM, TODO, *limits]
