@@ -25,7 +25,7 @@ SHAPES = ("sd15", "sd2", "sdxl", "inpainting")
 
 def settings(method="keys", ratio=0.5, **values):
     return tome.MergeSettings(
-        **{"schedule": "constant", "skip_unprofitable": False, **values}, method=method, ratio=ratio
+        **{"schedule": "constant", "full_steps": 1, "skip_unprofitable": False, **values}, method=method, ratio=ratio
     )
 
 
@@ -117,6 +117,15 @@ def test_a_pipeline_merges_and_makes_the_same_picture_afterwards(make_pipeline, 
     change = report.merged_layers[0]
     assert (change.fewest_tokens, change.most_tokens) == (change.tokens // 16, change.tokens // 2)
     assert torch.equal(picture(pipeline, **inputs), off)
+
+
+def test_a_pipeline_of_few_steps_keeps_more_tokens(make_pipeline, picture):
+    pipeline = make_pipeline()
+    with tome.attach(pipeline, settings("keys", 0.9375, full_steps=20)) as merging:
+        merging.set_step(0, 4)
+        picture(pipeline, callback_on_step_end=merging.on_step_end)
+    change = merging.report().merged_layers[0]
+    assert change.fewest_tokens == change.most_tokens == pytest.approx(change.tokens / 16 * 5 ** (2 / 3), abs=16)
 
 
 def test_the_next_picture_of_a_pipeline_begins_at_the_first_step(make_pipeline, picture):
