@@ -117,7 +117,7 @@ class MergeSettings:
     """
 
     ratio: float = _field(
-        0.85,
+        0.8,
         "number",
         "Ratio",
         "Share of the tokens removed before self-attention. More is faster and less exact.",

@@ -16,7 +16,7 @@ from tomesd_core.settings import METHODS, MergeSettings
 from tomesd_core.webui.presets import BUILT_IN
 
 from .contenders import BASE, FORMER, KEYS, LIMIT, PAPER, TOKENS, UNMERGED, UNWEIGHTED, put_on
-from .peers import CA_TOME, CORNER, QUERIES, RANDOM, TODO, TODO_FACTORS, TOMA, Running
+from .peers import CA_TOME, CA_TOME_MATCHES, CA_TOME_STEPS, CORNER, QUERIES, RANDOM, TODO, TODO_FACTORS, TOMA, Running
 from .samplers import SAMPLERS
 
 
@@ -222,7 +222,7 @@ def _peers() -> list[Row]:
 def _pictures() -> list[Row]:
     """The presets that ship, and `tomesd` where its layer is about as fast as that of *Quality* and of *Balanced*."""
     presets = [Row(name, by_settings(shipped(**BUILT_IN[name][0]))) for name in ("Quality", "Balanced", "Fast")]
-    return [WHOLE, *presets, _at(CORNER, 0.35), _at(CORNER, 0.73)]
+    return [WHOLE, *presets, _at(CORNER, 0.35), _at(CORNER, 0.65)]
 
 
 def _presets() -> list[Row]:
@@ -311,12 +311,19 @@ TABLES = {
 def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
     """How many times faster than unmerged a contender is at its ratio; None where that wasn't measured.
 
-    Nor is it known of a variant with settings of its own, a schedule or other levels. CA-ToMe and ToMA match in some
-    steps only, and are taken to be as fast as attention over their share of `pairs` alone: they can't be faster.
+    Nor is it known of a variant with settings of its own, a schedule or other levels. By their share of `pairs`, CA-ToMe
+    is taken to be as fast as `tomesd` in the steps in which it matches, and in the others as the limit; ToMA always as
+    the limit.
     """
     contender, ratio = variant.contender, variant.ratio
+    merged = 1 - pairs**0.5
     if contender in (CA_TOME, TOMA):
-        contender, ratio = LIMIT, 1 - pairs**0.5
+        share = len(CA_TOME_MATCHES) / CA_TOME_STEPS if contender == CA_TOME else 0
+        both = [gains.get(name, {}) for name in (CORNER, LIMIT)]
+        if not all(_is_measured(points, merged) for points in both):
+            return None
+        matching, kept = (_between(points, merged) for points in both)
+        return 1 / (share / matching + (1 - share) / kept)
     is_timed = contender != UNMERGED and variant == _at(variant.contender, variant.ratio).variant
     points = gains.get(contender, {})
     return _between(points, ratio) if is_timed and _is_measured(points, ratio) else None

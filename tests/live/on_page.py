@@ -15,7 +15,7 @@ expect = sync_api.expect
 
 TABS = ["txt2img", "img2img"]
 DEFAULTS = {
-    "ratio": 0.85,
+    "ratio": 0.8,
     "late_ratio": 0.75,
     "schedule": "constant",
     "switch_at": 0.5,

@@ -53,7 +53,7 @@ def test_the_page_starts_with_what_the_model_is_made_for_and_the_panel_on(page, 
     controls = ["prompt", "sampling", "steps", "width", "height", "cfg_scale", "seed"]
     assert [value(page, name) for name in controls] == ["cat face", "Euler", "20", "32", "32", "3", "1"]
     expect(panel.switch).to_be_checked()
-    expect(panel.title).to_contain_text("ToMe: 85 % of keys, level 1")
+    expect(panel.title).to_contain_text("ToMe: 80 % of keys, level 1")
     expect(panel.number("map_step")).to_have_value("10")
     width = page.locator("#txt2img_width input[type=number]")
     assert [width.get_attribute(name) for name in ("min", "max", "step")] == ["16", "96", "8"]

@@ -16,7 +16,7 @@ from on_page import DEFAULTS, OTHERS, TABS, Panel, await_option, choose, expect,
 @pytest.mark.parametrize("tab", TABS, indirect=True)
 def test_the_title_says_what_is_set_and_the_preview_what_will_happen(page, tab):
     panel = Panel(page, tab).unfold()
-    expect(panel.title).to_contain_text("ToMe: 85 % of keys, level 1")
+    expect(panel.title).to_contain_text("ToMe: 80 % of keys, level 1")
     expect(panel.preview).to_contain_text("self-attention layers")
     panel.set(ratio=0.25)
     expect(panel.title).to_contain_text("ToMe: 25 % of keys, level 1")
@@ -109,7 +109,7 @@ def test_help_is_shown_on_hover(panel):
 
 def test_no_server_call_while_a_slider_is_moving(panel):
     calls = []
-    expect(panel.title).to_contain_text("85 %")
+    expect(panel.title).to_contain_text("80 %")
     panel.page.on("request", lambda request: calls.append(request.url) if request.method == "POST" else None)
     box = panel.element("ratio").locator("input[type=range]").bounding_box()
     panel.page.mouse.move(box["x"] + box["width"] * 0.66, box["y"] + box["height"] / 2)
@@ -267,8 +267,8 @@ def test_the_keyboard_alone_is_enough(page):
     expect(panel.switch).to_be_checked()
     tab_to(panel.element("ratio").locator("input[type=range]"))
     page.keyboard.press("ArrowLeft")
-    panel.expect({"ratio": 0.8375})
-    expect(panel.title).to_contain_text("ToMe: 84 %")
+    panel.expect({"ratio": 0.7875})
+    expect(panel.title).to_contain_text("ToMe: 79 %")
     radios = panel.element("schedule").locator("input[type=radio]")
     if len({radio.get_attribute("name") for radio in radios.all()}) == 1:
         tab_to(panel.element("schedule").locator("input[type=radio]:checked"))

@@ -74,7 +74,7 @@ def test_without_a_part_the_panel_is_its_controls_alone(make_page, log_lines, br
         assert [control.elem_id for control in controls] == ids
         on_page = [child.elem_id for child in components_of(page) if (child.elem_id or "").startswith(f"script_{tab}")]
         assert on_page == ids, "nothing is left of the whole panel"
-        assert [control.value for control in controls[1:3]] == [0.85, 0.75]
+        assert [control.value for control in controls[1:3]] == [0.8, 0.75]
     assert_said_once(log_lines, "making the panel failed")
 
 

@@ -63,7 +63,7 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
 def test_defaults_of_the_page_are_a_generation(controls, make):
     processed = make([True, *[control.value for control in list(controls.values())[1:-1]], 1], steps=1)
     assert "ToMe error" not in processed.extra_generation_params
-    assert processed.extra_generation_params["ToMe ratio"] == 0.85
+    assert processed.extra_generation_params["ToMe ratio"] == 0.8
 
 
 def test_labels_are_unique_in_the_script(controls):

@@ -87,7 +87,7 @@ def updated(tmp_path_factory):
 def test_changed_files_are_run_after_reload_ui(updated):
     """Files that the extension doesn't use, such as the demo's, don't count."""
     assert updated["labels"] == ["Ratio", "Share", "Share"]
-    assert updated["ratios"] == [0.85, 0.5, 0.5]
+    assert updated["ratios"] == [0.8, 0.5, 0.5]
     assert updated["new"] == [True, False]
 
 
@@ -154,7 +154,7 @@ def change(*replacements):
 
 look()
 default = "    ratio: float = _field(\\n        "
-for changes in ([('"Ratio",', '"Share",'), (f"{default}0.85", f"{default}0.5")], []):
+for changes in ([('"Ratio",', '"Share",'), (f"{default}0.8", f"{default}0.5")], []):
     before = sys.modules[f"{package}.settings"]
     change(*changes)
     host.reload_ui()
