@@ -16,7 +16,19 @@ from tomesd_core.settings import METHODS, MergeSettings
 from tomesd_core.webui.presets import BUILT_IN
 
 from .contenders import BASE, FORMER, KEYS, LIMIT, PAPER, TOKENS, UNMERGED, UNWEIGHTED, put_on
-from .peers import CA_TOME, CA_TOME_MATCHES, CA_TOME_STEPS, CORNER, QUERIES, RANDOM, TODO, TODO_FACTORS, TOMA, Running
+from .peers import (
+    CA_TOME,
+    CA_TOME_MATCHES,
+    CA_TOME_STEPS,
+    CORNER,
+    QUERIES,
+    RANDOM,
+    TODO,
+    TODO_FACTORS,
+    TOMA,
+    TOMESD_MOST,
+    Running,
+)
 from .samplers import SAMPLERS
 
 
@@ -311,12 +323,12 @@ TABLES = {
 def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
     """How many times faster than unmerged a contender is at its ratio; None where that wasn't measured.
 
-    Nor is it known of a variant with settings of its own, a schedule or other levels. By their share of `pairs`, CA-ToMe
-    is taken to be as fast as `tomesd` in the steps in which it matches, and in the others as the limit; ToMA always as
-    the limit.
+    Nor is it known of a variant with settings of its own, a schedule or other levels. By their share of `pairs`,
+    CA-ToMe is taken to be as fast as `tomesd` in the steps in which it matches, and as the limit in the others; ToMA is
+    always taken to be as fast as the limit.
     """
     contender, ratio = variant.contender, variant.ratio
-    merged = 1 - pairs**0.5
+    merged = min(1 - pairs**0.5, TOMESD_MOST)
     if contender in (CA_TOME, TOMA):
         share = len(CA_TOME_MATCHES) / CA_TOME_STEPS if contender == CA_TOME else 0
         both = [gains.get(name, {}) for name in (CORNER, LIMIT)]
