@@ -334,7 +334,7 @@ def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
         verbose=False,
     )
     alone = torch.frombuffer(bytearray(model.to_images(x)[0].tobytes()), dtype=torch.uint8).view(8, 8, 3)
-    pictures_of_chunk, seconds, merged = STUDIO.make(WHOLE.variant, CHUNK)
+    pictures_of_chunk, seconds, merged, _ = STUDIO.make(WHOLE.variant, CHUNK)
     assert pictures_of_chunk.shape == (CHUNK, 8, 8, 3) and pictures_of_chunk.dtype == torch.uint8
     assert (pictures_of_chunk[2].int() - alone.int()).abs().max() <= 1
     assert seconds > 0 and merged == ""
@@ -355,7 +355,7 @@ def test_larger_pictures_have_more_tokens(bench: Callable, tmp_path: Path) -> No
 def test_the_merging_is_told_its_steps(watch: Callable) -> None:
     unet = STUDIO.model().model.diffusion_model
     with watch(unet) as inputs_of:
-        *_, merged = STUDIO.make(ours(schedule="step", ratio=0.75, late_ratio=0.25), 0)
+        merged = STUDIO.make(ours(schedule="step", ratio=0.75, late_ratio=0.25), 0).merged
     first, *_ = inputs_of.values()
     # PLMS runs the UNet twice in its first step.
     assert [tokens.shape[1] for tokens in first] == [16, 16, 16, 48, 48]

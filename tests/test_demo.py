@@ -38,7 +38,7 @@ def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "does not know the word 'qwxyz'" in output and "'cat'" not in output
     assert "1024 → 512 keys, 20 of 20 steps" in output
-    assert "merge map of step 1, layer 1" in output
+    assert "merge map of step 10, layer 1" in output
     assert len(re.findall(r"^with(out)? merging: \d+\.\d\d s$", output, re.MULTILINE)) == 2
     assert output.endswith(f"saved: {out.resolve()}\n")
     without, with_merging, apart, merge_map = pictures_of(out)

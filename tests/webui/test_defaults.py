@@ -86,11 +86,11 @@ def test_a_default_that_somebody_chose_stays(updated, version, label):
 
 
 def test_a_later_version_takes_its_own_defaults_and_leaves_what_was_chosen(updated, monkeypatch):
-    chosen = updated(FILES["1.0.0"] | {key("Schedule", "value"): "step", key("Ratio", "value"): 0.8})
+    chosen = updated(FILES["1.0.0"] | {key("Schedule", "value"): "step", key("Ratio", "value"): 0.775})
     # WebUI writes the rest.
     later = chosen | {key("Late ratio", "value"): 0.75, key("Rematch every", "value"): 1.0}
     later[running("webui.defaults").COPY] = {**later[running("webui.defaults").COPY], "reuse_steps": 1}
-    assert ours(updated(later)) == {"txt2img/Schedule/value": "step", "txt2img/Ratio/value": 0.8}
+    assert ours(updated(later)) == {"txt2img/Schedule/value": "step", "txt2img/Ratio/value": 0.775}
     later[running("webui.defaults").COPY]["reuse_steps"] = 2
     assert ours(updated(later))["txt2img/Reuse matching (steps)/value"] == 1.0, "it was chosen where 2 was the default"
 

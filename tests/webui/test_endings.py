@@ -68,10 +68,10 @@ def test_a_copy_of_the_model_made_while_a_generation_runs_works(host, make, in_f
 def test_a_failure_midway_is_in_the_summary_and_the_parameters_claim_no_ratio(make, sampling, monkeypatch, log_lines):
     set_step = sampling.Merging.set_step
 
-    def fail(self, step, total):
+    def fail(self, step, *total):
         if step == 1:
             raise LookupError("midway")
-        set_step(self, step, total)
+        set_step(self, step, *total)
 
     monkeypatch.setattr(sampling.Merging, "set_step", fail)
     processed = make(HALVED, steps=4)

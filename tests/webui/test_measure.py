@@ -389,6 +389,6 @@ def test_a_hosts_main_thread_runs_it_and_loses_no_exception(measure, monkeypatch
 def test_the_request_of_the_documentation(post):
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     body = json.loads(re.search(r"/tome/measure .*? -d '(.*?)'", page, re.DOTALL)[1])
-    assert {"width", "height", "batch_size", "cfg_scale", "settings"} == set(body)
+    assert {"width", "height", "batch_size", "cfg_scale", "steps", "settings"} == set(body)
     (result,) = post({**body, "width": SIDE, "height": SIDE}).json()
     assert all(f"`{name}`" in page for name in result)

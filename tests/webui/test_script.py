@@ -128,7 +128,7 @@ assert f"{package}.webui.panel" in new
 
 
 def generate():
-    processed = processing.process_images(host.make_p([True], **request))
+    processed = processing.process_images(host.make_p([{"full_steps": 1}], **request))
     said["merged"].append("1024 →" in processed.comments)
     return processed
 
