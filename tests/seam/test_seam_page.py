@@ -75,10 +75,13 @@ def wait_for_ratios(panel, text):
 
 
 def test_the_preview_follows_what_is_set(panel):
-    wait_for_ratios(panel, "0.94 to 0.75")
+    wait_for_ratios(panel, "0.80 to 0.80")
     ratio = panel.of("ratio").locator("input[type=number]").first
     ratio.fill("0.5")
     ratio.blur()
+    wait_for_ratios(panel, "0.50 to 0.50")
+    panel.of("schedule").get_by_label("linear").check()
+    panel.of("late_ratio").wait_for(state="visible")
     wait_for_ratios(panel, "0.50 to 0.50")  # A ratio alone takes the late ratio along.
     late_ratio = panel.of("late_ratio").locator("input[type=number]").first
     late_ratio.fill("0.25")
@@ -88,7 +91,7 @@ def test_the_preview_follows_what_is_set(panel):
     wait_for_ratios(panel, "0.50 to 0.50")
     panel.of("late_ratio").wait_for(state="hidden")
     other = panel.page.locator("#script_img2img_tome_preview svg").first
-    assert "0.94 to 0.75" in other.get_attribute("aria-label"), "each tab has its own"
+    assert "0.80 to 0.80" in other.get_attribute("aria-label"), "each tab has its own"
 
 
 def test_presets_are_saved_and_chosen(panel):
@@ -106,4 +109,4 @@ def test_presets_are_saved_and_chosen(panel):
     preset.fill("Fast")
     panel.page.locator("ul.options").get_by_label("Fast", exact=True).click()
     panel.of("preview").get_by_text(re.compile("For drafts")).first.wait_for()
-    wait_for_ratios(panel, "0.75 to 0.60")
+    wait_for_ratios(panel, "0.94 to 0.94")
