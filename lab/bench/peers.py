@@ -109,7 +109,7 @@ def _ca_tome_patch() -> types.ModuleType:
         if spec is None:
             require("ca_tome")
         package = types.ModuleType("ca_tome")
-        package.__path__ = spec.submodule_search_locations
+        package.__path__, package.__spec__ = spec.submodule_search_locations, spec
         sys.modules["ca_tome"] = package
     return importlib.import_module("ca_tome.patch")
 
