@@ -105,7 +105,8 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
                     gallery = gr.Gallery(show_label=False, columns=2, height="auto", elem_id="txt2img_gallery")
                     summary = gr.HTML(elem_id="html_info_txt2img")
             tome = runner.script("ToMe").controls
-            for control, value in zip((tome[0], tome[-2]), (True, STEPS // 2), strict=True):
+            map_step = next(control for control in tome if control.elem_id.endswith("_map_step"))
+            for control, value in ((tome[0], True), (map_step, STEPS // 2)):
                 control.value = value
             tome[0].accordion.open = True
 
