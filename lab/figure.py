@@ -21,9 +21,10 @@ from tomesd_core.token_map import TokenMap
 from tomesd_core.unet import find_layers
 
 from .bench.packages import require
+from .bench.samplers import SAMPLERS
 from .demo.model import TinyModel
 
-PROMPT, SEED, STEPS, AT_STEP, RATIO = "cat face", 1, 20, 14, 0.85
+PROMPT, SEED, SCALE, STEPS, AT_STEP, RATIO = "cat face", 1, 3.0, 20, 14, 0.85
 QUERY = (12, 11)
 """Row and column of the token whose attention is shown."""
 
@@ -112,28 +113,19 @@ def _layer_inputs() -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
     def keep(name: str) -> Any:
         return lambda module, args, output=None: seen.__setitem__(name, (args[0] if output is None else output)[-1:])
 
-    sampler = require("ldm.models.diffusion.plms").PLMSSampler(model)
     attention, handles = layer.block.attn1, []
 
-    def at_step(step: int) -> None:
-        if step == AT_STEP - 1:
+    def begin_step(step: int) -> None:
+        if step == AT_STEP:
             handles.append(layer.block.register_forward_pre_hook(keep("x")))
             handles.extend(getattr(attention, name).register_forward_hook(keep(name)) for name in ("to_q", "to_k"))
-        if step == AT_STEP:
+        if step == AT_STEP + 1:
             for handle in handles:
                 handle.remove()
 
-    latent, _ = sampler.sample(
-        S=STEPS,
-        batch_size=1,
-        shape=model.image_shape,
-        conditioning=model.encode_prompts([PROMPT]),
-        unconditional_conditioning=model.encode_prompts([""]),
-        unconditional_guidance_scale=3.0,
-        x_T=torch.randn(1, *model.image_shape, generator=torch.Generator().manual_seed(SEED)),
-        callback=at_step,
-        verbose=False,
-    )
+    noise = torch.randn(1, *model.image_shape, generator=torch.Generator().manual_seed(SEED))
+    context, empty = (model.encode_prompts([prompt]) for prompt in (PROMPT, ""))
+    latent = SAMPLERS["PLMS"](model, noise, context, empty, SCALE, STEPS, begin_step)
     size = seen["to_q"].shape[-1] // attention.heads
     picture = model.to_rgb(latent)[0].permute(1, 2, 0).numpy()
     return picture, seen["x"], seen["to_q"][..., :size] * attention.scale, seen["to_k"][..., :size]

@@ -75,9 +75,9 @@ def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 6)
 
 
-def by_settings(settings: MergeSettings, steps: int | None = None) -> Variant:
+def by_settings(settings: MergeSettings) -> Variant:
     """Our merging as these settings say."""
-    return Variant(settings.method, settings.ratio, settings, steps)
+    return Variant(settings.method, settings.ratio, settings)
 
 
 def ours(contender: str = PAPER, **settings: Any) -> Variant:
@@ -328,15 +328,15 @@ def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
     always taken to be as fast as the limit.
     """
     contender, ratio = variant.contender, variant.ratio
-    merged = min(1 - pairs**0.5, TOMESD_MOST)
     if contender in (CA_TOME, TOMA):
+        merged = min(1 - pairs**0.5, TOMESD_MOST)
         share = len(CA_TOME_MATCHES) / CA_TOME_STEPS if contender == CA_TOME else 0
         both = [gains.get(name, {}) for name in (CORNER, LIMIT)]
         if not all(_is_measured(points, merged) for points in both):
             return None
         matching, kept = (_between(points, merged) for points in both)
         return 1 / (share / matching + (1 - share) / kept)
-    is_timed = contender != UNMERGED and variant == _at(variant.contender, variant.ratio).variant
+    is_timed = contender != UNMERGED and variant == _at(contender, ratio).variant
     points = gains.get(contender, {})
     return _between(points, ratio) if is_timed and _is_measured(points, ratio) else None
 

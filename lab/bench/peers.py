@@ -3,7 +3,7 @@
 `tomesd` is the package of the paper (arXiv 2303.17604), with its corner or a random token of each 2×2 cell as
 destination; WebUI's own token merging is its corner. Forge and ComfyUI merge queries alone by the same matching. ToDo
 (arXiv 2402.13573) keeps every second or fourth token as key in each direction. CA-ToMe (arXiv 2501.00946, the package
-`ca-tome`) merges what is more alike than a threshold, and matches in a few steps only. ToMA (arXiv 2509.10918) chooses
+`ca-tome`) merges tokens more similar than a threshold, and matches in a few steps only. ToMA (arXiv 2509.10918) chooses
 destinations by facility location in tiles, and merges and unmerges by products with soft weights.
 """
 
@@ -155,7 +155,7 @@ Wrap = Callable[[Tensor, Grid, float], "tuple[Tensor, Tensor, Apply]"]
 
 @contextlib.contextmanager
 def _around_attention(unet: nn.Module, ratio: float, wrap: Wrap) -> Iterator[Running]:
-    """Every merged layer attends from and to what `wrap` makes of its tokens."""
+    """Every merged layer makes its queries and its keys from the tokens that `wrap` returns."""
     grids: dict[nn.Module, Grid] = {}
     unmerging: dict[nn.Module, Apply] = {}
 

@@ -44,7 +44,7 @@ CONTROLS: dict[str, Setting] = {
 """The script's arguments by name, in order."""
 
 BEFORE_NAMED = {"method": "paper", "full_steps": 1}
-"""What settings mean that don't name these: they are of versions that had nothing else."""
+"""The values of parameters, presets and lists from versions that had no such field."""
 
 
 class Asked(NamedTuple):

@@ -101,13 +101,9 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
         elif why_not := _why_not(p, arguments.settings):
             leave_unmerged(p, why_not)
         else:
-            useful = useful_fields(
-                arguments.settings.schedule,
-                arguments.settings.min_tokens,
-                has_hires_pass(p),
-                arguments.settings.full_steps,
-            )
-            values = panel_values(arguments.settings)
+            settings = arguments.settings
+            useful = useful_fields(settings.schedule, settings.min_tokens, has_hires_pass(p), settings.full_steps)
+            values = panel_values(settings)
             generation = _begun(p)
             generation.settings, generation.map_place = arguments.settings, arguments.map_place
             named = {name: value for name, value in values.items() if name in useful}

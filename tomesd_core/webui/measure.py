@@ -108,7 +108,8 @@ def _read(request: Mapping[str, Any]) -> tuple[dict[str, Any], MergeSettings]:
     if not isinstance(settings, Mapping):
         raise SettingsError(f"settings must be an object of settings, got {settings!r}")
     asked = read_arguments([{**settings, "enabled": True}], None, presets.get).settings
-    return values, asked.in_steps(values["steps"])
+    # A measurement has a number of steps of its own.
+    return values, dataclasses.replace(asked.in_steps(values["steps"]), full_steps=1)
 
 
 def _of_size(
@@ -217,7 +218,7 @@ class _Run(Sampling):
                 self._hook(unet, settings, False, params.x.shape, self._p.sampler)
             if self._merging is not None:
                 every = settings.reuse_steps
-                self._merging.set_step(number // 2 * every + merged, self._pairs * every, STEPS)
+                self._merging.set_step(number // 2 * every + merged, self._pairs * every)
         else:
             self.unhook()
         self._stop_clocks()
