@@ -19,12 +19,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 pytest.importorskip("tqdm")
 
-from lab.bench import ablations, distances, pictures
+from lab.bench import contenders, distances, equal_time, pictures
 from lab.bench.__main__ import main
-from lab.bench.ablations import TABLES, WHOLE, Variant, ours, shipped
+from lab.bench.ablations import TABLES
 from lab.bench.contenders import FORMER, KEYS, PAPER, TOKENS, UNMERGED, UNWEIGHTED
 from lab.bench.peers import CORNER, QUERIES, RANDOM, TODO
 from lab.bench.pictures import CHUNK, UNTRAINED, Album, Studio
+from lab.bench.variants import WHOLE, Row, Variant, ours, shipped
 from lab.demo import model as demo_model
 from tomesd_core.settings import FIELDS
 
@@ -258,11 +259,11 @@ def test_what_is_wrong_is_said(bench: Callable, tmp_path: Path, monkeypatch: pyt
 
 
 def test_tables_depend_on_no_default() -> None:
-    assert set(ablations.BASE) == set(FIELDS) - {"apply_to"}
+    assert set(contenders.BASE) == set(FIELDS) - {"apply_to"}
 
 
 @pytest.mark.parametrize("row", EVERY_ROW)
-def test_a_rows_ratio_and_pairs_are_the_means_over_its_steps(row: ablations.Row) -> None:
+def test_a_rows_ratio_and_pairs_are_the_means_over_its_steps(row: Row) -> None:
     variant = row.variant
     ratios = [variant.ratio] * 50
     if variant.settings is not None:
@@ -299,7 +300,7 @@ def test_presets_are_held_against_what_they_were() -> None:
 
 def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> None:
     curve = {0.0: 1.0, 0.1: 0.9, 0.5: 1.7, 0.9375: 4.0}
-    table = ablations.at_equal_time("", {KEYS: curve, CORNER: {0.0: 0.92, 0.5: 1.5, 0.6: 5.0}})
+    table = equal_time.at_equal_time("", {KEYS: curve, CORNER: {0.0: 0.92, 0.5: 1.5, 0.6: 5.0}})
     ratios = [(row.name, row.variant.ratio) for row in table.rows]
     assert ratios == [
         (UNMERGED, 0),
@@ -311,7 +312,7 @@ def test_keys_at_equal_time_is_at_the_lowest_ratio_that_takes_no_longer() -> Non
     ]
     assert [row.reference for row in table.rows[1:]] == [None, table.rows[1], None, table.rows[3]]
     # Something is always merged.
-    slow = ablations.at_equal_time("", {KEYS: curve, CORNER: {0.5: 0.5, 0.55: 0.6}})
+    slow = equal_time.at_equal_time("", {KEYS: curve, CORNER: {0.5: 0.5, 0.55: 0.6}})
     assert [(row.name, row.variant.ratio) for row in slow.rows[1:]] == [(KEYS, 0.01), (CORNER, 0.5)]
 
 

@@ -2,131 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from torch import nn
-
-from tomesd_core.plan import pairs_left
-from tomesd_core.settings import METHODS, MergeSettings
 from tomesd_core.webui.presets import BUILT_IN
 
-from .contenders import BASE, FORMER, KEYS, LIMIT, PAPER, TOKENS, UNMERGED, UNWEIGHTED, put_on
+from .contenders import FORMER, KEYS, PAPER, TOKENS, UNMERGED, UNWEIGHTED
 from .peers import (
     CA_TOME,
-    CA_TOME_MATCHES,
-    CA_TOME_STEPS,
     CORNER,
     QUERIES,
     RANDOM,
     TODO,
     TODO_FACTORS,
     TOMA,
-    TOMESD_MOST,
-    Running,
 )
 from .samplers import SAMPLERS
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One way to make pictures: a contender, for ours its settings, and in how many steps."""
-
-    contender: str
-    ratio: float = 0.0
-    settings: MergeSettings | None = None
-    steps: int | None = None
-    """None: the studio's."""
-    sampler: str = "PLMS"
-    """One of `samplers.SAMPLERS`."""
-
-    def put_on(self, unet: nn.Module) -> contextlib.AbstractContextManager[Running]:
-        """While open, the UNet runs so; nothing is left behind."""
-        return put_on(unet, self.contender, self.ratio, self.settings)
-
-    @property
-    def unmerged(self) -> Variant:
-        """The way to make this one's twins."""
-        return Variant(UNMERGED, steps=self.steps, sampler=self.sampler)
-
-    @property
-    def mean_ratio(self) -> float:
-        """Over many steps."""
-        return _mean(self._ratios)
-
-    @property
-    def pairs(self) -> float:
-        """The share of query-key pairs left in a layer that merges, over many steps."""
-        method = KEYS if self.contender in (KEYS, UNWEIGHTED, TODO, QUERIES) else PAPER
-        return _mean([pairs_left(ratio, method) for ratio in self._ratios])
-
-    @property
-    def _ratios(self) -> list[float]:
-        if self.settings is None or self.settings.schedule == "constant":
-            return [self.ratio]
-        return [self.settings.ratio_at(step / 999) for step in range(1000)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return round(sum(values) / len(values), 6)
-
-
-def by_settings(settings: MergeSettings) -> Variant:
-    """Our merging as these settings say."""
-    return Variant(settings.method, settings.ratio, settings)
-
-
-def ours(contender: str = PAPER, **settings: Any) -> Variant:
-    """A contender of ours with `BASE`, where `settings` do not say otherwise."""
-    whole = MergeSettings(**{**BASE, **settings, "method": KEYS if contender == UNWEIGHTED else contender})
-    return Variant(contender, whole.ratio, whole)
-
-
-def shipped(**settings: Any) -> MergeSettings:
-    """As people get it, but that a layer is never left out for the tiny model's size."""
-    return MergeSettings(**settings, skip_unprofitable=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A way to merge under the name that its table gives it."""
-
-    name: str
-    variant: Variant
-    reference: Row | None = None
-    """The row of the same table that it is held against."""
-
-
-Gains = Mapping[str, Mapping[float, float]]
-"""By contender how many times faster than unmerged it was timed at each ratio; straight lines are drawn between."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows, of which some are held against others."""
-
-    title: str
-    rows: Sequence[Row]
-    over: str | None = None
-    """`ratio`, `pairs` or `steps`: the rows of one name are a curve over it."""
-    gains: Gains | None = None
-    """How fast its contenders are, where it is a table at equal time."""
-
-    def without(self, contenders: set[str]) -> Table:
-        """The table without these contenders' rows."""
-        return dataclasses.replace(self, rows=[row for row in self.rows if row.variant.contender not in contenders])
-
-
-WHOLE = Row(UNMERGED, Variant(UNMERGED))
-
-
-def _beside(first: Row, *others: Row) -> list[Row]:
-    """`first`, and others that are held against it."""
-    return [first, *(dataclasses.replace(row, reference=first) for row in others)]
+from .variants import WHOLE, Row, Table, Variant, at_ratio, beside, by_settings, ours, shipped
 
 
 def _halved(title: str, reference: str, **rows: dict[str, Any]) -> Table:
@@ -140,20 +33,14 @@ def _change(schedule: str, early: float, late: float) -> dict[str, Any]:
     return {"ratio": early, "late_ratio": late, "schedule": schedule}
 
 
-def _at(contender: str, ratio: float) -> Row:
-    """A contender at one ratio in all steps, under its own name."""
-    is_ours = contender in (*METHODS, UNWEIGHTED)
-    return Row(contender, ours(contender, ratio=ratio) if is_ours else Variant(contender, ratio))
-
-
 def _what() -> list[Row]:
     """Ratio by ratio the method keys, and what leaves as many pairs."""
     rows = [WHOLE]
     for keys, tokens in EQUAL_PAIRS.items():
-        others = [_at(name, tokens) for name in (TOKENS, PAPER, CORNER, RANDOM) if tokens is not None]
-        others += [_at(UNWEIGHTED, keys)] if others else []
-        others += [_at(TODO, keys)] if keys in TODO_FACTORS else []
-        rows += _beside(_at(KEYS, keys), *others)
+        others = [at_ratio(name, tokens) for name in (TOKENS, PAPER, CORNER, RANDOM) if tokens is not None]
+        others += [at_ratio(UNWEIGHTED, keys)] if others else []
+        others += [at_ratio(TODO, keys)] if keys in TODO_FACTORS else []
+        rows += beside(at_ratio(KEYS, keys), *others)
     return rows
 
 
@@ -161,7 +48,7 @@ def _draw() -> list[Row]:
     rows = [WHOLE]
     for method, ratio in ((KEYS, 0.75), (KEYS, 0.84), (TOKENS, 0.5)):
         draws = {"kept": {"redraw": False}, "new in each step": {"redraw": True}, "corner": {"partition": "corner"}}
-        rows += _beside(
+        rows += beside(
             *(Row(f"{method} {ratio:g}, {name}", ours(method, ratio=ratio, **own)) for name, own in draws.items())
         )
     return rows
@@ -179,7 +66,7 @@ def _schedules() -> list[Row]:
         for schedule, early, late in schedules:
             name = f"{method}, {schedule} {early:g}" + (f" to {late:g}" if late else "")
             named.append(Row(name, by_settings(shipped(method=method, **_change(schedule, early, late)))))
-        rows += _beside(*named)
+        rows += beside(*named)
     return rows
 
 
@@ -189,7 +76,7 @@ def _cells() -> list[Row]:
     for method, ratios in ((KEYS, (0.5, 0.6, 0.75, 0.84, 0.9375)), (TOKENS, (0.5, 0.6, 0.75))):
         for ratio in ratios:
             cells = (2, 4) if ratio <= 0.75 else (4, 8)
-            rows += _beside(
+            rows += beside(
                 *(
                     Row(f"{method} {ratio:g}, {side}×{side}", ours(method, ratio=ratio, stride=(side, side)))
                     for side in cells
@@ -203,7 +90,7 @@ def _few_steps() -> list[Row]:
     for steps in (4, 8, 20, 50):
         rows.append(Row(UNMERGED, Variant(UNMERGED, steps=steps)))
         ways = {every: ours(KEYS, ratio=0.84, reuse_steps=every) for every in (1, 2, 4)}
-        rows += _beside(
+        rows += beside(
             *(Row(f"kept for {every}", dataclasses.replace(way, steps=steps)) for every, way in ways.items())
         )
     return rows
@@ -215,7 +102,7 @@ def _samplers() -> list[Row]:
     for sampler, ratio in itertools.product(SAMPLERS, (0.6, 0.84)):
         name = f"{sampler}, {KEYS} {ratio:g}"
         ways = [(name, 20, 1), (name, 8, 1), (name, 4, 1), (f"{name}, more kept", 8, 20), (f"{name}, more kept", 4, 20)]
-        rows += _beside(
+        rows += beside(
             *(
                 Row(name, dataclasses.replace(ours(KEYS, ratio=ratio, full_steps=full), steps=steps, sampler=sampler))
                 for name, steps, full in ways
@@ -227,14 +114,14 @@ def _samplers() -> list[Row]:
 def _peers() -> list[Row]:
     rows = [WHOLE]
     for name, ratios in PEER_RATIOS.items():
-        rows += [_at(name, ratio) for ratio in ratios]
+        rows += [at_ratio(name, ratio) for ratio in ratios]
     return rows
 
 
 def _pictures() -> list[Row]:
     """The presets that ship, and `tomesd` where its layer is about as fast as that of *Quality* and of *Balanced*."""
     presets = [Row(name, by_settings(shipped(**BUILT_IN[name][0]))) for name in ("Quality", "Balanced", "Fast")]
-    return [WHOLE, *presets, _at(CORNER, 0.35), _at(CORNER, 0.65)]
+    return [WHOLE, *presets, at_ratio(CORNER, 0.35), at_ratio(CORNER, 0.65)]
 
 
 def _presets() -> list[Row]:
@@ -246,7 +133,7 @@ def _presets() -> list[Row]:
             continue
         before = Row(f"{name}, before", by_settings(FORMER[name]))
         # What did not change is there once.
-        rows += [Row(name, before.variant)] if now == FORMER[name] else _beside(before, Row(name, by_settings(now)))
+        rows += [Row(name, before.variant)] if now == FORMER[name] else beside(before, Row(name, by_settings(now)))
     return rows
 
 
@@ -312,57 +199,9 @@ TABLES = {
     "peers": Table("Peers: keys beside the methods of others", _peers(), over="pairs"),
     "defaults": Table(
         "Defaults: as shipped, and as they were",
-        [WHOLE, *_beside(Row("before", by_settings(FORMER["Balanced"])), Row("shipped", by_settings(shipped())))],
+        [WHOLE, *beside(Row("before", by_settings(FORMER["Balanced"])), Row("shipped", by_settings(shipped())))],
     ),
     "pictures": Table("Pictures: presets, and tomesd about as fast as the first two", _pictures()),
     "presets": Table("Presets: the built-in ones that a picture of one pass tells apart, and as they were", _presets()),
 }
 """By name; those that set a default come first, `presets` after the tables that set its rows."""
-
-
-def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
-    """How many times faster than unmerged a contender is at its ratio; None where that wasn't measured.
-
-    Nor is it known of a variant with settings of its own, a schedule or other levels. By their share of `pairs`,
-    CA-ToMe is taken to be as fast as `tomesd` in the steps in which it matches, and as the limit in the others; ToMA is
-    always taken to be as fast as the limit.
-    """
-    contender, ratio = variant.contender, variant.ratio
-    if contender in (CA_TOME, TOMA):
-        merged = min(1 - pairs**0.5, TOMESD_MOST)
-        share = len(CA_TOME_MATCHES) / CA_TOME_STEPS if contender == CA_TOME else 0
-        both = [gains.get(name, {}) for name in (CORNER, LIMIT)]
-        if not all(_is_measured(points, merged) for points in both):
-            return None
-        matching, kept = (_between(points, merged) for points in both)
-        return 1 / (share / matching + (1 - share) / kept)
-    is_timed = contender != UNMERGED and variant == _at(contender, ratio).variant
-    points = gains.get(contender, {})
-    return _between(points, ratio) if is_timed and _is_measured(points, ratio) else None
-
-
-def at_equal_time(what: str, gains: Gains) -> Table:
-    """`tomesd`'s corner at each of its ratios beside the method keys at the ratio that takes no longer.
-
-    Of keys it is the lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where there is none, and
-    outside of what was measured. Corner, since `tomesd`'s random destinations lie no nearer (`what`).
-    """
-    rows = [WHOLE]
-    keys, corner = gains.get(KEYS, {}), gains.get(CORNER, {})
-    percents = [percent for percent in range(1, 100) if _is_measured(keys, percent / 100)]
-    for ratio in PEER_RATIOS[CORNER]:
-        if not _is_measured(corner, ratio):
-            continue
-        needed = _between(corner, ratio)
-        if fast := [percent for percent in percents if _between(keys, percent / 100) >= needed]:
-            rows += _beside(_at(KEYS, fast[0] / 100), _at(CORNER, ratio))
-    return Table(f"Time: keys and tomesd at equal time, {what}", rows, over="ratio", gains=gains)
-
-
-def _is_measured(points: Mapping[float, float], x: float) -> bool:
-    return bool(points) and min(points) <= x <= max(points)
-
-
-def _between(points: Mapping[float, float], x: float) -> float:
-    """What the line through `points`, y by x, is at `x`, which lies between them."""
-    return float(np.interp(x, sorted(points), [points[at] for at in sorted(points)]))

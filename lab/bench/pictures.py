@@ -24,7 +24,6 @@ from tomesd_core import hooks, matching, partition, plan, proportional, schedule
 
 from ..demo.model import TinyModel
 from . import peers
-from .ablations import Variant
 from .contenders import UNWEIGHTED, Unweighted
 from .models import attention
 from .options import DTYPES
@@ -32,6 +31,7 @@ from .packages import require
 from .peers import CA_TOME, CORNER, PUT_ON, QUERIES, RANDOM, Running
 from .samplers import SAMPLERS
 from .timing import timed
+from .variants import Variant
 
 CHUNK = 8
 """Pictures made at once, and kept in one file; guidance doubles them. On a CPU more at once were no faster."""

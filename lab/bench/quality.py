@@ -25,14 +25,16 @@ from PIL import Image
 from ..demo.compare import enlarged, sheet
 from ..demo.model import MODELS
 from . import distances, output
-from .ablations import TABLES, Gains, Table, Variant, at_equal_time, times_faster
+from .ablations import TABLES
 from .contenders import KEYS, UNMERGED, why_left_out
 from .distances import Estimate
+from .equal_time import at_equal_time, times_faster
 from .options import add_shared, fill_in, picture_side, whole_number
 from .packages import require
 from .peers import CA_TOME, CORNER, QUERIES, RANDOM
 from .pictures import UNTRAINED, Album, Series, Studio
 from .timing import progress
+from .variants import Gains, Table, Variant
 
 USUAL = {"samples": 500, "steps": 50, "scale": 3.0, "tables": list(TABLES), "attention": "sdp", "threads": 1}
 QUICK = {"samples": 8, "steps": 10}
