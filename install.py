@@ -16,11 +16,15 @@ def problems() -> list[str]:
         try:
             text = version(package)
         except PackageNotFoundError:
-            lines.append(f"{package} {'.'.join(map(str, least))} or newer is needed, and none is installed")
+            lines.append(
+                f"{package} {'.'.join(map(str, least))} or newer is needed, and none is installed"
+            )
             continue
         digits = text.split("+")[0].split(".")[:2]
         if all(part.isdigit() for part in digits) and tuple(map(int, digits)) < least:
-            lines.append(f"{package} {'.'.join(map(str, least))} or newer is needed, this is {text}")
+            lines.append(
+                f"{package} {'.'.join(map(str, least))} or newer is needed, this is {text}"
+            )
     return lines
 
 

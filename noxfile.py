@@ -1,4 +1,5 @@
-"""The project's commands: `nox -s demo`, `tests`, `lint`, `live`, `bench`, and the tests with the pins of others."""
+"""The project's commands: `nox -s demo`, `tests`, `lint`, `live`, `bench`, and the tests with the
+pins of others."""
 
 from __future__ import annotations
 
@@ -35,18 +36,36 @@ PAGE = (
     "pandas==2.2.3",
     "matplotlib==3.9.4",
 )
-TESTS = ("pytest", "pytest-xdist", "hypothesis", "tomesd==0.1.3", "playwright", "psutil", "scikit-image")
+TESTS = (
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "tomesd==0.1.3",
+    "playwright",
+    "psutil",
+    "scikit-image",
+)
 
 # What users of WebUI 1.10.1 have.
 WEBUI_PINS = ("torch==2.1.2", "numpy==1.26.2")
 CURRENT = ("torch==2.13.0", "numpy<2")
-# What Forge Neo has. gradio 3 asks for numpy 1 and for modules that Python no longer has, and runs with these.
+# What Forge Neo has. gradio 3 asks for numpy 1 and for modules that Python no longer has, and runs
+# with these.
 NEO_PINS = ("torch==2.11.0", "numpy==2.3.5")
 NEO_PAGE = (
     *(pin for pin in PAGE if not pin.startswith(("gradio==", "altair", "markupsafe"))),
     "altair==5.5.0",
     "setuptools==75.8.0",
-    *("aiofiles", "audioop-lts", "ffmpy", "importlib_resources<7", "jinja2", "orjson", "pydub", "python-multipart"),
+    *(
+        "aiofiles",
+        "audioop-lts",
+        "ffmpy",
+        "importlib_resources<7",
+        "jinja2",
+        "orjson",
+        "pydub",
+        "python-multipart",
+    ),
     *("pyyaml", "requests", "semantic-version"),
 )
 
@@ -74,13 +93,17 @@ DIFFUSERS_PINS = {
 
 
 def _install(session: nox.Session, *packages: str) -> None:
-    version = session.run("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True).strip()
+    version = session.run(
+        "python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True
+    ).strip()
     if version == "3.13":
         session.install(*NEO_PINS, *LDM_NEEDS, *NEO_PAGE, *packages)
         session.install("--no-deps", *LDM, PAGE[0])
         return
     if version not in ("3.10", "3.11"):
-        session.error(f"Python 3.10, 3.11 or 3.13 is needed, as for WebUI or Forge Neo; this is {version}")
+        session.error(
+            f"Python 3.10, 3.11 or 3.13 is needed, as for WebUI or Forge Neo; this is {version}"
+        )
     pins = WEBUI_PINS if version == "3.10" else CURRENT
     session.install(*pins, *LDM_NEEDS, *PAGE, *packages)
     session.install("--no-deps", *LDM)
@@ -88,7 +111,9 @@ def _install(session: nox.Session, *packages: str) -> None:
 
 def _test(session: nox.Session) -> None:
     _install(session, *TESTS)
-    session.install("--no-deps", "ca-tome==0.1.3")  # It asks for an older torch, and for diffusers, which is not used.
+    session.install(
+        "--no-deps", "ca-tome==0.1.3"
+    )  # It asks for an older torch, and for diffusers, which is not used.
     # Each test's tensors are small: a process a core is faster than two threads in one.
     parallel = ("-n", "auto", "--dist", "loadfile") if not session.posargs else ()
     env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
@@ -103,13 +128,15 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python="3.10" if sys.version_info[:2] != (3, 10) else None)
 def webui_pins(session: nox.Session) -> None:
-    """The same tests with what users of WebUI 1.10.1 have: Python 3.10, torch 2.1.2, numpy 1.26.2, gradio 3.41.2."""
+    """The same tests with what users of WebUI 1.10.1 have: Python 3.10, torch 2.1.2, numpy 1.26.2,
+    gradio 3.41.2."""
     _test(session)
 
 
 @nox.session
 def forge_pins(session: nox.Session) -> None:
-    """The panel and the seam with Forge's gradio 4.40.0 and what Forge pins around it; they need no WebUI."""
+    """The panel and the seam with Forge's gradio 4.40.0 and what Forge pins around it; they need no
+    WebUI."""
     session.install(*CURRENT, *FORGE_PINS, "pytest", "playwright")
     env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
     tests = session.posargs or ("tests/seam",)
@@ -126,7 +153,18 @@ def diffusers_pins(session: nox.Session, pins: tuple[str, ...]) -> None:
     # From elsewhere, and without this folder on the path: what is imported is what was installed.
     tests = os.path.abspath("tests/library")
     session.chdir(session.create_tmp())
-    session.run("python", "-m", "pytest", "-n", "auto", "--confcutdir", tests, tests, *session.posargs, env=env)
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        "-n",
+        "auto",
+        "--confcutdir",
+        tests,
+        tests,
+        *session.posargs,
+        env=env,
+    )
 
 
 @nox.session
@@ -141,7 +179,14 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff check, ruff format, and mypy --strict over the product."""
-    session.install("ruff==0.17.6", "mypy==2.4.1", *CURRENT, "pillow==10.4.0", "fastapi==0.94.0", "pydantic==1.10.26")
+    session.install(
+        "ruff==0.17.6",
+        "mypy==2.4.1",
+        *CURRENT,
+        "pillow==10.4.0",
+        "fastapi==0.94.0",
+        "pydantic==1.10.26",
+    )
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", "--strict", "tomesd_core")
@@ -151,7 +196,9 @@ def lint(session: nox.Session) -> None:
 def live(session: nox.Session) -> None:
     """Drives the WebUI that WEBUI_URL names, through its API and, with Chromium, its page."""
     if not os.environ.get("WEBUI_URL"):
-        session.error("WEBUI_URL must name a running WebUI, started with --api: WEBUI_URL=http://127.0.0.1:7860")
+        session.error(
+            "WEBUI_URL must name a running WebUI, started with --api: WEBUI_URL=http://127.0.0.1:7860"
+        )
     session.install("pytest", "requests", "webuiapi", "playwright", "pillow", "psutil")
     session.run("python", "-m", "pytest", "--confcutdir=tests/live", "tests/live", *session.posargs)
 

@@ -1,4 +1,5 @@
-"""Draws docs/algorithm.png: how one layer of a real picture merges, from the core's own partition, matching and map.
+"""Draws docs/algorithm.png: how one layer of a real picture merges, from the core's own partition,
+matching and map.
 
 `python -m lab.figure docs/algorithm.png` needs ldm and matplotlib, as the benchmarks do.
 """
@@ -31,7 +32,9 @@ QUERY = (12, 11)
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line's parser."""
-    parser = argparse.ArgumentParser(prog="python -m lab.figure", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.figure", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("out", type=Path, help="a PNG")
     return parser
 
@@ -86,12 +89,16 @@ def draw(path: Path) -> None:
         axis.imshow(weights.view(side, side).numpy(), vmin=0, vmax=highest, cmap="viridis")
         axis.plot(QUERY[1], QUERY[0], "+", color="red", markersize=12)
         elsewhere = float((weights - every).abs().sum()) / 2
-        axis.set_title(title if weights is every else f"{title}: {elsewhere:.0%} of the weight elsewhere")
+        axis.set_title(
+            title if weights is every else f"{title}: {elsewhere:.0%} of the weight elsewhere"
+        )
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
-def _draw_sources(axis: Any, picture: np.ndarray, token_map: TokenMap, destinations: Tensor) -> None:
+def _draw_sources(
+    axis: Any, picture: np.ndarray, token_map: TokenMap, destinations: Tensor
+) -> None:
     side = picture.shape[0]
     axis.imshow(picture, alpha=0.6)
     slots = token_map.slots[0]
@@ -100,25 +107,40 @@ def _draw_sources(axis: Any, picture: np.ndarray, token_map: TokenMap, destinati
     for token, slot in enumerate(slots.tolist()):
         end = destination_of.get(slot, token)
         if end != token:
-            axis.plot([token % side, end % side], [token // side, end // side], color="black", linewidth=0.4)
+            axis.plot(
+                [token % side, end % side],
+                [token // side, end // side],
+                color="black",
+                linewidth=0.4,
+            )
     axis.plot(destinations % side, destinations // side, "s", color="red", markersize=3)
 
 
 def _layer_inputs() -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-    """The picture, [H, W, 3]; a layer's block input, [1, N, C]; one head's scaled queries and keys, [1, N, d]."""
+    """The picture, [H, W, 3]; a layer's block input, [1, N, C]; one head's scaled queries and keys,
+    [1, N, d]."""
     model = TinyModel.load("emoji")
-    layer = next(layer for layer in reversed(find_layers(model.model.diffusion_model)) if layer.is_self_attention)
+    layer = next(
+        layer
+        for layer in reversed(find_layers(model.model.diffusion_model))
+        if layer.is_self_attention
+    )
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        return lambda module, args, output=None: seen.__setitem__(name, (args[0] if output is None else output)[-1:])
+        return lambda module, args, output=None: seen.__setitem__(
+            name, (args[0] if output is None else output)[-1:]
+        )
 
     attention, handles = layer.block.attn1, []
 
     def begin_step(step: int) -> None:
         if step == AT_STEP:
             handles.append(layer.block.register_forward_pre_hook(keep("x")))
-            handles.extend(getattr(attention, name).register_forward_hook(keep(name)) for name in ("to_q", "to_k"))
+            handles.extend(
+                getattr(attention, name).register_forward_hook(keep(name))
+                for name in ("to_q", "to_k")
+            )
         if step == AT_STEP + 1:
             for handle in handles:
                 handle.remove()

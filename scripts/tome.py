@@ -14,8 +14,9 @@ from modules import script_callbacks, scripts
 
 EXTENSION = Path(__file__).resolve().parents[1]
 PACKAGE = f"tomesd_core_{hashlib.sha256(os.fsencode(EXTENSION)).hexdigest()[:12]}"
-"""What the package beside this file is imported as. The name is this folder's own: another copy of the extension, other
-extensions and installed packages may have a `tomesd_core` too, and each goes on using its own."""
+"""What the package beside this file is imported as. The name is this folder's own: another copy of
+the extension, other extensions and installed packages may have a `tomesd_core` too, and each goes
+on using its own."""
 
 
 MODULES = [
@@ -27,8 +28,9 @@ MODULES = [
 def _import_package() -> None:
     """Imports the package; where its files have changed, as they are now.
 
-    "Reload UI" executes this file anew but keeps imported packages, so that after an update new code would run on old.
-    "Reload custom script bodies" also keeps the running scripts: there the package that they use must stay.
+    "Reload UI" executes this file anew but keeps imported packages, so that after an update new
+    code would run on old. "Reload custom script bodies" also keeps the running scripts: there the
+    package that they use must stay.
     """
     folder = EXTENSION / "tomesd_core"
     files = [*folder.glob("*.py"), *folder.glob("webui/*.py")]
@@ -39,7 +41,9 @@ def _import_package() -> None:
             return
         # WebUI says whose file it executes only while it makes the scripts.
         if Path(scripts.basedir()).resolve() != EXTENSION:
-            print("ToMe: the extension's files have changed: Reload UI to use them", file=sys.stderr)
+            print(
+                "ToMe: the extension's files have changed: Reload UI to use them", file=sys.stderr
+            )
             return
         for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
             del sys.modules[name]
@@ -56,9 +60,20 @@ def _module(name: str) -> ModuleType:
 try:
     _import_package()
     PANEL_FIELDS = _module("settings").PANEL_FIELDS
-    axes, defaults, duplicate_scripts, generation, host, infotext, log, maps, options, panel, routes, sampling = (
-        _module(f"webui.{name}") for name in MODULES
-    )
+    (
+        axes,
+        defaults,
+        duplicate_scripts,
+        generation,
+        host,
+        infotext,
+        log,
+        maps,
+        options,
+        panel,
+        routes,
+        sampling,
+    ) = (_module(f"webui.{name}") for name in MODULES)
     log.set_up()
     options.apply_log_level()
 except Exception as error:
@@ -110,6 +125,8 @@ script_callbacks.on_before_ui(log.guarded("languages", host.leave_languages_to_o
 script_callbacks.on_before_ui(log.guarded("updating ui-config.json", defaults.update_file))
 script_callbacks.on_ui_settings(log.guarded("adding the settings", options.add_options))
 script_callbacks.on_app_started(log.guarded("adding the routes", routes.add_routes))
-script_callbacks.on_app_started(log.guarded("looking for scripts of the same title", duplicate_scripts.log_duplicates))
+script_callbacks.on_app_started(
+    log.guarded("looking for scripts of the same title", duplicate_scripts.log_duplicates)
+)
 script_callbacks.on_cfg_denoiser(sampling.on_denoise)
 script_callbacks.on_script_unloaded(sampling.stop)

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tomesd_core as tome
 
-# A process in the background may inherit that it ignores interrupts, and so would the servers that tests start.
+# A process in the background may inherit that it ignores interrupts, and so would the servers that
+# tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -39,7 +40,13 @@ def small_settings() -> Callable[..., tome.MergeSettings]:
     """
 
     def make(**values: object) -> tome.MergeSettings:
-        simple = {"ratio": 0.5, "schedule": "constant", "method": "paper", "full_steps": 1, "skip_unprofitable": False}
+        simple = {
+            "ratio": 0.5,
+            "schedule": "constant",
+            "method": "paper",
+            "full_steps": 1,
+            "skip_unprofitable": False,
+        }
         return tome.MergeSettings(**{**simple, **values})
 
     return make
@@ -47,7 +54,8 @@ def small_settings() -> Callable[..., tome.MergeSettings]:
 
 @pytest.fixture(scope="session")
 def make_unet() -> Callable[..., nn.Module]:
-    """Builds an ldm UNet: by default two levels, with attention at both (3 layers at level 1, then 4 at level 2)."""
+    """Builds an ldm UNet: by default two levels, with attention at both (3 layers at level 1, then
+    4 at level 2)."""
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     def make(seed: int = 0, **options: object) -> nn.Module:
@@ -68,7 +76,8 @@ def make_unet() -> Callable[..., nn.Module]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             unet = UNetModel(**{**config, **options})
-            # ldm sets the last layer of each block to zero; with those a merged pass would equal an unmerged one.
+            # ldm sets the last layer of each block to zero; with those a merged pass would equal an
+            # unmerged one.
             for parameter in unet.parameters():
                 if parameter.ndim > 1:
                     nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -83,7 +92,9 @@ def make_unet() -> Callable[..., nn.Module]:
 def make_inputs() -> Callable[..., Inputs]:
     """The arguments of a UNet's pass: latent, timesteps and context."""
 
-    def make(size: tuple[int, int] = (16, 16), batch: int = 2, channels: int = 4, seed: int = 1) -> Inputs:
+    def make(
+        size: tuple[int, int] = (16, 16), batch: int = 2, channels: int = 4, seed: int = 1
+    ) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
         latent = torch.randn(batch, channels, *size, generator=generator)
         return latent, torch.full((batch,), 500), torch.randn(batch, 5, 8, generator=generator)
@@ -93,7 +104,8 @@ def make_inputs() -> Callable[..., Inputs]:
 
 @pytest.fixture
 def odd_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets ldm UNets take odd latents as WebUI does: what doesn't fit its skip connection is resized to it."""
+    """Lets ldm UNets take odd latents as WebUI does: what doesn't fit its skip connection is
+    resized to it."""
     from ldm.modules.diffusionmodules import openaimodel
 
     def cat(tensors: list[Tensor], *args: object, **options: object) -> Tensor:
@@ -114,7 +126,9 @@ def odd_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def blocks_of() -> Callable[[nn.Module], dict[str, nn.Module]]:
     """The transformer blocks of a UNet by name."""
-    return lambda unet: {name: module for name, module in unet.named_modules() if hasattr(module, "attn1")}
+    return lambda unet: {
+        name: module for name, module in unet.named_modules() if hasattr(module, "attn1")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +141,11 @@ def watch(blocks_of: Callable) -> Callable[..., contextlib.AbstractContextManage
         handles = []
         for name, block in blocks_of(unet).items():
             record = inputs.setdefault(name, [])
-            handles.append(block.attn1.to_q.register_forward_pre_hook(lambda _, args, to=record: to.append(args[0])))
+            handles.append(
+                block.attn1.to_q.register_forward_pre_hook(
+                    lambda _, args, to=record: to.append(args[0])
+                )
+            )
         try:
             yield inputs
         finally:
@@ -149,14 +167,17 @@ def hook_dicts() -> Callable[[nn.Module], dict[str, dict]]:
 
 
 class Operations(TorchDispatchMode):
-    """While it is open: the names of the operations that run, and the bytes of the largest tensor that one made."""
+    """While it is open: the names of the operations that run, and the bytes of the largest tensor
+    that one made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
         self.largest = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         self.names.append(str(func).removeprefix("aten."))
         if func is torch.ops.aten.bitwise_xor.Tensor and isinstance(args[1], int):
             func = torch.ops.aten.bitwise_xor.Scalar  # torch 2.1 names the wrong one of the two
@@ -173,13 +194,16 @@ def operations() -> type[Operations]:
 
 
 class Crossings(TorchDispatchMode):
-    """While it is open: the names of the operations that take tensors of two devices, or from one to another."""
+    """While it is open: the names of the operations that take tensors of two devices, or from one
+    to another."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         results = func(*args, **(kwargs or {}))
         tensors = [each for each in [*args, results] if isinstance(each, Tensor) and each.ndim]
         if len({tensor.device.type for tensor in tensors}) > 1:
@@ -189,7 +213,8 @@ class Crossings(TorchDispatchMode):
 
 @pytest.fixture
 def crossings(monkeypatch: pytest.MonkeyPatch) -> type[Crossings]:
-    """Of a UNet on the meta device, where an attention's scale can't be read: it is that of the padded heads."""
+    """Of a UNet on the meta device, where an attention's scale can't be read: it is that of the
+    padded heads."""
     from tomesd_core import layer_hooks
     from tomesd_core.proportional import Heads
 

@@ -1,4 +1,5 @@
-"""The benchmark: every subcommand on a tiny UNet, and that it compares like with like. No time is asserted."""
+"""The benchmark: every subcommand on a tiny UNet, and that it compares like with like. No time is
+asserted."""
 
 from __future__ import annotations
 
@@ -48,7 +49,20 @@ pytest.importorskip("tqdm")
 CPU = torch.device("cpu")
 FORCED = MergeSettings(schedule="constant", skip_unprofitable=False)
 OURS_AND_PEERS = [KEYS, PAPER, CORNER, RANDOM]
-EVERYONE = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, CORNER, RANDOM, QUERIES, TODO, TOMA, LIMIT_KEYS, LIMIT]
+EVERYONE = [
+    UNMERGED,
+    KEYS,
+    UNWEIGHTED,
+    TOKENS,
+    PAPER,
+    CORNER,
+    RANDOM,
+    QUERIES,
+    TODO,
+    TOMA,
+    LIMIT_KEYS,
+    LIMIT,
+]
 
 
 def one_contender(name: str, ratio: float, tokens: int = 256) -> Contender:
@@ -62,7 +76,9 @@ def tiny() -> nn.Module:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, capfd: pytest.CaptureFixture) -> Callable[..., tuple[list[dict[str, str]], str]]:
+def bench(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> Callable[..., tuple[list[dict[str, str]], str]]:
     """Runs a subcommand; gives its CSV's rows and what it printed."""
 
     def run(*arguments: object, stem: str | None = None) -> tuple[list[dict[str, str]], str]:
@@ -74,7 +90,12 @@ def bench(tmp_path: Path, capfd: pytest.CaptureFixture) -> Callable[..., tuple[l
         with csv_file.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
-            assert row["machine"] and "torch" in row["versions"] and row["date"] and arguments[0] in row["command"]
+            assert (
+                row["machine"]
+                and "torch" in row["versions"]
+                and row["date"]
+                and arguments[0] in row["command"]
+            )
         assert rows[0]["machine"] in printed.out
         assert rows[0]["command"] in printed.out
         return rows, printed.out
@@ -85,8 +106,12 @@ def bench(tmp_path: Path, capfd: pytest.CaptureFixture) -> Callable[..., tuple[l
 def test_speed(bench: Callable) -> None:
     pytest.importorskip("tomesd")
     ratios = ("0.0", "0.6", "0.75", "0.84")
-    rows, printed = bench("speed", "--tiny", "--rounds", 1, "--ratios", *ratios, "--sizes", "128x64", "--force")
-    at = {ratio: {row["contender"]: row for row in rows if row["ratio"] == ratio} for ratio in ratios}
+    rows, printed = bench(
+        "speed", "--tiny", "--rounds", 1, "--ratios", *ratios, "--sizes", "128x64", "--force"
+    )
+    at = {
+        ratio: {row["contender"]: row for row in rows if row["ratio"] == ratio} for ratio in ratios
+    }
     limits = [LIMIT_KEYS, LIMIT]
     assert {row["size"] for row in rows} == {"128x64"} and set(speed.COLUMNS) <= set(rows[0])
     assert all(float(row["seconds"]) > 0 and row["rounds"] == "1" for row in rows)
@@ -94,7 +119,10 @@ def test_speed(bench: Callable) -> None:
     assert list(at["0.0"]) == list(at["0.6"]) == [UNMERGED, *OURS_AND_PEERS, *limits]
     assert list(at["0.75"]) == [UNMERGED, *OURS_AND_PEERS, TODO, *limits]
     assert list(at["0.84"]) == [UNMERGED, KEYS, PAPER, *limits]
-    assert "tomesd is left out above its highest ratio" in printed and "ToDo is left out but at" in printed
+    assert (
+        "tomesd is left out above its highest ratio" in printed
+        and "ToDo is left out but at" in printed
+    )
     by_name = at["0.6"]
     # At one ratio keys leaves other pairs than the peers, and has another limit.
     assert by_name[KEYS]["over_tomesd_random"] == "" != by_name[PAPER]["over_tomesd_random"]
@@ -109,9 +137,22 @@ def test_speed(bench: Callable) -> None:
 def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     matchings = []
     match = hooks.match
-    monkeypatch.setattr(hooks, "match", lambda *args, **how: matchings.append(args) or match(*args, **how))
+    monkeypatch.setattr(
+        hooks, "match", lambda *args, **how: matchings.append(args) or match(*args, **how)
+    )
     rows, _ = bench(
-        *("speed", "--tiny", "--rounds", 2, "--ratios", 0.5, "--sizes", "64x64", "--reuse-steps", 2),
+        *(
+            "speed",
+            "--tiny",
+            "--rounds",
+            2,
+            "--ratios",
+            0.5,
+            "--sizes",
+            "64x64",
+            "--reuse-steps",
+            2,
+        ),
         *("--methods", "tokens", "--force", "--attention", "sdp", "--dtype", "bfloat16"),
     )
     by_name = {row["contender"]: row for row in rows}
@@ -119,17 +160,22 @@ def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPat
     ours = by_name[TOKENS]
     assert float(ours["seconds_low"]) <= float(ours["seconds"]) <= float(ours["seconds_high"])
     assert ours["attention"] == "sdp" and "2 of 2 steps" in ours["merged"]
-    # A warm-up and two rounds of two steps, which share a matching; the tiny UNet has three layers on that grid.
+    # A warm-up and two rounds of two steps, which share a matching; the tiny UNet has three layers
+    # on that grid.
     assert len(matchings) == 3 * 3
     assert "bfloat16" in ours["versions"]
 
 
 def test_speed_of_presets(bench: Callable) -> None:
-    rows, _ = bench("speed", "--tiny", "--rounds", 1, "--presets", "Quality", "Fast", "--force", stem="presets")
+    rows, _ = bench(
+        "speed", "--tiny", "--rounds", 1, "--presets", "Quality", "Fast", "--force", stem="presets"
+    )
     names = [row["contender"] for row in rows]
     assert names == [UNMERGED, "Quality", "Quality before", "Fast", "Fast before"]
     # 0.75 and 0.5 of 256 tokens, and of 64 at level 2.
-    merged = "7 of 7 self-attention layers, 256 → 64 to 128 tokens, 64 → 16 to 32 tokens, 8 of 8 steps"
+    merged = (
+        "7 of 7 self-attention layers, 256 → 64 to 128 tokens, 64 → 16 to 32 tokens, 8 of 8 steps"
+    )
     assert rows[4]["merged"] == merged
 
 
@@ -157,22 +203,34 @@ def test_layer(bench: Callable) -> None:
             if name in seconds:
                 assert float(row["gain"]) == pytest.approx(seconds[UNMERGED] / seconds[name])
             if name in LIMIT_OF:
-                assert float(row["over_limit"]) == pytest.approx(seconds[name] / seconds[LIMIT_OF[name]])
+                assert float(row["over_limit"]) == pytest.approx(
+                    seconds[name] / seconds[LIMIT_OF[name]]
+                )
             assert bool(row["weighting"]) == (name in (KEYS, TOKENS))
-            assert bool(row["merging"]) == (name in (KEYS, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM))
+            assert bool(row["merging"]) == (
+                name in (KEYS, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM)
+            )
             if row["merging"]:
                 parts = [float(row[part]) for part in ("match", "merge", "unmerge") if row[part]]
                 assert len(parts) == (2 if name == KEYS else 3)
                 assert float(row["merging"]) == pytest.approx(sum(parts))
                 corner = float(by_name[CORNER]["merging"])
-                assert float(row["over_tomesd_corner"]) == pytest.approx(float(row["merging"]) / corner)
+                assert float(row["over_tomesd_corner"]) == pytest.approx(
+                    float(row["merging"]) / corner
+                )
             # A slope needs two sizes.
             assert bool(row["growth"]) == (bool(row["merging"]) and row["tokens"] == "256")
-        assert float(by_name[KEYS]["weighting"]) == pytest.approx(seconds[KEYS] / seconds[UNWEIGHTED])
-        assert float(by_name[TOKENS]["weighting"]) == pytest.approx(seconds[TOKENS] / seconds[PAPER])
+        assert float(by_name[KEYS]["weighting"]) == pytest.approx(
+            seconds[KEYS] / seconds[UNWEIGHTED]
+        )
+        assert float(by_name[TOKENS]["weighting"]) == pytest.approx(
+            seconds[TOKENS] / seconds[PAPER]
+        )
 
 
-def test_layers_run_with_their_contender_on(monkeypatch: pytest.MonkeyPatch, bench: Callable) -> None:
+def test_layers_run_with_their_contender_on(
+    monkeypatch: pytest.MonkeyPatch, bench: Callable
+) -> None:
     pytest.importorskip("tomesd")
     lengths: dict[str, set[tuple[int, int]]] = {}
     doing = [""]
@@ -181,7 +239,9 @@ def test_layers_run_with_their_contender_on(monkeypatch: pytest.MonkeyPatch, ben
     def turn_by_turn(runs: dict, rounds: int, tick: Callable) -> dict:
         return interleaved(runs, rounds, lambda name: doing.__setitem__(0, name) or tick(name))
 
-    def noting_lengths(attention: nn.Module, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def noting_lengths(
+        attention: nn.Module, x: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
         keys = x if context is None else context
         if x.shape[1] > PROBE_TOKENS:
             lengths.setdefault(doing[0], set()).add((x.shape[1], keys.shape[1]))
@@ -205,11 +265,14 @@ def test_memory(bench: Callable) -> None:
     assert set(memory.COLUMNS) <= set(rows[0])
     steps = {row["contender"]: row for row in rows if row["what"] == "unet step"}
     assert list(steps) == [UNMERGED, *OURS_AND_PEERS, LIMIT_KEYS, LIMIT]
-    # The one thing that is the same on every machine: fewer tokens take less, and none less than its limit.
+    # The one thing that is the same on every machine: fewer tokens take less, and none less than
+    # its limit.
     peaks = {name: int(row["bytes"]) for name, row in steps.items()}
     for name in OURS_AND_PEERS:
         assert peaks[LIMIT_OF[name]] <= peaks[name] < peaks[LIMIT_OF[name]] * 1.2 < peaks[UNMERGED]
-        assert float(steps[name]["over_limit"]) == pytest.approx(peaks[name] / peaks[LIMIT_OF[name]])
+        assert float(steps[name]["over_limit"]) == pytest.approx(
+            peaks[name] / peaks[LIMIT_OF[name]]
+        )
     assert float(steps[KEYS]["gain"]) == pytest.approx(peaks[UNMERGED] / peaks[KEYS])
     matching = [row for row in rows if row["what"] == "matching"]
     assert [row["contender"] for row in matching] == [OURS, EXACT, CORNER, RANDOM]
@@ -231,13 +294,19 @@ def test_every_subcommand_explains_its_options(name: str, capsys: pytest.Capture
 
 
 def test_checkpoint(
-    tiny: nn.Module, tmp_path: Path, bench: Callable, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tiny: nn.Module,
+    tmp_path: Path,
+    bench: Callable,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     monkeypatch.setitem(models.BY_CONTEXT, 768, models.TINY)
     weights = {models.PREFIX + name: tensor for name, tensor in tiny.state_dict().items()}
     path = tmp_path / "sd1.safetensors"
-    safetensors.save_file({**weights, "first_stage_model.encoder.conv_in.bias": torch.zeros(2)}, path)
+    safetensors.save_file(
+        {**weights, "first_stage_model.encoder.conv_in.bias": torch.zeros(2)}, path
+    )
 
     config, weights_of_file = models.read_checkpoint(path)
     assert config == models.TINY
@@ -245,7 +314,9 @@ def test_checkpoint(
     step, other = (models.one_step(unet, config, (64, 64)) for unet in (loaded, tiny))
     assert torch.equal(step(), other())
 
-    rows, _ = bench("speed", "--checkpoint", path, "--sizes", "64x64", "--ratios", 0.5, "--rounds", 1)
+    rows, _ = bench(
+        "speed", "--checkpoint", path, "--sizes", "64x64", "--ratios", 0.5, "--rounds", 1
+    )
     assert UNMERGED in [row["contender"] for row in rows]
 
     # A tensor too few is an error, not a random weight.
@@ -263,24 +334,38 @@ def test_checkpoint(
 def test_the_shape_is_that_of_the_version(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "model.safetensors"
-    for context, inputs, others in ((768, 4, {"num_heads": 8}), (1024, 9, {"num_head_channels": 64})):
-        keys = {"input_blocks.0.0.weight": torch.zeros(1, inputs), "x.attn2.to_k.weight": torch.zeros(1, context)}
+    for context, inputs, others in (
+        (768, 4, {"num_heads": 8}),
+        (1024, 9, {"num_head_channels": 64}),
+    ):
+        keys = {
+            "input_blocks.0.0.weight": torch.zeros(1, inputs),
+            "x.attn2.to_k.weight": torch.zeros(1, context),
+        }
         safetensors.save_file({models.PREFIX + name: value for name, value in keys.items()}, path)
         config, _ = models.read_checkpoint(path)
-        assert (config["context_dim"], config["in_channels"]) == (context, inputs) and others.items() <= config.items()
+        assert (config["context_dim"], config["in_channels"]) == (
+            context,
+            inputs,
+        ) and others.items() <= config.items()
     safetensors.save_file({f"{models.PREFIX}x.attn2.to_k.weight": torch.zeros(1, 2048)}, path)
     with pytest.raises(ValueError, match="no UNet of Stable Diffusion 1 or 2"):
         models.read_checkpoint(path)
 
 
 def test_limit_touches_the_merged_layers_alone(tiny: nn.Module, watch: Callable) -> None:
-    step, names = models.one_step(tiny, models.TINY, (128, 128)), {one.name for one in merged_layers(tiny)}
+    step, names = (
+        models.one_step(tiny, models.TINY, (128, 128)),
+        {one.name for one in merged_layers(tiny)},
+    )
     assert len(names) == 3
     with one_contender(LIMIT, 0.6).put_on(tiny), watch(tiny) as inputs_of:
         assert step().shape == (2, 4, 16, 16)
     for name, inputs in inputs_of.items():
         # What the queries are made of: 256 tokens at level 1, 64 at level 2.
-        assert [tensor.shape[1] for tensor in inputs] == [256 - int(256 * 0.6) if name in names else 64]
+        assert [tensor.shape[1] for tensor in inputs] == [
+            256 - int(256 * 0.6) if name in names else 64
+        ]
         assert all(tensor.is_contiguous() for tensor in inputs)
 
 
@@ -296,10 +381,14 @@ def keys_of(tiny: nn.Module) -> Callable[[Contender], list[tuple[torch.Tensor, t
                 queries = []
                 attn1 = one.block.attn1
                 watched = (
-                    attn1.to_q.register_forward_pre_hook(lambda _, args, to=queries: to.append(args[0])),
+                    attn1.to_q.register_forward_pre_hook(
+                        lambda _, args, to=queries: to.append(args[0])
+                    ),
                     attn1.to_k.register_forward_pre_hook(
                         lambda _, args, of=queries: (
-                            inputs.append((of[-1], args[0])) if of[-1].shape[1] > PROBE_TOKENS else None
+                            inputs.append((of[-1], args[0]))
+                            if of[-1].shape[1] > PROBE_TOKENS
+                            else None
                         )
                     ),
                 )
@@ -313,7 +402,10 @@ def keys_of(tiny: nn.Module) -> Callable[[Contender], list[tuple[torch.Tensor, t
 
 def test_limits_attend_to_as_many_tokens_as_ours(keys_of: Callable) -> None:
     lengths = {
-        name: {(queries.shape[1], keys.shape[1]) for queries, keys in keys_of(one_contender(name, 0.6, 1024))}
+        name: {
+            (queries.shape[1], keys.shape[1])
+            for queries, keys in keys_of(one_contender(name, 0.6, 1024))
+        }
         for name in (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, LIMIT_KEYS, LIMIT)
     }
     assert lengths == {
@@ -326,7 +418,9 @@ def test_limits_attend_to_as_many_tokens_as_ours(keys_of: Callable) -> None:
 
 
 @pytest.mark.parametrize(("ratio", "factor"), TODO_FACTORS.items())
-def test_todo_attends_to_every_so_manyth_token_in_each_direction(keys_of: Callable, ratio: float, factor: int) -> None:
+def test_todo_attends_to_every_so_manyth_token_in_each_direction(
+    keys_of: Callable, ratio: float, factor: int
+) -> None:
     inputs = keys_of(one_contender(TODO, ratio, 1024))
     assert len(inputs) == 3
     for queries, keys in inputs:
@@ -374,7 +468,8 @@ def test_fused_attention_is_the_same_attention(tiny: nn.Module) -> None:
     plain = step()
     with models.attention(tiny, "sdp"):
         fused = step()
-        # On the class, as WebUI has it: merging leaves a layer alone that has a `forward` of its own.
+        # On the class, as WebUI has it: merging leaves a layer alone that has a `forward` of its
+        # own.
         assert not any("forward" in vars(module) for module in tiny.modules())
         with one_contender(KEYS, 0.6).put_on(tiny) as running:
             assert not torch.equal(step(), fused)
@@ -389,7 +484,9 @@ def test_what_takes_too_much_is_left_out() -> None:
     assert [one.name for one in some] == [OURS, EXACT]
     assert any("GB" in note or "not installed" in note for note in notes)
     able, _ = contenders(EVERYONE, 0.5, 256 * 256, torch.float32)
-    assert [one.name for one in able] == [name for name in EVERYONE if name not in (CORNER, RANDOM, QUERIES, TODO)]
+    assert [one.name for one in able] == [
+        name for name in EVERYONE if name not in (CORNER, RANDOM, QUERIES, TODO)
+    ]
 
 
 def test_without_tomesd(monkeypatch: pytest.MonkeyPatch, bench: Callable) -> None:
@@ -438,7 +535,10 @@ def test_spread_and_pairs() -> None:
     assert timing.paired([1, 10, 2], [2, 20, 4]) == (0.5, 0.5, 0.5)
     others = {"over_b": {"a": "b"}, "over_c": {"a": "c"}}
     rows = timing.compared({"a": [4.0, 8.0], "b": [2.0, 4.0]}, "seconds", "a", others)
-    assert [(row["contender"], row["seconds"], row["gain"], row["over_b"], row["over_c"]) for row in rows] == [
+    assert [
+        (row["contender"], row["seconds"], row["gain"], row["over_b"], row["over_c"])
+        for row in rows
+    ] == [
         ("a", 6, 1, 2, None),
         ("b", 3, 2, None, None),
     ]
@@ -446,7 +546,9 @@ def test_spread_and_pairs() -> None:
 
 def test_rounds_are_interleaved_and_turn() -> None:
     ticks, runs_in_order = [], []
-    runs = {name: lambda name=name: runs_in_order.append(name) or len(runs_in_order) for name in "abc"}
+    runs = {
+        name: lambda name=name: runs_in_order.append(name) or len(runs_in_order) for name in "abc"
+    }
     results = timing.interleaved(runs, rounds=3, tick=ticks.append, warmup=1)
     assert ticks == runs_in_order
     assert "".join(runs_in_order) == "cab" + "abc" + "bca" + "cab"
@@ -469,7 +571,11 @@ def test_peak_bytes() -> None:
 
 def test_table() -> None:
     columns = {"name": ("name", str), "value": ("value", output.number(1)), "word": ("word", str)}
-    rows = [{"name": "a", "value": 1.0}, {"name": "longer", "word": "none"}, {"name": "b", "value": 123.46}]
+    rows = [
+        {"name": "a", "value": 1.0},
+        {"name": "longer", "word": "none"},
+        {"name": "b", "value": 123.46},
+    ]
     assert output.table(columns, rows).splitlines() == [
         "| name   | value | word |",
         "| ------ | ----: | ---- |",

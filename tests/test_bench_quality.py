@@ -1,4 +1,5 @@
-"""The benchmark of quality: its tables, how its pictures are made and kept, and what is measured on them."""
+"""The benchmark of quality: its tables, how its pictures are made and kept, and what is measured on
+them."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from lab.bench.variants import WHOLE, Row, Variant, ours, shipped
 from lab.demo import model as demo_model
 from tomesd_core.settings import FIELDS
 
-STUDIO = Studio(UNTRAINED, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu"))
+STUDIO = Studio(
+    UNTRAINED, steps=4, scale=3.0, attention="sdp", dtype="float32", device=torch.device("cpu")
+)
 EVERY_ROW = [
     pytest.param(row, id=f"{name} {number}: {row.name}")
     for name, table in TABLES.items()
@@ -43,7 +46,9 @@ def bench(tmp_path: Path, capfd: pytest.CaptureFixture) -> Callable[..., str]:
 
     def run(*arguments: object, status: int = 0) -> str:
         command = ["quality", *map(str, arguments), "--out", str(tmp_path)]
-        assert main([*command, *([] if "--processes" in command else ["--processes", "1"])]) == status
+        assert (
+            main([*command, *([] if "--processes" in command else ["--processes", "1"])]) == status
+        )
         printed = capfd.readouterr()
         return printed.err if status else printed.out
 
@@ -55,7 +60,9 @@ def chunks_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
     """The chunks that are made."""
     chunks: list[tuple[Variant, int]] = []
     make = Studio.make
-    monkeypatch.setattr(Studio, "make", lambda self, *chunk: chunks.append(chunk) or make(self, *chunk))
+    monkeypatch.setattr(
+        Studio, "make", lambda self, *chunk: chunks.append(chunk) or make(self, *chunk)
+    )
     return chunks
 
 
@@ -108,7 +115,9 @@ def test_a_table_says_how_each_row_differs(bench: Callable, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("few_steps")
-def test_all_tables_share_what_they_have_in_common(bench: Callable, chunks_made: list, tmp_path: Path) -> None:
+def test_all_tables_share_what_they_have_in_common(
+    bench: Callable, chunks_made: list, tmp_path: Path
+) -> None:
     pytest.importorskip("tomesd")
     bench("--tiny", "--steps", 1)
     ways = [row.variant for table in TABLES.values() for row in table.rows]
@@ -119,9 +128,13 @@ def test_all_tables_share_what_they_have_in_common(bench: Callable, chunks_made:
         assert [row["row"] for row in rows] == [row.name for row in table.rows]
         assert {row["table"] for row in rows} == {name}
     half = {
-        row["psnr"] for row in rows_of(tmp_path / "quality-what.csv") if row["row"] == PAPER and row["ratio"] == "0.5"
+        row["psnr"]
+        for row in rows_of(tmp_path / "quality-what.csv")
+        if row["row"] == PAPER and row["ratio"] == "0.5"
     }
-    assert half == {row["psnr"] for row in rows_of(tmp_path / "quality-where.csv") if row["row"] == "level 1"}
+    assert half == {
+        row["psnr"] for row in rows_of(tmp_path / "quality-where.csv") if row["row"] == "level 1"
+    }
 
 
 @pytest.mark.usefixtures("few_steps")
@@ -131,23 +144,30 @@ def test_pictures_of_few_steps_are_held_against_twins_of_as_many(
     printed = bench("--tiny", "--steps", 4, "--tables", "steps", "defaults")
     rows = rows_of(tmp_path / "quality-steps.csv")
     assert [(row["steps"], row["row"]) for row in rows] == [
-        (steps, name) for steps in ("4", "8", "20") for name in (UNMERGED, "kept for 1", "kept for 2", "kept for 4")
+        (steps, name)
+        for steps in ("4", "8", "20")
+        for name in (UNMERGED, "kept for 1", "kept for 2", "kept for 4")
     ]
     assert "4 or 8 or 20 steps" in (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert "'kept for 1', the last one above" in printed
-    # What is made in four steps because the table says so is what is made in four because the command does.
+    # What is made in four steps because the table says so is what is made in four because the
+    # command does.
     assert [variant for variant, _ in chunks_made if variant.steps is None] == [
         row.variant for row in TABLES["defaults"].rows[1:]
     ]
     album = Album(tmp_path / "quality", STUDIO)
     for four, row in ((4, rows[1]), (8, rows[5])):
         variant = dataclasses.replace(ours(KEYS, ratio=0.84), steps=four)
-        merged, twins = (album.read(one, 6).pictures for one in (variant, Variant(UNMERGED, steps=four)))
+        merged, twins = (
+            album.read(one, 6).pictures for one in (variant, Variant(UNMERGED, steps=four))
+        )
         assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, twins).mean()))
         assert f"{four} of {four} steps" in row["merged"]
 
 
-def test_more_samples_make_only_the_new_ones(bench: Callable, chunks_made: list, tmp_path: Path) -> None:
+def test_more_samples_make_only_the_new_ones(
+    bench: Callable, chunks_made: list, tmp_path: Path
+) -> None:
     bench("--tiny", "--tables", "where", "--samples", CHUNK)
     assert [first for _, first in chunks_made] == [0] * 4
     before = rows_of(tmp_path / "quality-where.csv")
@@ -193,9 +213,16 @@ def test_two_processes_make_the_same_pictures(bench: Callable, tmp_path: Path) -
 
 
 def write_gains(path: Path, gains: dict[str, tuple[float, float]]) -> Path:
-    """A CSV as `bench speed` writes it: of each contender its gains at the ratios 0 and 0.75; presets have no ratio."""
-    lines = [f"64x64,{at},{name},{both[n]}" for name, both in gains.items() for n, at in enumerate((0, 0.75))]
-    path.write_text("\n".join(["size,ratio,contender,gain", *lines, "64x64,,Fast,2"]), encoding="utf-8")
+    """A CSV as `bench speed` writes it: of each contender its gains at the ratios 0 and 0.75;
+    presets have no ratio."""
+    lines = [
+        f"64x64,{at},{name},{both[n]}"
+        for name, both in gains.items()
+        for n, at in enumerate((0, 0.75))
+    ]
+    path.write_text(
+        "\n".join(["size,ratio,contender,gain", *lines, "64x64,,Fast,2"]), encoding="utf-8"
+    )
     return path
 
 
@@ -205,13 +232,22 @@ def test_keys_is_compared_with_tomesd_at_equal_time(bench: Callable, tmp_path: P
     path = write_gains(tmp_path / "speed.csv", gains)
     layer = tmp_path / "layer.csv"
     layer.write_text(
-        path.read_text().replace("size", "grid").replace("64x64", "8x8").replace("0.75,keys,4", "0.75,keys,7")
+        path.read_text()
+        .replace("size", "grid")
+        .replace("64x64", "8x8")
+        .replace("0.75,keys,4", "0.75,keys,7")
     )
     printed = bench("--tiny", "--steps", 1, "--tables", "what", "--speed", path, layer)
     of_layer = rows_of(tmp_path / "quality-time-layer-8x8.csv")
-    assert [row["ratio"] for row in of_layer if row["row"] == KEYS] == ["0.03", "0.09", "0.12", "0.16"]
+    assert [row["ratio"] for row in of_layer if row["row"] == KEYS] == [
+        "0.03",
+        "0.09",
+        "0.12",
+        "0.16",
+    ]
     rows = rows_of(tmp_path / "quality-time-speed-64x64.csv")
-    # The corner is 1.21, 1.71, 1.91 and 2.21 times faster; keys is so at 0.0525, 0.1775, 0.2275 and 0.3025.
+    # The corner is 1.21, 1.71, 1.91 and 2.21 times faster; keys is so at 0.0525, 0.1775, 0.2275 and
+    # 0.3025.
     assert [(row["row"], row["ratio"]) for row in rows[1:]] == [
         *((KEYS, "0.06"), (CORNER, "0.25")),
         *((KEYS, "0.18"), (CORNER, "0.5")),
@@ -219,9 +255,14 @@ def test_keys_is_compared_with_tomesd_at_equal_time(bench: Callable, tmp_path: P
         *((KEYS, "0.31"), (CORNER, "0.75")),
     ]
     for mine, theirs in zip(rows[1::2], rows[2::2], strict=True):
-        assert float(theirs["psnr_difference"]) == pytest.approx(float(theirs["psnr"]) - float(mine["psnr"]))
+        assert float(theirs["psnr_difference"]) == pytest.approx(
+            float(theirs["psnr"]) - float(mine["psnr"])
+        )
         assert float(theirs["faster"]) <= float(mine["faster"])
-    faster = {(row["contender"], row["ratio"]): row["faster"] for row in rows_of(tmp_path / "quality-what.csv")}
+    faster = {
+        (row["contender"], row["ratio"]): row["faster"]
+        for row in rows_of(tmp_path / "quality-what.csv")
+    }
     assert float(faster[CORNER, "0.5"]) == pytest.approx(1.71)
     assert faster[UNWEIGHTED, "0.75"] == faster[KEYS, "0.84"] == ""
     assert "x faster" in printed
@@ -229,11 +270,15 @@ def test_keys_is_compared_with_tomesd_at_equal_time(bench: Callable, tmp_path: P
 
 def test_where_keys_is_never_as_fast_there_is_no_table(bench: Callable, tmp_path: Path) -> None:
     path = write_gains(tmp_path / "speed.csv", {KEYS: (0.5, 0.6), CORNER: (1.0, 2.0)})
-    assert "time-speed-64x64 is left out" in bench("--tiny", "--steps", 1, "--tables", "defaults", "--speed", path)
+    assert "time-speed-64x64 is left out" in bench(
+        "--tiny", "--steps", 1, "--tables", "defaults", "--speed", path
+    )
     assert not [*tmp_path.glob("quality-time*")]
 
 
-def test_what_is_wrong_is_said(bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_said(
+    bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n", encoding="utf-8")
     one = write_gains(tmp_path / "one.csv", {CORNER: (1.0, 2.0)})
@@ -270,7 +315,9 @@ def test_a_rows_ratio_and_pairs_are_the_means_over_its_steps(row: Row) -> None:
         ratios = [variant.settings.ratio_at(step / 49) for step in range(50)]
     assert variant.mean_ratio == pytest.approx(sum(ratios) / 50, abs=1e-3)
     power = 1 if variant.contender in (KEYS, UNWEIGHTED, TODO, QUERIES) else 2
-    assert variant.pairs == pytest.approx(sum((1 - ratio) ** power for ratio in ratios) / 50, abs=2e-3)
+    assert variant.pairs == pytest.approx(
+        sum((1 - ratio) ** power for ratio in ratios) / 50, abs=2e-3
+    )
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -334,7 +381,9 @@ def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
         x_T=torch.randn(1, *model.image_shape, generator=torch.Generator().manual_seed(number)),
         verbose=False,
     )
-    alone = torch.frombuffer(bytearray(model.to_images(x)[0].tobytes()), dtype=torch.uint8).view(8, 8, 3)
+    alone = torch.frombuffer(bytearray(model.to_images(x)[0].tobytes()), dtype=torch.uint8).view(
+        8, 8, 3
+    )
     pictures_of_chunk, seconds, merged, _ = STUDIO.make(WHOLE.variant, CHUNK)
     assert pictures_of_chunk.shape == (CHUNK, 8, 8, 3) and pictures_of_chunk.dtype == torch.uint8
     assert (pictures_of_chunk[2].int() - alone.int()).abs().max() <= 1
@@ -376,16 +425,30 @@ def test_pictures_depend_on_no_random_state_and_move_none(contender: str) -> Non
 
 
 def test_what_pictures_depend_on_is_in_their_folders_name() -> None:
-    variants = [WHOLE.variant, ours(), ours(ratio=0.4), ours(window=8), ours(KEYS), ours(UNWEIGHTED), ours(TOKENS)]
+    variants = [
+        WHOLE.variant,
+        ours(),
+        ours(ratio=0.4),
+        ours(window=8),
+        ours(KEYS),
+        ours(UNWEIGHTED),
+        ours(TOKENS),
+    ]
     variants += [Variant(contender, 0.75) for contender in (CORNER, RANDOM, TODO)]
     studios = [
         STUDIO,
-        *(dataclasses.replace(STUDIO, **{name: value}) for name, value in (("steps", 5), ("scale", 2.0))),
+        *(
+            dataclasses.replace(STUDIO, **{name: value})
+            for name, value in (("steps", 5), ("scale", 2.0))
+        ),
         *(
             dataclasses.replace(STUDIO, **{name: value})
             for name, value in (("attention", "plain"), ("dtype", "bfloat16"))
         ),
-        *(dataclasses.replace(STUDIO, **other) for other in ({"name": "emoji"}, {"name": "photos"}, {"side": 16})),
+        *(
+            dataclasses.replace(STUDIO, **other)
+            for other in ({"name": "emoji"}, {"name": "photos"}, {"side": 16})
+        ),
     ]
     digests = [studio.digest(variant) for studio in studios for variant in variants]
     assert len(set(digests)) == len(studios) * len(variants)
@@ -396,15 +459,21 @@ def test_what_pictures_depend_on_is_in_their_folders_name() -> None:
 
 
 @pytest.mark.parametrize("module", ["hooks", "matching", "plan", "proportional"])
-def test_pictures_depend_on_the_code_that_merges(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_depend_on_the_code_that_merges(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variants = [ours(KEYS), Variant(CORNER, 0.5), WHOLE.variant]
     before = [STUDIO.digest(variant) for variant in variants]
     source = inspect.getsource
     monkeypatch.setattr(
-        pictures.inspect, "getsource", lambda of: source(of) + "#" * (of.__name__ == f"tomesd_core.{module}")
+        pictures.inspect,
+        "getsource",
+        lambda of: source(of) + "#" * (of.__name__ == f"tomesd_core.{module}"),
     )
     pictures._code_digest.cache_clear()
-    changed = [STUDIO.digest(variant) != digest for variant, digest in zip(variants, before, strict=True)]
+    changed = [
+        STUDIO.digest(variant) != digest for variant, digest in zip(variants, before, strict=True)
+    ]
     pictures._code_digest.cache_clear()
     assert changed == [True, False, False]
 
@@ -449,7 +518,10 @@ def test_differences_are_paired() -> None:
     numbers = distances.resamples(50)
     shared = 10 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     own = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    one, other = distances.mean(shared, numbers), distances.mean(shared + own - own.mean() + 1, numbers)
+    one, other = (
+        distances.mean(shared, numbers),
+        distances.mean(shared + own - own.mean() + 1, numbers),
+    )
     difference = other.minus(one)
     assert difference.value == pytest.approx(1)
     assert difference.interval < 0.2 * one.interval

@@ -35,7 +35,10 @@ def run(make_unet, make_inputs, watch):
 
 def test_names_order_and_defaults_are_tomesds():
     def names(function):
-        return [(each.name, each.default, each.kind) for each in inspect.signature(function).parameters.values()]
+        return [
+            (each.name, each.default, each.kind)
+            for each in inspect.signature(function).parameters.values()
+        ]
 
     assert names(tome.apply_patch) == names(tomesd.apply_patch)
     assert names(tome.remove_patch) == names(tomesd.remove_patch)
@@ -71,7 +74,9 @@ def test_with_random_dst_the_token_counts_are_tomesds(run, ratio, batch):
 
 
 def test_the_random_choice_stays_on_for_odd_batches(run):
-    assert not torch.equal(run(tome.apply_patch, batch=1)[0], run(tome.apply_patch, batch=1, use_rand=False)[0])
+    assert not torch.equal(
+        run(tome.apply_patch, batch=1)[0], run(tome.apply_patch, batch=1, use_rand=False)[0]
+    )
     assert torch.equal(run(tome.apply_patch, batch=1)[0], run(tome.apply_patch, batch=1)[0])
 
 
@@ -79,7 +84,10 @@ def test_the_random_choice_stays_on_for_odd_batches(run):
     ("options", "message"),
     [
         ({"ratio": 0.9}, "ratio 0.9 is capped to 0.75, the most that a 2×2 stride allows"),
-        ({"ratio": 0.8, "sx": 4, "sy": 1}, "ratio 0.8 is capped to 0.75, the most that a 1×4 stride allows"),
+        (
+            {"ratio": 0.8, "sx": 4, "sy": 1},
+            "ratio 0.8 is capped to 0.75, the most that a 1×4 stride allows",
+        ),
     ],
 )
 def test_a_ratio_over_the_maximum_is_capped_with_a_warning(run, options, message):
@@ -107,10 +115,14 @@ def test_a_ratio_that_is_none_is_refused(make_unet, ratio):
 
 
 @pytest.mark.parametrize("name", ["merge_crossattn", "merge_mlp"])
-def test_merging_anything_but_self_attention_is_refused_and_the_error_says_why(make_unet, hook_dicts, name):
+def test_merging_anything_but_self_attention_is_refused_and_the_error_says_why(
+    make_unet, hook_dicts, name
+):
     unet = make_unet()
     before = hook_dicts(unet)
-    with pytest.raises(ValueError, match=f"^{name} must be False, got True: only self-attention is merged, since"):
+    with pytest.raises(
+        ValueError, match=f"^{name} must be False, got True: only self-attention is merged, since"
+    ):
         tome.apply_patch(unet, **{name: True})
     assert hook_dicts(unet) == before
 
@@ -122,7 +134,9 @@ def test_a_diffusers_model_without_a_unet_is_refused(function):
         function(diffusers())
 
 
-def test_remove_patch_brings_back_the_unmerged_output_and_does_no_harm_twice(make_unet, make_inputs, hook_dicts):
+def test_remove_patch_brings_back_the_unmerged_output_and_does_no_harm_twice(
+    make_unet, make_inputs, hook_dicts
+):
     model, inputs = Model(make_unet()), make_inputs()
     unet, before = model.model.diffusion_model, hook_dicts(model)
     unmerged = unet(*inputs)

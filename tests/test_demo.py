@@ -102,11 +102,18 @@ def test_without_weights_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
 def test_without_a_prompt_a_page_is_served_until_ctrl_c():
     command = [sys.executable, "-m", "lab.demo"]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
     ) as process:
         try:
             for line in process.stdout:
-                address = re.fullmatch(r"The page: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)
+                address = re.fullmatch(
+                    r"The page: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line
+                )
                 if address:
                     break
             assert address, "it ended without saying its address"
@@ -123,7 +130,9 @@ def test_a_port_that_is_taken_is_said():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(SystemExit, match=f"The page can't be served: .*{taken.getsockname()[1]}"):
+        with pytest.raises(
+            SystemExit, match=f"The page can't be served: .*{taken.getsockname()[1]}"
+        ):
             main(["--port", str(taken.getsockname()[1])])
 
 
@@ -133,4 +142,8 @@ def test_a_port_that_is_taken_is_said():
 def test_the_difference_is_amplified_and_clipped():
     one, other = Image.new("RGB", (2, 1), (100, 100, 100)), Image.new("RGB", (2, 1), (100, 107, 0))
     expected = (0, 7 * AMPLIFIED, 255)
-    assert list(difference(one, other).getdata()) == list(difference(other, one).getdata()) == [expected] * 2
+    assert (
+        list(difference(one, other).getdata())
+        == list(difference(other, one).getdata())
+        == [expected] * 2
+    )

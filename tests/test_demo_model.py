@@ -12,7 +12,12 @@ from lab.bench.models import attention
 from lab.demo.model import MODELS, WEIGHTS, TinyModel, split_words
 from lab.demo.train import REGIONS, Recipe
 
-SMALL = {"image_size": 8, "channel_mult": [1, 1], "attention_resolutions": [1, 2], "context_dim": 32}
+SMALL = {
+    "image_size": 8,
+    "channel_mult": [1, 1],
+    "attention_resolutions": [1, 2],
+    "context_dim": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,11 @@ def test_between_two_steps_the_noise_level_is_k_diffusions(small):
     """Its samplers hand over fractional steps; whole ones must give the same either way."""
     x, context = torch.ones(3, *small.image_shape), small.encode_prompts(["cat"] * 3)
     whole = torch.tensor([0, 400, 999])
-    assert torch.allclose(small.apply_model(x, whole.float(), context), small.apply_model(x, whole, context), atol=1e-4)
+    assert torch.allclose(
+        small.apply_model(x, whole.float(), context),
+        small.apply_model(x, whole, context),
+        atol=1e-4,
+    )
     sigma = ((1 - small.alphas_cumprod) / small.alphas_cumprod).sqrt()
     alpha = small._alpha(torch.tensor([400.25]))
     expected = sigma[400].log() * 0.75 + sigma[401].log() * 0.25
@@ -141,7 +150,10 @@ def test_shipped_files_are_small_and_attributed(name):
 def test_shipped_model_knows_its_captions(shipped):
     assert {"cat face", "red apple", "green apple"} <= set(shipped.captions)
     assert not [word for caption in shipped.captions for word in shipped.unknown_words(caption)]
-    assert max(len(split_words(caption)) for caption in shipped.captions) <= shipped.shape["prompt_length"]
+    assert (
+        max(len(split_words(caption)) for caption in shipped.captions)
+        <= shipped.shape["prompt_length"]
+    )
     assert shipped.unknown_words("a cat on a skateboard") == ["a", "on", "skateboard"]
 
 
@@ -150,7 +162,10 @@ def pictures_of(model, prompts, side=32):
     from ldm.models.diffusion.plms import PLMSSampler
 
     shape = (3, side, side)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
+    noise = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for seed in range(len(prompts))
+    ]
     # The whole matrix of 64×64 tokens would take most of the time.
     with attention(model, "sdp"):
         x, _ = PLMSSampler(model).sample(
@@ -174,7 +189,9 @@ def pictures_of(model, prompts, side=32):
         ("photos", 64, ["cat fur", "galaxies", "wooden table"]),
     ],
 )
-def test_pictures_of_a_prompt_are_nearer_to_each_other_than_to_those_of_another(request, name, side, prompts):
+def test_pictures_of_a_prompt_are_nearer_to_each_other_than_to_those_of_another(
+    request, name, side, prompts
+):
     model = request.getfixturevalue({"emoji": "shipped", "photos": "photos"}[name])
     rgb = pictures_of(model, prompts * 2, side)
     blocks = torch.nn.functional.adaptive_avg_pool2d(rgb, 4).flatten(1)
@@ -185,6 +202,10 @@ def test_pictures_of_a_prompt_are_nearer_to_each_other_than_to_those_of_another(
 def test_the_model_of_photographs_knows_its_captions_and_its_photographs(photos):
     assert photos.captions == [caption for _, caption, _ in REGIONS]
     assert not [word for caption in photos.captions for word in photos.unknown_words(caption)]
-    training = json.loads((WEIGHTS / "photos" / "tiny.json").read_text(encoding="utf-8"))["training"]
+    training = json.loads((WEIGHTS / "photos" / "tiny.json").read_text(encoding="utf-8"))[
+        "training"
+    ]
     assert training["recipe"].keys() == vars(Recipe()).keys()
-    assert sorted(training["pictures"]) == sorted({f"scikit-image: {file}" for file, _, _ in REGIONS})
+    assert sorted(training["pictures"]) == sorted(
+        {f"scikit-image: {file}" for file, _, _ in REGIONS}
+    )

@@ -1,4 +1,5 @@
-"""The samplers, on data whose every score is known: x0 ~ N(0, I), where a perfect model's path is a mere scaling."""
+"""The samplers, on data whose every score is known: x0 ~ N(0, I), where a perfect model's path is a
+mere scaling."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ class GaussianModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0).float()
+        self.alphas_cumprod = torch.cumprod(
+            1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0
+        ).float()
         self.calls = 0
 
     def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
@@ -72,7 +75,8 @@ def test_ancestral_steps_keep_the_spread_and_ask_for_noise_once_a_step_but_in_th
 
 
 @pytest.mark.parametrize(
-    ("sampler", "extra_calls", "error"), [(samplers.sample_ddim, 0, 0.05), (samplers.sample_plms, 1, 0.01)]
+    ("sampler", "extra_calls", "error"),
+    [(samplers.sample_ddim, 0, 0.05), (samplers.sample_plms, 1, 0.01)],
 )
 def test_timestep_samplers_keep_standard_normal_data_as_it_is(sampler, extra_calls, error):
     model = GaussianModel()

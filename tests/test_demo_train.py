@@ -12,13 +12,23 @@ pytest.importorskip("ldm")
 from lab.demo import train
 from lab.demo.model import TinyModel
 
-SMALL = {"image_size": 8, "channel_mult": [1, 1], "attention_resolutions": [1, 2], "context_dim": 32}
+SMALL = {
+    "image_size": 8,
+    "channel_mult": [1, 1],
+    "attention_resolutions": [1, 2],
+    "context_dim": 32,
+}
 RECIPE = train.Recipe(batch=6, warmup=5, lr=2e-3)
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    colours = {"red square": (255, 0, 0), "green square": (0, 160, 0), "blue square": (0, 0, 255), "night": (0, 0, 0)}
+    colours = {
+        "red square": (255, 0, 0),
+        "green square": (0, 160, 0),
+        "blue square": (0, 0, 255),
+        "night": (0, 0, 0),
+    }
     rgb = torch.full((4, 3, 8, 8), 255, dtype=torch.uint8)
     for picture, colour in zip(rgb, colours.values(), strict=True):
         picture[:, 2:6, 2:6] = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)
@@ -30,11 +40,16 @@ def both_sizes(pictures):
     """Each picture twice, in two sizes."""
     (rgb,) = pictures.rgb
     larger = rgb.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    return train.Pictures(pictures.captions * 2, [size.repeat(2, 1, 1, 1) for size in (rgb, larger)])
+    return train.Pictures(
+        pictures.captions * 2, [size.repeat(2, 1, 1, 1) for size in (rgb, larger)]
+    )
 
 
 def steps_of(training, count):
-    return [training.train_step(train.learning_rate(training.recipe, training.step, 8)) for _ in range(count)]
+    return [
+        training.train_step(train.learning_rate(training.recipe, training.step, 8))
+        for _ in range(count)
+    ]
 
 
 def same(first, second):
@@ -81,7 +96,9 @@ def test_run_ends_saves_and_goes_on(pictures, tmp_path):
     resumed = train.Training.resume(tmp_path / "checkpoint.pt", pictures)
     assert train.run(resumed, tmp_path, steps=5)
     assert resumed.step == train.Training.resume(tmp_path / "checkpoint.pt", pictures).step == 5
-    assert [line[:8] for line in (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()] == [
+    assert [
+        line[:8] for line in (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    ] == [
         "step 3/3",
         "step 5/5",
     ]
@@ -140,19 +157,26 @@ def test_both_sizes_are_trained_on_and_their_captions_are_kept_once(both_sizes, 
     # At first nothing but the noise is to be predicted: a mean of the shards, not their sum.
     assert 0.3 < losses[0] < 1.2 and 0.3 < losses[1] < 1.2
     training.save(tmp_path / "checkpoint.pt")
-    assert train.Training.resume(tmp_path / "checkpoint.pt", both_sizes).model.captions == both_sizes.captions[:4]
+    assert (
+        train.Training.resume(tmp_path / "checkpoint.pt", both_sizes).model.captions
+        == both_sizes.captions[:4]
+    )
 
 
 # The photographs
 
 
-def test_crops_lie_in_their_boxes_at_several_scales_and_are_the_same_in_each_size(tmp_path, monkeypatch):
+def test_crops_lie_in_their_boxes_at_several_scales_and_are_the_same_in_each_size(
+    tmp_path, monkeypatch
+):
     across = torch.arange(200, dtype=torch.uint8).expand(100, 200)
     down = torch.arange(100, dtype=torch.uint8).unsqueeze(1).expand(100, 200)
     photograph = torch.stack([across, down, torch.full_like(across, 7)], 2)
     Image.fromarray(photograph.numpy()).save(tmp_path / "ramp.png")
     boxes = ((0, 0, 100, 100), (104, 4, 196, 98))
-    monkeypatch.setattr(train, "REGIONS", (("ramp.png", "a ramp", boxes), ("ramp.png", "it", boxes[1:])))
+    monkeypatch.setattr(
+        train, "REGIONS", (("ramp.png", "a ramp", boxes), ("ramp.png", "it", boxes[1:]))
+    )
     crops = train.load_photographs(tmp_path, crops=20, sizes=(8, 16))
     assert crops.captions == ["a ramp"] * 20 + ["it"] * 20 and crops.names == ["a ramp", "it"]
     small, large = crops.rgb
@@ -173,7 +197,9 @@ def test_crops_lie_in_their_boxes_at_several_scales_and_are_the_same_in_each_siz
 def test_the_photographs_are_in_scikit_images_package():
     skimage = pytest.importorskip("skimage")
     crops = train.load_photographs(crops=1)
-    assert [tuple(size.shape) for size in crops.rgb] == [(len(train.REGIONS), 3, side, side) for side in (32, 64)]
+    assert [tuple(size.shape) for size in crops.rgb] == [
+        (len(train.REGIONS), 3, side, side) for side in (32, 64)
+    ]
     assert len(crops.names) == len(train.REGIONS)
     # Cut from the photograph that is named, and inside of it.
     folder = Path(skimage.__file__).parent / "data"
@@ -196,11 +222,15 @@ def test_without_scikit_image_that_is_said(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_bf16_is_used_where_the_cpu_multiplies_it_by_itself(pictures, monkeypatch, tmp_path, has_bf16):
+def test_bf16_is_used_where_the_cpu_multiplies_it_by_itself(
+    pictures, monkeypatch, tmp_path, has_bf16
+):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16, raising=False)
     training = train.Training(pictures, train.Recipe(batch=6), SMALL)
     dtypes = set()
-    training.model.model.diffusion_model.out[-1].register_forward_hook(lambda *args: dtypes.add(args[-1].dtype))
+    training.model.model.diffusion_model.out[-1].register_forward_hook(
+        lambda *args: dtypes.add(args[-1].dtype)
+    )
     training.train_step(1e-3)
     assert dtypes == {torch.bfloat16 if has_bf16 else torch.float32}
     # A run that is resumed on another machine stays what it was.

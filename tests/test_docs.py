@@ -1,4 +1,5 @@
-"""What the documentation says of the code is so: settings, links, commands, requests, examples, messages, files."""
+"""What the documentation says of the code is so: settings, links, commands, requests, examples,
+messages, files."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ from tomesd_core.webui.presets import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 HEAD = "| setting | values | default | what it does |\n| --- | --- | --- | --- |"
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 EVERYTHING = "\n\n".join(TEXTS.values())
 WIDTH = 128
@@ -60,14 +64,20 @@ def row(setting: Setting) -> str:
 
 def test_the_table_of_settings_is_the_field_list():
     table = "\n".join([HEAD, *(row(setting) for setting in FIELDS.values() if setting.infotext)])
-    in_docs = re.search("<!-- settings -->\n(.*?)\n<!-- /settings -->", TEXTS["docs/api.md"], re.DOTALL)
+    in_docs = re.search(
+        "<!-- settings -->\n(.*?)\n<!-- /settings -->", TEXTS["docs/api.md"], re.DOTALL
+    )
     assert in_docs, "docs/api.md has no table of settings"
     assert in_docs.group(1) == table, f"the table should be:\n{table}"
 
 
 def test_the_expert_fields_are_those_that_the_panel_lacks():
-    named = re.search(r"^Expert fields.*?: (.*?);", TEXTS["docs/library.md"], re.DOTALL | re.MULTILINE)
-    assert named and spans(named[1]) == [name for name, setting in FIELDS.items() if not setting.infotext]
+    named = re.search(
+        r"^Expert fields.*?: (.*?);", TEXTS["docs/library.md"], re.DOTALL | re.MULTILINE
+    )
+    assert named and spans(named[1]) == [
+        name for name, setting in FIELDS.items() if not setting.infotext
+    ]
 
 
 def anchors(text: str) -> set[str]:
@@ -85,7 +95,9 @@ def test_every_link_and_picture_is_there(name):
         path, _, anchor = link.partition("#")
         target = (ROOT / name).parent / path if path else ROOT / name
         assert target.exists(), f"{name} links to {link}"
-        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{name} links to {link}"
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), (
+            f"{name} links to {link}"
+        )
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -93,7 +105,9 @@ def test_lines_of_prose_are_short_and_no_placeholder_shows(name):
     lines = without_blocks(re.sub("<!--.*?-->", "", TEXTS[name], flags=re.DOTALL)).splitlines()
     too_long = [line for line in lines if len(line) > WIDTH and not line.startswith("|")]
     assert not too_long, f"{name} has lines over {WIDTH} characters:\n" + "\n".join(too_long)
-    assert not [line for line in lines if re.search(r"\| *… *(?=\|)", line)], f"{name} has a cell that is not filled"
+    assert not [line for line in lines if re.search(r"\| *… *(?=\|)", line)], (
+        f"{name} has a cell that is not filled"
+    )
 
 
 def test_every_page_says_in_its_first_sentence_whom_it_is_for():
@@ -107,22 +121,30 @@ def test_the_readme_is_read_in_minutes():
 
 
 def test_every_nox_session_that_is_named_is_there():
-    sessions = re.findall(r"@nox.session.*?\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    sessions = re.findall(
+        r"@nox.session.*?\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    )
     named = set(re.findall(r"nox -s (\w+)", EVERYTHING))
     assert len(named) > 4 and named <= set(sessions)
 
 
 PARSERS = {"bench": bench_parser, "demo": demo_parser, "figure": figure_parser}
-PREFIXES = {f"python -m lab.{name}": name for name in PARSERS} | {f"nox -s {name} --": name for name in PARSERS}
+PREFIXES = {f"python -m lab.{name}": name for name in PARSERS} | {
+    f"nox -s {name} --": name for name in PARSERS
+}
 LINES = [*spans(EVERYTHING), *(line for block in blocks(EVERYTHING) for line in block.splitlines())]
 COMMANDS = [line for line in LINES if any(line.startswith(f"{prefix} ") for prefix in PREFIXES)]
 EXAMPLES = blocks(EVERYTHING, "python")
-REQUESTS = [body for block in blocks(EVERYTHING) for body in re.findall("-d '(.*?)'", block, re.DOTALL)]
+REQUESTS = [
+    body for block in blocks(EVERYTHING) for body in re.findall("-d '(.*?)'", block, re.DOTALL)
+]
 
 
 def test_there_are_commands_examples_and_requests_to_test():
     assert len(COMMANDS) > 10 and len(EXAMPLES) > 2 and len(REQUESTS) > 1
-    assert any(command.startswith("nox -s demo") and "--out" in command for command in COMMANDS), "none of a block"
+    assert any(command.startswith("nox -s demo") and "--out" in command for command in COMMANDS), (
+        "none of a block"
+    )
     modules = {name for line in LINES for name in re.findall(r"python -m (lab[\w.]*)", line)}
     assert modules <= {f"lab.{name}" for name in PARSERS}, "a command whose arguments nobody tests"
 
@@ -131,19 +153,25 @@ def test_there_are_commands_examples_and_requests_to_test():
 def test_every_command_can_be_given(command):
     prefix = next(prefix for prefix in PREFIXES if command.startswith(f"{prefix} "))
     arguments = shlex.split(command.removeprefix(prefix), comments=True)
-    assert PARSERS[PREFIXES[prefix]]().parse_args(arguments), "argparse ends the process where it can't"
+    assert PARSERS[PREFIXES[prefix]]().parse_args(arguments), (
+        "argparse ends the process where it can't"
+    )
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
     """The options of a parser and of its subcommands."""
     own = {option for action in parser._actions for option in action.option_strings}
-    subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    subparsers = [
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    ]
     return own.union(*(options_of(sub) for action in subparsers for sub in action.choices.values()))
 
 
 @pytest.mark.parametrize("name", ["docs/speed.md", "docs/quality.md"])
 def test_every_option_of_the_bench_that_is_named_is_there(name):
-    named = {option for span in spans(TEXTS[name]) for option in re.findall(r"--[a-z]+[a-z-]*", span)}
+    named = {
+        option for span in spans(TEXTS[name]) for option in re.findall(r"--[a-z]+[a-z-]*", span)
+    }
     assert len(named) > 2 and named <= options_of(bench_parser())
 
 
@@ -164,21 +192,38 @@ def arguments_of(alwayson_scripts: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("body", REQUESTS)
 def test_every_request_is_one_that_merges(body):
     request = json.loads(body)
-    scripts = request["alwayson_scripts"] if "settings" not in request else {"ToMe": {"args": [request["settings"]]}}
+    scripts = (
+        request["alwayson_scripts"]
+        if "settings" not in request
+        else {"ToMe": {"args": [request["settings"]]}}
+    )
     assert arguments_of(scripts).enabled
 
 
 def test_every_request_in_an_example_is_one_that_merges():
-    calls = [node for code in EXAMPLES for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    values = [word.value for call in calls for word in call.keywords if word.arg == "alwayson_scripts"]
+    calls = [
+        node
+        for code in EXAMPLES
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call)
+    ]
+    values = [
+        word.value for call in calls for word in call.keywords if word.arg == "alwayson_scripts"
+    ]
     assert values
     for value in values:
         assert arguments_of(ast.literal_eval(value)).enabled
 
 
 def test_every_message_of_the_troubleshooting_is_one_of_the_code():
-    code = "\n".join(file.read_text(encoding="utf-8") for file in sorted(ROOT.glob("tomesd_core/**/*.py")))
-    parts = [part for span in spans(section("README.md", "Troubleshooting")) for part in re.split("[:…]", span)]
+    code = "\n".join(
+        file.read_text(encoding="utf-8") for file in sorted(ROOT.glob("tomesd_core/**/*.py"))
+    )
+    parts = [
+        part
+        for span in spans(section("README.md", "Troubleshooting"))
+        for part in re.split("[:…]", span)
+    ]
     messages = [part.strip() for part in parts if part.strip()]
     assert len(messages) > 8
     assert not [message for message in messages if message not in code]
@@ -203,13 +248,26 @@ def test_the_entry_for_the_index_of_extensions_has_its_form():
     assert sorted(entry) == ["added", "description", "name", "tags", "url"]
     assert re.fullmatch(r"https://[^ ]+\.git", entry["url"])
     datetime.date.fromisoformat(entry["added"])
-    # The tags that this index knows, of those that say what an extension does to pictures or to the page.
-    assert entry["tags"] and set(entry["tags"]) <= {"script", "tab", "dropdown", "UI related", "manipulations"}
+    # The tags that this index knows, of those that say what an extension does to pictures or to the
+    # page.
+    assert entry["tags"] and set(entry["tags"]) <= {
+        "script",
+        "tab",
+        "dropdown",
+        "UI related",
+        "manipulations",
+    }
 
 
 def test_a_report_of_a_fault_has_the_status_and_the_log():
-    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8"))
+    form = yaml.safe_load(
+        (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8")
+    )
     assert {"name", "description", "body"} <= set(form)
-    required = [part["attributes"]["label"] for part in form["body"] if part.get("validations", {}).get("required")]
+    required = [
+        part["attributes"]["label"]
+        for part in form["body"]
+        if part.get("validations", {}).get("required")
+    ]
     for needed in ("/tome/status", "log's lines"):
         assert any(needed in label for label in required), required

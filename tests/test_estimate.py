@@ -27,7 +27,8 @@ BUDGET = [
     ("sd15", 64, KEYS, 0.84, {**REUSED, "schedule": "linear", "late_ratio": 0.6}, 30),
     ("sdxl", 64, KEYS, 0.84, {}, 40),
 ]
-"""Model, side of the token grid, method, ratio, settings, and the most launches of a call in the steady state."""
+"""Model, side of the token grid, method, ratio, settings, and the most launches of a call in the
+steady state."""
 
 
 @pytest.mark.parametrize(("model", "side", "method", "ratio", "settings", "most"), BUDGET)
@@ -51,7 +52,8 @@ def test_the_peer_asks_for_as_many_launches_as_its_code_has():
 def test_more_merging_is_faster_and_a_larger_grid_gains_more(card):
     def faster(side, ratio):
         whole, merged = (
-            record(side, SHAPES["sd15"], torch.float16, *what) for what in ((UNMERGED, 0.0), (KEYS, ratio))
+            record(side, SHAPES["sd15"], torch.float16, *what)
+            for what in ((UNMERGED, 0.0), (KEYS, ratio))
         )
         return whole.seconds(CARDS[card]) / merged.seconds(CARDS[card])
 
@@ -68,7 +70,14 @@ def test_the_table_calls_every_time_an_estimate(tmp_path, capsys):
     )
     with open(tmp_path / "estimate.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["contender"] for row in rows] == [UNMERGED, "keys", "tokens", "paper", CORNER, "ToDo"]
+    assert [row["contender"] for row in rows] == [
+        UNMERGED,
+        "keys",
+        "tokens",
+        "paper",
+        CORNER,
+        "ToDo",
+    ]
     assert all(float(row[card]) > 0 for row in rows for card in CARDS)
 
 
@@ -87,7 +96,8 @@ def test_no_layer_that_the_rule_merges_on_a_gpu_loses(layer, autocast):
     assert {method for _, method, _ in merging} == {KEYS, TOKENS}
     for side, method, ratio in merging:
         whole, merged = (
-            record(side, layer, torch.float16, *what, autocast) for what in ((UNMERGED, 0.0), (method, ratio))
+            record(side, layer, torch.float16, *what, autocast)
+            for what in ((UNMERGED, 0.0), (method, ratio))
         )
         for card in (CARDS["RTX 4090"], CARDS["H200"]):
             assert whole.seconds(card) >= merged.seconds(card), (side, method, ratio)
@@ -95,11 +105,18 @@ def test_no_layer_that_the_rule_merges_on_a_gpu_loses(layer, autocast):
 
 @pytest.mark.parametrize("layer", [(320, 8), (320, 5), (640, 10)], ids=str)
 def test_48x48_tokens_of_a_finest_layer_do_not_merge_on_a_gpu(layer):
-    assert not any(pays(48**2, *layer, ratio, "cuda", method) for method in (KEYS, TOKENS) for ratio in RATIOS[:-1])
+    assert not any(
+        pays(48**2, *layer, ratio, "cuda", method)
+        for method in (KEYS, TOKENS)
+        for ratio in RATIOS[:-1]
+    )
 
 
 def test_a_peak_is_not_far_above_the_unmerged_one():
-    whole, merged = (record(128, SHAPES["sd15"], torch.float16, *what) for what in ((UNMERGED, 0.0), (KEYS, 0.75)))
+    whole, merged = (
+        record(128, SHAPES["sd15"], torch.float16, *what)
+        for what in ((UNMERGED, 0.0), (KEYS, 0.75))
+    )
     assert 0 < merged.peak - whole.peak <= 12e6
 
 
@@ -108,20 +125,29 @@ def test_a_whole_step_gains_less_than_a_layer_and_more_at_a_larger_size(kind):
     card, gains = CARDS["RTX 4090"], []
     for side in (64, 128):
         whole = record_step("sd15", side, torch.float16, kind, UNMERGED, 0.0)
-        gains.append(whole.seconds(card) / record_step("sd15", side, torch.float16, kind, KEYS, 0.84).seconds(card))
+        gains.append(
+            whole.seconds(card)
+            / record_step("sd15", side, torch.float16, kind, KEYS, 0.84).seconds(card)
+        )
     assert 1 < gains[0] < gains[1] < 4
 
 
 def test_sdxl_has_its_own_depths_and_no_attention_at_full_resolution():
     whole = record_step("sdxl", 32, torch.float16, "sdp", UNMERGED, 0.0)
     calls = [one.inputs[0].shape[2] for one in whole.operations if one.name == "fused_attention"]
-    # Each block attends twice: 2 levels of 2 + 3 transformers, 2 and 10 blocks each, and 10 blocks in the middle.
+    # Each block attends twice: 2 levels of 2 + 3 transformers, 2 and 10 blocks each, and 10 blocks
+    # in the middle.
     assert calls.count(16 * 16) == 2 * 5 * 2 and calls.count(8 * 8) == 2 * (5 + 1) * 10
 
 
 @pytest.mark.parametrize(
     ("device", "side", "ratio", "merges"),
-    [("cpu", 16, 0.3, True), ("cpu", 16, 0.25, False), ("cuda", 48, 0.3, True), ("cuda", 32, 0.75, False)],
+    [
+        ("cpu", 16, 0.3, True),
+        ("cpu", 16, 0.25, False),
+        ("cuda", 48, 0.3, True),
+        ("cuda", 32, 0.75, False),
+    ],
 )
 def test_the_method_paper_merges_where_version_0_1_0_did(device, side, ratio, merges):
     assert pays(side**2, 320, 8, ratio, device, "paper") == merges

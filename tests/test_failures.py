@@ -1,4 +1,5 @@
-"""Whatever fails in merging costs no picture, and whenever it is taken off, the running pass ends as it began."""
+"""Whatever fails in merging costs no picture, and whenever it is taken off, the running pass ends
+as it began."""
 
 import copy
 import sys
@@ -72,8 +73,12 @@ def failures(run, error):
         at += 1
 
 
-@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 960.00 MiB", "not implemented"])
-def test_each_operation_of_a_merged_layer_may_fail(unet, small_settings, make_inputs, only_first, method, message):
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory. Tried to allocate 960.00 MiB", "not implemented"]
+)
+def test_each_operation_of_a_merged_layer_may_fail(
+    unet, small_settings, make_inputs, only_first, method, message
+):
     inputs, settings, summaries = make_inputs((8, 8)), small_settings(method=method), []
     unmerged = unet(*inputs)
 
@@ -101,7 +106,9 @@ def test_what_a_recorder_of_maps_raises_costs_no_picture(unet, small_settings, m
     assert merging.report().merged_steps == 0
 
 
-def test_memory_that_attention_itself_lacks_is_its_own_error(unet, small_settings, make_inputs, blocks_of, method):
+def test_memory_that_attention_itself_lacks_is_its_own_error(
+    unet, small_settings, make_inputs, blocks_of, method
+):
     inputs = make_inputs()
     with tome.attach(unet, small_settings(method=method)) as merging:
         right = unet(*inputs)
@@ -117,7 +124,9 @@ def test_memory_that_attention_itself_lacks_is_its_own_error(unet, small_setting
         assert merging.report().layers[0].merged_calls == 2
 
 
-def test_a_probe_that_lacks_memory_for_a_moment_is_asked_again(unet, small_settings, make_inputs, monkeypatch):
+def test_a_probe_that_lacks_memory_for_a_moment_is_asked_again(
+    unet, small_settings, make_inputs, monkeypatch
+):
     def full(self, x):
         raise MemoryError
 
@@ -132,7 +141,9 @@ def test_a_probe_that_lacks_memory_for_a_moment_is_asked_again(unet, small_setti
     assert len(merging.report().merged_layers) == 3
 
 
-def test_an_attach_that_fails_midway_leaves_nothing(unet, small_settings, make_inputs, hook_dicts, blocks_of):
+def test_an_attach_that_fails_midway_leaves_nothing(
+    unet, small_settings, make_inputs, hook_dicts, blocks_of
+):
     before, block = hook_dicts(unet), list(blocks_of(unet).values())[3]
     norm, block.norm1 = block.norm1, None
     with pytest.raises(AttributeError):
@@ -227,7 +238,9 @@ def test_another_attach_in_the_middle_of_a_pass_merges_nothing_twice(
     assert hook_dicts(unet) == before
 
 
-def test_a_copy_made_in_the_middle_of_a_pass_does_not_merge(unet, small_settings, make_inputs, blocks_of, method):
+def test_a_copy_made_in_the_middle_of_a_pass_does_not_merge(
+    unet, small_settings, make_inputs, blocks_of, method
+):
     inputs, copies = make_inputs(), []
     unmerged = unet(*inputs)
     with tome.attach(unet, small_settings(method=method)):
@@ -268,7 +281,9 @@ def test_a_module_in_the_place_of_attention_is_left_whole_and_named(
     assert f"left to {__name__}, which replaces attn1" in merging.report().summary
 
 
-def test_calls_that_a_merged_layer_leaves_whole_are_counted(unet, small_settings, make_inputs, blocks_of, monkeypatch):
+def test_calls_that_a_merged_layer_leaves_whole_are_counted(
+    unet, small_settings, make_inputs, blocks_of, monkeypatch
+):
     block = blocks_of(unet)[FIRST]
 
     def with_reference(x, context=None):

@@ -41,9 +41,11 @@ def whole(small_settings):
 
 @pytest.fixture
 def record(blocks_of):
-    """Records every layer's calls: grid, block input x, norm1's y, what attention saw (q) and what came of it.
+    """Records every layer's calls: grid, block input x, norm1's y, what attention saw (q) and what
+    came of it.
 
-    A foreign hook on the output would have the layer left to it, so that one is put there as one of ours.
+    A foreign hook on the output would have the layer left to it, so that one is put there as one of
+    ours.
     """
 
     @contextlib.contextmanager
@@ -56,9 +58,15 @@ def record(blocks_of):
                 transformer.register_forward_pre_hook(
                     lambda _, args: vars(call).update(grid=tuple(args[0].shape[-2:]))
                 ),
-                block.norm1.register_forward_hook(lambda _, args, y: vars(call).update(x=args[0], y=y)),
-                block.attn1.to_q.register_forward_pre_hook(lambda _, args: vars(call).update(q=args[0])),
-                block.attn1.register_forward_hook(Hook(lambda _, args, output: vars(call).update(output=output))),
+                block.norm1.register_forward_hook(
+                    lambda _, args, y: vars(call).update(x=args[0], y=y)
+                ),
+                block.attn1.to_q.register_forward_pre_hook(
+                    lambda _, args: vars(call).update(q=args[0])
+                ),
+                block.attn1.register_forward_hook(
+                    Hook(lambda _, args, output: vars(call).update(output=output))
+                ),
             ]
 
         for name, block in blocks_of(unet).items():
@@ -74,7 +82,8 @@ def record(blocks_of):
 
 
 def assert_merged(call, settings, step=0):
-    """Attention saw norm1's output merged by the map of the block's input; its output was unmerged with that map."""
+    """Attention saw norm1's output merged by the map of the block's input; its output was unmerged
+    with that map."""
     removed = call.y.shape[1] - call.q.shape[1]
     assert removed > 0
     if settings.window is None:
@@ -108,7 +117,8 @@ def merged_alone(attention, y, of=None, grid=(16, 12), **options):
 
 
 def identities(model):
-    """All that each module is besides its hooks: its class, attributes, parameters, children, and its class's own."""
+    """All that each module is besides its hooks: its class, attributes, parameters, children, and
+    its class's own."""
     return [
         [
             {name: id(value) for name, value in part.items() if "hooks" not in name}
@@ -128,7 +138,9 @@ def add_foreign_hooks(unet, blocks_of):
     """Hooks of other extensions, on modules where merging has its own."""
     calls = []
     for block in blocks_of(unet).values():
-        block.attn1.register_forward_pre_hook(lambda module, args, kwargs: calls.append("attn1"), with_kwargs=True)
+        block.attn1.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append("attn1"), with_kwargs=True
+        )
         block.attn1.to_q.register_forward_pre_hook(lambda module, args: calls.append("to_q"))
         block.norm1.register_forward_hook(lambda module, args, output: calls.append("norm1 out"))
     unet.register_forward_pre_hook(lambda module, args: calls.append("unet"))
@@ -144,7 +156,9 @@ def test_while_attached_no_class_forward_or_attribute_differs(unet, whole, make_
     assert identities(unet) == before
 
 
-def test_after_detach_every_hook_list_holds_what_it_held(unet, whole, make_inputs, hook_dicts, blocks_of):
+def test_after_detach_every_hook_list_holds_what_it_held(
+    unet, whole, make_inputs, hook_dicts, blocks_of
+):
     foreign = add_foreign_hooks(unet, blocks_of)
     before = hook_dicts(unet)
     merging = tome.attach(unet, whole())
@@ -172,7 +186,9 @@ def test_detach_brings_back_every_bit_and_does_no_harm_twice(unet, whole, make_i
     assert torch.equal(unet(*inputs), unmerged)
 
 
-@pytest.mark.parametrize("where", ["attn1", "attn1.to_q", "attn1.to_v", "attn1.to_out", "norm1", "attn2", "ff"])
+@pytest.mark.parametrize(
+    "where", ["attn1", "attn1.to_q", "attn1.to_v", "attn1.to_out", "norm1", "attn2", "ff"]
+)
 def test_after_an_exception_inside_the_unet_the_next_pass_is_right_and_nothing_stays(
     unet, whole, make_inputs, hook_dicts, blocks_of, where, method
 ):
@@ -216,7 +232,10 @@ def test_a_second_attach_replaces_the_first(unet, whole, make_inputs, hook_dicts
 
 def test_two_unets_merge_side_by_side(make_unet, whole, make_inputs):
     one, other, inputs = make_unet(1), make_unet(2), make_inputs()
-    with tome.attach(one, whole(ratio=0.3)) as first, tome.attach(other, whole(ratio=0.6)) as second:
+    with (
+        tome.attach(one, whole(ratio=0.3)) as first,
+        tome.attach(other, whole(ratio=0.6)) as second,
+    ):
         one(*inputs)
         other(*inputs)
     assert (first.report().ratio, second.report().ratio) == (0.3, 0.6)
@@ -229,13 +248,21 @@ def test_without_settings_the_defaults_hold(unet):
         assert merging.settings == tome.MergeSettings()
 
 
-def test_the_handle_keeps_neither_the_model_nor_its_activations_alive(make_unet, whole, make_inputs, blocks_of):
+def test_the_handle_keeps_neither_the_model_nor_its_activations_alive(
+    make_unet, whole, make_inputs, blocks_of
+):
     unet, refs = make_unet(), []
     merging = tome.attach(unet, whole(max_downsample=2))
     for block in blocks_of(unet).values():
-        block.norm1.register_forward_hook(lambda _, args, y: refs.extend([weakref.ref(args[0]), weakref.ref(y)]))
-        block.attn1.to_q.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
-        block.attn1.register_forward_hook(Hook(lambda _, args, output: refs.append(weakref.ref(output))))
+        block.norm1.register_forward_hook(
+            lambda _, args, y: refs.extend([weakref.ref(args[0]), weakref.ref(y)])
+        )
+        block.attn1.to_q.register_forward_pre_hook(
+            lambda _, args: refs.append(weakref.ref(args[0]))
+        )
+        block.attn1.register_forward_hook(
+            Hook(lambda _, args, output: refs.append(weakref.ref(output)))
+        )
     unet(*make_inputs())
     gc.collect()
     assert len(refs) == 7 * 4
@@ -252,7 +279,9 @@ def test_a_pass_that_failed_keeps_no_activations_alive(unet, whole, make_inputs,
     refs = []
     block = blocks_of(unet)[FIRST]
     block.attn1.to_q.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
-    block.norm1.register_forward_hook(lambda _, args, y: refs.extend([weakref.ref(args[0]), weakref.ref(y)]))
+    block.norm1.register_forward_hook(
+        lambda _, args, y: refs.extend([weakref.ref(args[0]), weakref.ref(y)])
+    )
     block.attn1.to_out.register_forward_pre_hook(lambda *_: 1 / 0)
     with tome.attach(unet, whole()):
         with contextlib.suppress(ZeroDivisionError):
@@ -330,7 +359,10 @@ def test_any_unet_and_any_batch(make_unet, whole, record, make_inputs, options, 
 def test_layers_merge_up_to_max_downsample_at_any_size(
     make_unet, small_settings, record, make_inputs, odd_sizes, latent, batch, max_downsample
 ):
-    unet, settings = make_unet(**SD1, num_heads=1), small_settings(ratio=0.7, max_downsample=max_downsample)
+    unet, settings = (
+        make_unet(**SD1, num_heads=1),
+        small_settings(ratio=0.7, max_downsample=max_downsample),
+    )
     with tome.attach(unet, settings) as merging, record(unet) as calls:
         output = unet(*make_inputs(latent, batch))
     assert output.shape == (batch, 4, *latent)
@@ -342,7 +374,10 @@ def test_layers_merge_up_to_max_downsample_at_any_size(
         assert calls[layer.name].grid == grid
         if layer.level <= max_downsample and min(grid) > 1:
             assert_merged(calls[layer.name], settings)
-            assert (layer.tokens, layer.merged_tokens) == (rows * columns, calls[layer.name].q.shape[1])
+            assert (layer.tokens, layer.merged_tokens) == (
+                rows * columns,
+                calls[layer.name].q.shape[1],
+            )
             continue
         assert_unmerged(calls[layer.name])
         assert layer.reason
@@ -350,7 +385,9 @@ def test_layers_merge_up_to_max_downsample_at_any_size(
             assert layer.reason == f"level {layer.level} is above max downsample {max_downsample}"
 
 
-def test_layers_with_fewer_than_min_tokens_are_left_alone_and_the_report_says_so(unet, whole, make_inputs):
+def test_layers_with_fewer_than_min_tokens_are_left_alone_and_the_report_says_so(
+    unet, whole, make_inputs
+):
     for least, merged in ((64, 7), (65, 3), (256, 3), (257, 0)):
         with tome.attach(unet, whole(max_downsample=2, min_tokens=least)) as merging:
             unet(*make_inputs())
@@ -363,7 +400,8 @@ def test_layers_with_fewer_than_min_tokens_are_left_alone_and_the_report_says_so
 
 
 class Resized(nn.Module):
-    """An entry of the UNet that another extension wrapped: it runs at another size and is scaled back."""
+    """An entry of the UNet that another extension wrapped: it runs at another size and is scaled
+    back."""
 
     def __init__(self, inner, size):
         super().__init__()
@@ -421,10 +459,15 @@ def test_a_unet_without_attention_at_max_downsample_merges_at_its_finest_level_a
     assert merging.report().notes == []
 
 
-def test_blocks_with_disable_self_attn_are_left_alone_and_are_no_attention_level(make_unet, whole, record, make_inputs):
+def test_blocks_with_disable_self_attn_are_left_alone_and_are_no_attention_level(
+    make_unet, whole, record, make_inputs
+):
     unet = make_unet(disable_self_attentions=[True, False])
     for max_downsample in (1, 2):
-        with tome.attach(unet, whole(max_downsample=max_downsample)) as merging, record(unet) as calls:
+        with (
+            tome.attach(unet, whole(max_downsample=max_downsample)) as merging,
+            record(unet) as calls,
+        ):
             unet(*make_inputs())
         assert bool(merging.report().notes) == (max_downsample == 1)
         for layer in merging.report().layers:
@@ -440,7 +483,11 @@ def test_blocks_with_disable_self_attn_are_left_alone_and_are_no_attention_level
 def test_a_model_without_such_layers_makes_its_picture_and_the_reason_is_said(
     make_unet, whole, make_inputs, hook_dicts, has_blocks
 ):
-    model = make_unet(use_spatial_transformer=False, context_dim=None) if has_blocks else nn.Conv2d(4, 4, 3)
+    model = (
+        make_unet(use_spatial_transformer=False, context_dim=None)
+        if has_blocks
+        else nn.Conv2d(4, 4, 3)
+    )
     inputs = make_inputs()[: 2 if has_blocks else 1]
     unmerged, before = model(*inputs), hook_dicts(model)
     with tome.attach(model, whole()) as merging:
@@ -453,7 +500,9 @@ def test_a_model_without_such_layers_makes_its_picture_and_the_reason_is_said(
     assert hook_dicts(model) == before
 
 
-def test_a_unet_whose_blocks_never_run_makes_its_picture_and_the_reason_is_said(unet, whole, make_inputs, monkeypatch):
+def test_a_unet_whose_blocks_never_run_makes_its_picture_and_the_reason_is_said(
+    unet, whole, make_inputs, monkeypatch
+):
     monkeypatch.setattr(unet, "forward", lambda x, timesteps, context: x + 1)
     inputs = make_inputs()
     with tome.attach(unet, whole()) as merging:
@@ -461,7 +510,9 @@ def test_a_unet_whose_blocks_never_run_makes_its_picture_and_the_reason_is_said(
     assert merging.report().notes == ["the model's own attention layers did not run"]
 
 
-def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, record, make_inputs, blocks_of):
+def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(
+    unet, whole, record, make_inputs, blocks_of
+):
     chosen = blocks_of(unet)[FIRST].attn1
     leave_out = {chosen: "another extension tiles it"}.get
     with tome.attach(unet, whole(), leave_out) as merging, record(unet) as calls:
@@ -487,7 +538,9 @@ def test_a_unet_called_with_keywords_is_merged_alike(unet, whole, make_inputs):
     latent, timesteps, context = make_inputs()
     with tome.attach(unet, whole()) as merging:
         merging.set_step(1)
-        assert torch.equal(unet(x=latent, timesteps=timesteps, context=context), unet(latent, timesteps, context))
+        assert torch.equal(
+            unet(x=latent, timesteps=timesteps, context=context), unet(latent, timesteps, context)
+        )
     assert merging.report().merged_layers
 
 
@@ -531,12 +584,16 @@ def close(actual, expected):
 @pytest.mark.parametrize("is_masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("length", [1, 20, 192, 384])
 @pytest.mark.parametrize("keyword", [True, False])
-def test_a_context_of_its_own_is_left_whole_and_its_mask_goes_with_it(drive, length, keyword, is_masked):
+def test_a_context_of_its_own_is_left_whole_and_its_mask_goes_with_it(
+    drive, length, keyword, is_masked
+):
     def body(block, x, context):
         y, generator = block.norm1(x), torch.Generator().manual_seed(0)
         other = torch.randn(x.shape[0], length, x.shape[2], generator=generator)
         mask = torch.arange(length).expand(x.shape[0], -1) < 7 if is_masked else None
-        output = block.attn1(y, context=other, mask=mask) if keyword else block.attn1(y, other, mask)
+        output = (
+            block.attn1(y, context=other, mask=mask) if keyword else block.attn1(y, other, mask)
+        )
         close(output, merged_alone(block.attn1, y, of=x, context=other, mask=mask))
         return output + x
 
@@ -544,7 +601,8 @@ def test_a_context_of_its_own_is_left_whole_and_its_mask_goes_with_it(drive, len
 
 
 def test_each_of_several_calls_in_a_block_gives_what_it_would_alone(drive):
-    """As with a reference picture: calls as usual, one with a longer context, others on a part of the batch."""
+    """As with a reference picture: calls as usual, one with a longer context, others on a part of
+    the batch."""
 
     def body(block, x, context):
         y = block.norm1(x)
@@ -612,8 +670,15 @@ def test_where_the_token_count_is_not_the_grids_it_stays_unmerged(drive):
 
 def test_attention_masked_token_by_token_stays_unmerged(drive):
     def body(block, x, context):
-        y, mask = block.norm1(x), torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5
-        for output in (block.attn1(y, mask=mask), block.attn1(y, None, mask), block.attn1(y, y, mask)):
+        y, mask = (
+            block.norm1(x),
+            torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5,
+        )
+        for output in (
+            block.attn1(y, mask=mask),
+            block.attn1(y, None, mask),
+            block.attn1(y, y, mask),
+        ):
             assert torch.equal(output, block.attn1.forward(y, mask=mask))
         return output + x
 
@@ -651,12 +716,19 @@ def test_extra_arguments_pass_through(unet, whole, make_inputs, blocks_of, monke
     first, second, sgms = calls
     assert all(call[0].shape == (2, 128, 32) for call in calls)
     assert first[1:] == (None, None, (extra, 5), {"scale": extra})
-    assert sgms[1:] == (None, None, (), {"additional_tokens": None, "n_times_crossframe_attn_in_self": 0})
+    assert sgms[1:] == (
+        None,
+        None,
+        (),
+        {"additional_tokens": None, "n_times_crossframe_attn_in_self": 0},
+    )
     assert second[1] is second[0]
     assert second[4]["scale"] == 7
 
 
-def test_each_method_leaves_arguments_by_other_names(unet, whole, make_inputs, blocks_of, monkeypatch, method):
+def test_each_method_leaves_arguments_by_other_names(
+    unet, whole, make_inputs, blocks_of, monkeypatch, method
+):
     block, extra, keywords = blocks_of(unet)[FIRST], object(), []
     usual = type(block.attn1).forward
 
@@ -688,7 +760,9 @@ def test_each_method_leaves_arguments_by_other_names(unet, whole, make_inputs, b
         (0.1, "linear", None, [0.7] * 3),
     ],
 )
-def test_the_ratio_follows_the_schedule(unet, whole, make_inputs, watch, late_ratio, schedule, total, ratios):
+def test_the_ratio_follows_the_schedule(
+    unet, whole, make_inputs, watch, late_ratio, schedule, total, ratios
+):
     """And may switch merging off; without a known total, and in a single step, it is the early one."""
     settings = whole(ratio=0.7, late_ratio=late_ratio, schedule=schedule, switch_at=0.5)
     with tome.attach(unet, settings) as merging, watch(unet) as inputs_of:
@@ -696,13 +770,18 @@ def test_the_ratio_follows_the_schedule(unet, whole, make_inputs, watch, late_ra
             merging.set_step(step, total)
             unet(*make_inputs())
             assert merging.report().ratio == pytest.approx(ratio)
-    assert [x.shape[1] for x in inputs_of[FIRST]] == [256 - int(256 * ratio + 1e-6) for ratio in ratios]
+    assert [x.shape[1] for x in inputs_of[FIRST]] == [
+        256 - int(256 * ratio + 1e-6) for ratio in ratios
+    ]
     merged_steps = len([ratio for ratio in ratios if ratio])
     assert (merging.report().steps, merging.report().merged_steps) == (len(ratios), merged_steps)
 
 
 def test_without_set_step_the_ratio_is_the_early_one(unet, whole, make_inputs, watch):
-    with tome.attach(unet, whole(ratio=0.5, late_ratio=0.25, schedule="linear")), watch(unet) as inputs_of:
+    with (
+        tome.attach(unet, whole(ratio=0.5, late_ratio=0.25, schedule="linear")),
+        watch(unet) as inputs_of,
+    ):
         for _ in range(3):
             unet(*make_inputs())
     assert [x.shape[1] for x in inputs_of[FIRST]] == [128] * 3
@@ -743,7 +822,9 @@ def test_parts_of_a_batch_run_apart_give_what_they_give_together(unet, whole, ma
     torch.testing.assert_close(torch.cat(apart), together, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"partition": "uniform"}, {"shared_draw": False}, {"window": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"partition": "uniform"}, {"shared_draw": False}, {"window": 4}], ids=str
+)
 def test_merging_neither_reads_nor_moves_random_state(unet, small_settings, make_inputs, options):
     inputs, outputs = make_inputs(), []
     for seed in (1, 2):
@@ -758,7 +839,10 @@ def test_merging_neither_reads_nor_moves_random_state(unet, small_settings, make
         assert merging.report().merged_steps == 2
         assert torch.equal(torch.get_rng_state(), before[0])
         assert random.getstate() == before[1]
-        assert all(np.array_equal(now, then) for now, then in zip(np.random.get_state(), before[2], strict=True))
+        assert all(
+            np.array_equal(now, then)
+            for now, then in zip(np.random.get_state(), before[2], strict=True)
+        )
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
     assert not torch.equal(outputs[0], outputs[1])
 
@@ -769,7 +853,14 @@ def test_merging_neither_reads_nor_moves_random_state(unet, small_settings, make
 @pytest.mark.parametrize("has_bags", [True, False], ids=["bags", "scan"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window": None}, {"window": 4}, {"partition": "corner"}, {"shared_draw": False}, {"schedule": "linear"}],
+    [
+        {},
+        {"window": None},
+        {"window": 4},
+        {"partition": "corner"},
+        {"shared_draw": False},
+        {"schedule": "linear"},
+    ],
     ids=str,
 )
 def test_a_pass_waits_for_no_device_and_sums_in_a_fixed_order(
@@ -779,7 +870,10 @@ def test_a_pass_waits_for_no_device_and_sums_in_a_fixed_order(
     if has_bags:
         monkeypatch.setattr(token_map, "BAG_DEVICES", {"meta"})
     unet, inputs = make_unet().to("meta"), [each.to("meta") for each in make_inputs()]
-    with tome.attach(unet, small_settings(max_downsample=2, **options)) as merging, operations() as operations_run:
+    with (
+        tome.attach(unet, small_settings(max_downsample=2, **options)) as merging,
+        operations() as operations_run,
+    ):
         for step in range(2):
             merging.set_step(step, 20)
             output = unet(*inputs)
@@ -788,7 +882,9 @@ def test_a_pass_waits_for_no_device_and_sums_in_a_fixed_order(
     assert any(name.startswith("_embedding_bag") for name in operations_run.names) == has_bags
     # On a GPU these add in whatever order the threads come.
     in_any_order = ("index_add", "scatter_add", "scatter_reduce")
-    assert [name for name in operations_run.names if name.lstrip("_").startswith(in_any_order)] == []
+    assert [
+        name for name in operations_run.names if name.lstrip("_").startswith(in_any_order)
+    ] == []
 
 
 def test_gradients_flow_through_a_merged_pass(make_unet, small_settings, make_inputs, method):
@@ -800,11 +896,16 @@ def test_gradients_flow_through_a_merged_pass(make_unet, small_settings, make_in
 
 
 @pytest.mark.filterwarnings("ignore:.*autocast.*")
-def test_under_gradient_checkpointing_a_pass_stays_unmerged_and_its_gradient_is_right(make_unet, whole, make_inputs):
+def test_under_gradient_checkpointing_a_pass_stays_unmerged_and_its_gradient_is_right(
+    make_unet, whole, make_inputs
+):
     latent, *others = make_inputs()
     gradients = []
     for use_checkpoint in (False, True):
-        unet, x = make_unet(use_checkpoint=use_checkpoint).requires_grad_(), latent.clone().requires_grad_()
+        unet, x = (
+            make_unet(use_checkpoint=use_checkpoint).requires_grad_(),
+            latent.clone().requires_grad_(),
+        )
         with tome.attach(unet, whole()) if use_checkpoint else contextlib.nullcontext() as merging:
             unet(x, *others).square().mean().backward()
         gradients.append([x.grad, *(parameter.grad for parameter in unet.parameters())])
@@ -826,7 +927,9 @@ def test_a_merged_layer_that_backward_runs_again_is_refused(make_unet, whole, ma
 
 def test_threads_that_run_at_once_have_a_sampling_each(unet, small_settings, make_inputs, method):
     inputs = [make_inputs(size, seed=seed) for seed, size in enumerate([(16, 16), (12, 20)])]
-    with tome.attach(unet, small_settings(method=method, ratio=0.6, late_ratio=0.1, schedule="linear")) as merging:
+    with tome.attach(
+        unet, small_settings(method=method, ratio=0.6, late_ratio=0.1, schedule="linear")
+    ) as merging:
 
         def run(number):
             outputs = []
@@ -860,13 +963,17 @@ def foreign_forward(inner, x, *args, **kwargs):
     return inner(x, *args, **kwargs)
 
 
-@pytest.mark.parametrize("where", ["attn1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out", "attn1.to_out.0"])
+@pytest.mark.parametrize(
+    "where", ["attn1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out", "attn1.to_out.0"]
+)
 def test_a_layer_with_anothers_hook_in_its_attention_is_left_to_it(
     unet, small_settings, make_inputs, blocks_of, where, method
 ):
     inputs, calls = make_inputs(), []
     part = blocks_of(unet)[FIRST].get_submodule(where)
-    handle = part.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+    handle = part.register_forward_hook(
+        lambda module, args, output: calls.append((args[0], output))
+    )
     unet(*inputs)
     with tome.attach(unet, small_settings(method=method)) as merging:
         unet(*inputs)
@@ -879,7 +986,9 @@ def test_a_layer_with_anothers_hook_in_its_attention_is_left_to_it(
         assert {layer.name: layer for layer in merging.report().layers}[FIRST].merged_calls == 1
 
 
-def test_a_layer_with_anothers_forward_is_left_to_it(unet, small_settings, make_inputs, blocks_of, method):
+def test_a_layer_with_anothers_forward_is_left_to_it(
+    unet, small_settings, make_inputs, blocks_of, method
+):
     attention = blocks_of(unet)[FIRST].attn1
     attention.forward = functools.partial(foreign_forward, attention.forward)
     with tome.attach(unet, small_settings(method=method)) as merging:
@@ -897,7 +1006,10 @@ def test_a_forward_that_wraps_the_layers_own_is_named_by_its_own_module_until_it
     attention.forward = functools.wraps(before)(lambda *args, **kwargs: before(*args, **kwargs))
     with tome.attach(unet, small_settings()) as merging:
         unet(*make_inputs())
-        assert f"1 left out: left to {__name__}, which replaces its forward" in merging.report().summary
+        assert (
+            f"1 left out: left to {__name__}, which replaces its forward"
+            in merging.report().summary
+        )
         attention.forward = before
         unet(*make_inputs())
     assert {layer.name: layer for layer in merging.report().layers}[FIRST].merged_calls == 1
@@ -924,12 +1036,16 @@ def test_an_attention_that_gives_something_else_costs_no_picture(
     assert left == 3 * [None if is_whole else "its attention returned an unexpected shape"]
 
 
-def test_a_device_that_lacks_an_operation_costs_no_picture(unet, small_settings, make_inputs, monkeypatch, method):
+def test_a_device_that_lacks_an_operation_costs_no_picture(
+    unet, small_settings, make_inputs, monkeypatch, method
+):
     inputs = make_inputs()
     unmerged = unet(*inputs)
 
     def lacking(*args, **kwargs):
-        raise NotImplementedError("The operator 'aten::searchsorted.Tensor' is not implemented for this device.\nMore")
+        raise NotImplementedError(
+            "The operator 'aten::searchsorted.Tensor' is not implemented for this device.\nMore"
+        )
 
     with tome.attach(unet, small_settings(method=method)) as merging:
         monkeypatch.setattr(torch, "searchsorted", lacking)
@@ -970,7 +1086,9 @@ def test_a_compiled_model_makes_its_picture_and_the_reason_is_said(unet, whole, 
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+)
 def test_a_pass_without_gradients_leaves_the_next_one_its_own(make_unet, whole, make_inputs, mode):
     """What is kept of a grid must not be bound to the mode that it was first seen in."""
     unet, size = make_unet().requires_grad_(), (18, 14) if mode is torch.no_grad else (14, 18)
@@ -990,7 +1108,9 @@ def test_a_pass_in_autocast_is_merged_too(unet, whole, make_inputs):
     assert {layer.merged_tokens for layer in merging.report().merged_layers} == {128}
 
 
-def test_a_picture_of_few_steps_keeps_more_tokens_and_says_why_nothing_merged(unet, small_settings, make_inputs, watch):
+def test_a_picture_of_few_steps_keeps_more_tokens_and_says_why_nothing_merged(
+    unet, small_settings, make_inputs, watch
+):
     inputs = make_inputs()
     with tome.attach(unet, small_settings(ratio=0.75, full_steps=20)) as merging:
         # The last four of twenty are as long as all of twenty; four of four are not.

@@ -1,4 +1,5 @@
-"""The stand-in for WebUI: the order of a generation's callbacks, also where it fails, and which model each step has."""
+"""The stand-in for WebUI: the order of a generation's callbacks, also where it fails, and which
+model each step has."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from lab.demo.model import TinyModel
 from lab.host import Host
 
 BEFORE = ["setup", "before_process", "process"]
-BATCH = ["before_process_batch", "process_batch", "process_before_every_sampling", "denoiser", "denoiser"]
+BATCH = [
+    "before_process_batch",
+    "process_batch",
+    "process_before_every_sampling",
+    "denoiser",
+    "denoiser",
+]
 DECODED = ["post_sample", "postprocess_batch", "postprocess_batch_list"]
 AFTER = [*DECODED, "postprocess_image", "postprocess"]
 REQUEST = {"prompt": "cat", "steps": 2, "width": 16, "height": 16, "seed": 1}
@@ -34,13 +41,16 @@ def small_model(seed: int = 0, **shape: Any) -> TinyModel:
 def host() -> Iterator[Host]:
     """The host without an extension, with two checkpoints of one architecture and one of another."""
     shapes = {"base": {}, "twin": {"seed": 1}, "other": {"num_res_blocks": 2}}
-    with Host({name: functools.partial(small_model, **shape) for name, shape in shapes.items()}, []) as host:
+    with Host(
+        {name: functools.partial(small_model, **shape) for name, shape in shapes.items()}, []
+    ) as host:
         yield host
 
 
 @pytest.fixture
 def record(host: Host) -> Iterator[SimpleNamespace]:
-    """What scripts were called for, what each call of the denoiser saw, and what is to be done in which callback."""
+    """What scripts were called for, what each call of the denoiser saw, and what is to be done in
+    which callback."""
     from modules import script_callbacks, scripts, sd_models, shared
 
     shared.opts.reset()
@@ -52,13 +62,17 @@ def record(host: Host) -> Iterator[SimpleNamespace]:
             notes.actions[name](*args)
 
     def denoiser(params: Any) -> None:
-        notes.steps.append((params.denoiser.step, params.denoiser.total_steps, params.sampling_step))
+        notes.steps.append(
+            (params.denoiser.step, params.denoiser.total_steps, params.sampling_step)
+        )
         notes.sizes.append(tuple(params.x.shape[2:]))
         notes.models.append(sd_models.model_data.sd_model)
         note("denoiser", params)
 
     script = SimpleNamespace(filename="recorder.py", args_from=0, args_to=0)
-    vars(script).update({name: functools.partial(note, name) for name in {*BEFORE, *BATCH, *AFTER, "before_hr"}})
+    vars(script).update(
+        {name: functools.partial(note, name) for name in {*BEFORE, *BATCH, *AFTER, "before_hr"}}
+    )
     runners = scripts.scripts_txt2img, scripts.scripts_img2img
     for runner in runners:
         runner.alwayson_scripts.append(script)
@@ -107,10 +121,14 @@ def test_one_picture(generate, record):
 
 def test_batches(generate, record):
     processed = generate(n_iter=2, batch_size=2)
-    assert record.events == BEFORE + 2 * (BATCH + DECODED + 2 * ["postprocess_image"]) + ["postprocess"]
+    assert record.events == BEFORE + 2 * (BATCH + DECODED + 2 * ["postprocess_image"]) + [
+        "postprocess"
+    ]
     assert [text.split("Seed: ")[1][0] for text in processed.infotexts[1:]] == list("1234")
     alone = generate(seed=4)
-    assert largest_difference(alone.images[0], processed.images[4]) <= 1, "a picture is the same in any batch"
+    assert largest_difference(alone.images[0], processed.images[4]) <= 1, (
+        "a picture is the same in any batch"
+    )
 
 
 def test_hires_fix(generate, record):
@@ -125,7 +143,9 @@ def test_hires_fix(generate, record):
 
 
 def test_img2img_walks_the_schedules_end(generate, record):
-    generate("img2img", init_images=[Image.new("RGB", (16, 16), "red")], denoising_strength=0.5, steps=6)
+    generate(
+        "img2img", init_images=[Image.new("RGB", (16, 16), "red")], denoising_strength=0.5, steps=6
+    )
     assert record.steps == [(0, 4, 0), (1, 4, 0), (2, 4, 1), (3, 4, 2)]
 
 
@@ -139,7 +159,9 @@ def test_img2img_walks_the_schedules_end(generate, record):
         ("PLMS", 3, [(0, 3, 0), (1, 3, 0), (2, 3, 0), (3, 3, 1)]),
     ],
 )
-def test_the_denoiser_counts_evaluations_and_the_state_lags(generate, record, sampler_name, steps, expected):
+def test_the_denoiser_counts_evaluations_and_the_state_lags(
+    generate, record, sampler_name, steps, expected
+):
     generate(sampler_name=sampler_name, steps=steps)
     assert record.steps == expected
 
@@ -148,7 +170,9 @@ def test_the_denoiser_counts_evaluations_and_the_state_lags(generate, record, sa
 
 
 def test_a_scripts_exception_is_reported_and_the_picture_made(generate, record, capsys):
-    record.actions.update({name: fail for name in ("process", "process_batch", "denoiser", "postprocess")})
+    record.actions.update(
+        {name: fail for name in ("process", "process_batch", "denoiser", "postprocess")}
+    )
     assert generate().images
     assert record.events == BEFORE + BATCH + AFTER
     assert capsys.readouterr().err.count("ValueError: on purpose") == 5
@@ -169,7 +193,9 @@ def test_an_exception_in_sampling_ends_it_without_postprocess(host, generate, re
 def test_nans_end_it(host, generate, record):
     from modules import devices
 
-    handle = host.sd_model.model.diffusion_model.register_forward_hook(lambda m, a, out: out * float("nan"))
+    handle = host.sd_model.model.diffusion_model.register_forward_hook(
+        lambda m, a, out: out * float("nan")
+    )
     with pytest.raises(devices.NansException):
         generate()
     handle.remove()
@@ -185,7 +211,9 @@ def test_interrupted_and_skipped(generate, record):
     assert record.events == BEFORE + 2 * (BATCH[:4] + AFTER[:-1]) + ["postprocess"]
     generate(enable_hr=True)
     between = ["before_hr", "process_before_every_sampling"]
-    assert record.events == BEFORE + BATCH[:4] + between + AFTER, "the second pass begins, and ends at once"
+    assert record.events == BEFORE + BATCH[:4] + between + AFTER, (
+        "the second pass begins, and ends at once"
+    )
 
 
 def test_copies_of_p_share_its_dicts_and_have_no_setup(host, record):
@@ -210,11 +238,15 @@ def test_refiner_swaps_the_model_between_two_steps(host, generate, record):
     for refiner, same_module in [("twin", True), ("other", False)]:
         processed = generate(refiner_checkpoint=refiner, refiner_switch_at=0.5, steps=4, n_iter=2)
         first, *_, last = record.models
-        assert record.models == [first] * 2 + record.models[2:4] + [record.models[4]] * 2 + [last] * 2
+        assert (
+            record.models == [first] * 2 + record.models[2:4] + [record.models[4]] * 2 + [last] * 2
+        )
         assert (record.models[1] is record.models[2]) == same_module
         assert f"Refiner: {refiner}" in processed.infotexts[0]
         assert host.sd_model.sd_checkpoint_info.model_name == refiner
-    assert next(first.parameters()).device.type == "meta", "a replaced model of another shape is thrown away"
+    assert next(first.parameters()).device.type == "meta", (
+        "a replaced model of another shape is thrown away"
+    )
     shared.opts.sd_checkpoints_limit = 2
     generate(refiner_checkpoint="twin", refiner_switch_at=0.5, steps=4)
     base = record.models[0]

@@ -1,7 +1,8 @@
-"""Attention kernels, imitated on the CPU by their published rules: each merges, or its own words are the reason.
+"""Attention kernels, imitated on the CPU by their published rules: each merges, or its own words
+are the reason.
 
-Which head sizes a kernel takes, and what it rounds, is what its sources say: SageAttention's `core.py` and `qattn`,
-flash-attn's `flash_api.cpp`, PyTorch's `sdp_utils.cpp`.
+Which head sizes a kernel takes, and what it rounds, is what its sources say: SageAttention's
+`core.py` and `qattn`, flash-attn's `flash_api.cpp`, PyTorch's `sdp_utils.cpp`.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def in_int8(x: Tensor, block: int) -> Tensor:
     """Rounded to int8 with a scale for each block of tokens, and back."""
     groups = torch.arange(x.shape[-2]) // block
-    most = torch.stack([x[..., groups == group, :].abs().amax((-2, -1)) for group in groups.unique()], -1)
+    most = torch.stack(
+        [x[..., groups == group, :].abs().amax((-2, -1)) for group in groups.unique()], -1
+    )
     scale = (most / 127 + 1e-7)[..., groups, None]
     return (x / scale).round().clamp(-127, 127) * scale
 
 
 def sage_2(is_fp8: bool):
-    """SageAttention 2.x: heads padded to 64 or 128, queries and keys in int8, probabilities in fp8 or fp16."""
+    """SageAttention 2.x: heads padded to 64 or 128, queries and keys in int8, probabilities in fp8
+    or fp16."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         size = q.shape[-1]
@@ -79,7 +83,8 @@ KERNELS = {
     "SageAttention 2, fp8": sage_2(is_fp8=True),
 }
 ROUNDING = {"SageAttention 2, fp16": 0.06, "SageAttention 2, fp8": 0.12}
-"""Root mean square of the errors of those that round to int8, over that of the output; others round to half."""
+"""Root mean square of the errors of those that round to int8, over that of the output; others round
+to half."""
 
 
 class Attention(nn.Module):
@@ -118,7 +123,10 @@ class Block(nn.Module):
 def make(kernel, heads: int, size: int, dtype: torch.dtype) -> Block:
     torch.manual_seed(0)
     block = Block(Attention(heads, size, kernel), heads * size)
-    for projection in (block.transformer_blocks[0].attn1.to_q, block.transformer_blocks[0].attn1.to_k):
+    for projection in (
+        block.transformer_blocks[0].attn1.to_q,
+        block.transformer_blocks[0].attn1.to_k,
+    ):
         nn.init.normal_(projection.weight, std=1.5 * (heads * size) ** -0.5)
     return block.to(dtype).requires_grad_(False)
 
@@ -160,7 +168,10 @@ def test_what_a_kernel_can_compute_unmerged_it_merges(name, size, dtype):
 
 
 def test_a_kernel_that_takes_no_padded_heads_says_so_in_its_own_words():
-    block, x = make(taking(lambda size: size == 64), 2, 64, torch.float16), image(128, torch.float16)
+    block, x = (
+        make(taking(lambda size: size == 64), 2, 64, torch.float16),
+        image(128, torch.float16),
+    )
     unmerged = block(x)
     output, summary = merged(block, x)
     assert torch.equal(output, unmerged)
@@ -190,7 +201,10 @@ def test_another_kernel_behind_the_same_function_is_probed_anew():
 def test_after_a_pass_that_a_kernel_refused_it_is_probed_anew(monkeypatch):
     """Where nothing on the attention tells that another one runs."""
     kernels = [plain]
-    block, x = make(lambda *heads: kernels[-1](*heads), 2, 64, torch.float16), image(128, torch.float16)
+    block, x = (
+        make(lambda *heads: kernels[-1](*heads), 2, 64, torch.float16),
+        image(128, torch.float16),
+    )
     settings = tome.MergeSettings(ratio=0.75, schedule="constant", skip_unprofitable=False)
     with tome.attach(block, settings) as merging:
         block(x)
@@ -207,10 +221,18 @@ def test_after_a_pass_that_a_kernel_refused_it_is_probed_anew(monkeypatch):
 @pytest.mark.parametrize("reuse_steps", [1, 3])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "step"])
 @pytest.mark.parametrize("method", ["keys", "tokens", "paper"])
-def test_no_step_but_the_first_waits_for_the_device(make_unet, make_inputs, crossings, method, schedule, reuse_steps):
-    """On the meta device whatever reads a value raises, and a tensor from the CPU is seen on its way."""
+def test_no_step_but_the_first_waits_for_the_device(
+    make_unet, make_inputs, crossings, method, schedule, reuse_steps
+):
+    """On the meta device whatever reads a value raises, and a tensor from the CPU is seen on its
+    way."""
     settings = tome.MergeSettings(
-        ratio=0.8, late_ratio=0.3, schedule=schedule, method=method, reuse_steps=reuse_steps, skip_unprofitable=False
+        ratio=0.8,
+        late_ratio=0.3,
+        schedule=schedule,
+        method=method,
+        reuse_steps=reuse_steps,
+        skip_unprofitable=False,
     )
     unet, inputs = make_unet().to("meta"), [each.to("meta") for each in make_inputs((32, 24))]
     with crossings() as unmerged:  # ldm makes its timesteps' frequencies on the CPU.
@@ -228,7 +250,9 @@ def test_no_step_but_the_first_waits_for_the_device(make_unet, make_inputs, cros
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(hooks, "match"), (Weighted, "keys"), (TokenMap, "merge")], ids=lambda one: str(one)[-20:]
+    ("module", "name"),
+    [(hooks, "match"), (Weighted, "keys"), (TokenMap, "merge")],
+    ids=lambda one: str(one)[-20:],
 )
 def test_a_copy_anywhere_in_a_merged_call_is_seen(
     make_unet, make_inputs, crossings, monkeypatch, small_settings, module, name

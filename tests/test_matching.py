@@ -32,7 +32,8 @@ def groups(token_map):
 
 
 def window_of(token, grid, stride, window):
-    """The window of a token: as many whole cells as fit, spread evenly; what is outside a cell joins the last one."""
+    """The window of a token: as many whole cells as fit, spread evenly; what is outside a cell
+    joins the last one."""
     home = []
     for place, side, cell in zip(divmod(token, grid[1]), grid, stride, strict=True):
         cells = side // cell
@@ -49,7 +50,11 @@ def matched_one_by_one(x, src, dst, removed, home):
 
     def similarity(a, b):
         length = norms[a] * norms[b]
-        return sum(p * q for p, q in zip(points[a], points[b], strict=True)) / length if length else 0.0
+        return (
+            sum(p * q for p, q in zip(points[a], points[b], strict=True)) / length
+            if length
+            else 0.0
+        )
 
     pairs = []
     for a in src:
@@ -89,15 +94,23 @@ def test_the_most_similar_src_of_the_image_fall_into_the_best_dst_of_their_windo
     split = make_partition(grid, stride, partition, step, window, 1 if shared_draw else len(x))
     removed = min(tokens_removed(x.shape[1], ratio), split.most_removed)
     if window is None:
-        options = {"stride": stride, "partition": partition, "step": step, "shared_draw": shared_draw}
+        options = {
+            "stride": stride,
+            "partition": partition,
+            "step": step,
+            "shared_draw": shared_draw,
+        }
         token_map = tome.match_tokens(x, grid, ratio, window=None, **options)
     else:
-        # With a window the tokens that `match_tokens` leaves are rounded, and their similarities too.
+        # With a window the tokens that `match_tokens` leaves are rounded, and their similarities
+        # too.
         token_map = match(x, split, exact=True).token_map(removed)
     assert token_map.merged_tokens == x.shape[1] - removed
     cell = (1, 2) if partition == "alternating" else stride
     in_windows = None if partition == "uniform" else window
-    assert_matched(token_map, x, split, removed, lambda token: window_of(token, grid, cell, in_windows))
+    assert_matched(
+        token_map, x, split, removed, lambda token: window_of(token, grid, cell, in_windows)
+    )
 
 
 def test_what_match_tokens_uses_by_default_is_nearly_as_similar():
@@ -122,14 +135,19 @@ def test_what_match_tokens_uses_by_default_is_nearly_as_similar():
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.7])
-@pytest.mark.parametrize("bad", [[0], [1], [18, 27], [0, 2, 9]], ids=["dst", "src", "dst and src", "dst, dst and src"])
+@pytest.mark.parametrize(
+    "bad", [[0], [1], [18, 27], [0, 2, 9]], ids=["dst", "src", "dst and src", "dst, dst and src"]
+)
 def test_a_token_of_zero_norm_is_similar_to_none(bad, ratio, window):
-    """With corners on 8×8 the tokens 0, 2 and 18 are dst, 1, 9 and 27 src; all others are more similar than not."""
+    """With corners on 8×8 the tokens 0, 2 and 18 are dst, 1, 9 and 27 src; all others are more
+    similar than not."""
     grid, x, removed = (8, 8), tokens((8, 8)) + 1.5, int(64 * ratio)
     x[0, bad] = 0
     split = make_partition(grid, (2, 2), "corner", window=window)
     token_map = match(x, split, exact=True).token_map(removed)
-    assert_matched(token_map, x, split, removed, lambda token: window_of(token, grid, (2, 2), window))
+    assert_matched(
+        token_map, x, split, removed, lambda token: window_of(token, grid, (2, 2), window)
+    )
 
 
 @pytest.mark.parametrize("kind", [math.nan, math.inf, 0.0])
@@ -154,14 +172,18 @@ def test_a_tiny_token_is_no_more_similar_than_its_direction_says(dtype):
     split = make_partition((8, 8), (2, 2), "corner")
     result = match(x, split, exact=True)
     place = split.src[0].tolist().index(9)
-    assert result.least_similar(len(split.src[0]))[0].tolist().index(split.windows.src_place[place]) > 0
+    assert (
+        result.least_similar(len(split.src[0]))[0].tolist().index(split.windows.src_place[place])
+        > 0
+    )
     token_map = result.token_map(32)
     assert token_map.unmerge(token_map.merge(x)).isfinite().all()
 
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "powers"), [(torch.float16, (-3, 12)), (torch.bfloat16, (-60, 60)), (torch.float32, (-60, 60))]
+    ("dtype", "powers"),
+    [(torch.float16, (-3, 12)), (torch.bfloat16, (-60, 60)), (torch.float32, (-60, 60))],
 )
 def test_a_tokens_length_does_not_change_what_it_is_similar_to(dtype, powers, exact):
     """Powers of two scale without rounding, so the similarities are the very same."""
@@ -213,14 +235,18 @@ def test_a_picture_alone_has_the_map_that_it_has_in_a_batch(partition, window):
     x = tokens((13, 10), channels=16, batch=4)
     together = tome.match_tokens(x, (13, 10), 0.4, partition=partition, window=window, step=2)
     for item in range(4):
-        alone = tome.match_tokens(x[item : item + 1], (13, 10), 0.4, partition=partition, window=window, step=2)
+        alone = tome.match_tokens(
+            x[item : item + 1], (13, 10), 0.4, partition=partition, window=window, step=2
+        )
         assert alone.merged_tokens == together.merged_tokens
         assert torch.equal(alone.slots[0], together.slots[item])
 
 
 @pytest.mark.parametrize("shape", [(2, 63, 4), (64, 4), (2, 8, 8, 4)])
 def test_what_is_not_on_the_grid_is_refused_by_name(shape):
-    with pytest.raises(ValueError, match=r"^x must be \[B, 64, C\] on a grid of 8×8, got \[") as caught:
+    with pytest.raises(
+        ValueError, match=r"^x must be \[B, 64, C\] on a grid of 8×8, got \["
+    ) as caught:
         tome.match_tokens(torch.zeros(shape), (8, 8), 0.5)
     assert str(list(shape)) in str(caught.value)
 

@@ -63,7 +63,9 @@ def test_rows_count_on_over_the_calls_of_a_step():
         for half in (0, 1):
             tell(recorder, step, "a", number=4, items=2)
             tell(recorder, step, "b", number=2 * step + half if step == 1 else 0, items=2)
-    assert [the_map(recorder, row) for row in range(5)] == [(2, 2, "b", number) for number in (2, 2, 3, 3, 3)]
+    assert [the_map(recorder, row) for row in range(5)] == [
+        (2, 2, "b", number) for number in (2, 2, 3, 3, 3)
+    ]
 
 
 def test_a_layer_that_sees_another_grid_in_the_same_step_keeps_its_first():
@@ -80,7 +82,9 @@ def test_a_map_says_what_it_shows():
     assert str(recorder.maps([0])[0]) == "merge map of step 1, layer 1 (blocks.0, 3x2 tokens)"
 
 
-def test_attach_tells_of_every_merged_call_and_of_no_other(make_unet, make_inputs, small_settings, watch):
+def test_attach_tells_of_every_merged_call_and_of_no_other(
+    make_unet, make_inputs, small_settings, watch
+):
     import tomesd_core as tome
 
     unet, calls = make_unet(), []
@@ -89,7 +93,11 @@ def test_attach_tells_of_every_merged_call_and_of_no_other(make_unet, make_input
         calls.append((layer_name, step, grid, token_map.slots.shape, token_map.merged_tokens))
 
     settings = small_settings(ratio=0.6, late_ratio=0.0, schedule="step", switch_at=0.5)
-    with tome.attach(unet, settings, on_map=on_map) as merging, watch(unet) as inputs_of, torch.no_grad():
+    with (
+        tome.attach(unet, settings, on_map=on_map) as merging,
+        watch(unet) as inputs_of,
+        torch.no_grad(),
+    ):
         for step in range(3):
             merging.set_step(step, 3)
             unet(*make_inputs((16, 12)))
@@ -113,7 +121,11 @@ def slots_by_matching(grid, ratio=0.5, seed=0):
 def middle(image, grid, row, column):
     """The colour in the middle of a token."""
     (rows, columns), (height, width, _) = grid, image.shape
-    return tuple(image[(2 * row + 1) * height // (2 * rows), (2 * column + 1) * width // (2 * columns)].tolist())
+    return tuple(
+        image[
+            (2 * row + 1) * height // (2 * rows), (2 * column + 1) * width // (2 * columns)
+        ].tolist()
+    )
 
 
 def test_one_colour_a_slot_and_tokens_alone_plain():
@@ -122,7 +134,9 @@ def test_one_colour_a_slot_and_tokens_alone_plain():
     slots = torch.tensor([0, 1, 1, 2, 3, 2])
     image = draw(slots, GRID, plain(16, 24))
     assert image.dtype == torch.uint8 and image.shape == (16, 24, 3)
-    colours = {place: middle(image, GRID, *place) for place in [(r, c) for r in range(2) for c in range(3)]}
+    colours = {
+        place: middle(image, GRID, *place) for place in [(r, c) for r in range(2) for c in range(3)]
+    }
     assert colours[0, 0] == colours[1, 1] == (200, 200, 200)
     assert colours[0, 1] == colours[0, 2]
     assert colours[1, 0] == colours[1, 2]
@@ -131,7 +145,9 @@ def test_one_colour_a_slot_and_tokens_alone_plain():
 
 
 def test_nothing_merged_and_all_merged():
-    picture = torch.randint(0, 256, (16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = torch.randint(
+        0, 256, (16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(draw(torch.arange(6), GRID, picture), picture)
     image = draw(torch.zeros(6, dtype=torch.long), GRID, picture)
     assert (image != picture).any(dim=2).all()
@@ -139,7 +155,9 @@ def test_nothing_merged_and_all_merged():
 
 def test_the_picture_shows_through():
     slots = torch.zeros(6, dtype=torch.long)
-    dark, light = (middle(draw(slots, GRID, plain(16, 24, value)), GRID, 0, 0) for value in (20, 220))
+    dark, light = (
+        middle(draw(slots, GRID, plain(16, 24, value)), GRID, 0, 0) for value in (20, 220)
+    )
     assert all(one < other for one, other in zip(dark, light, strict=True))
 
 
@@ -154,7 +172,9 @@ def test_lines_part_different_slots_where_there_is_room():
     assert len({tuple(pixel) for pixel in small.flatten(0, 1).tolist()}) == 2, "too small for lines"
 
 
-@pytest.mark.parametrize(("grid", "size"), [((5, 7), (41, 58)), ((7, 3), (20, 64)), ((8, 8), (8, 8)), ((6, 6), (4, 5))])
+@pytest.mark.parametrize(
+    ("grid", "size"), [((5, 7), (41, 58)), ((7, 3), (20, 64)), ((8, 8), (8, 8)), ((6, 6), (4, 5))]
+)
 def test_every_pixel_has_the_colour_of_the_token_that_it_lies_in(grid, size):
     slots = slots_by_matching(grid)
     image, counts = draw(slots, grid, plain(*size)), slots.bincount()
@@ -171,7 +191,10 @@ def test_few_slots_that_touch_are_alike_in_hue(grid, ratio):
     rows, columns = grid
     slots = slots_by_matching(grid, ratio)
     image, counts = draw(slots, grid, plain(*grid, 128)), slots.bincount()
-    hue = [[colorsys.rgb_to_hsv(*(c / 255 for c in pixel))[0] for pixel in row] for row in image.tolist()]
+    hue = [
+        [colorsys.rgb_to_hsv(*(c / 255 for c in pixel))[0] for pixel in row]
+        for row in image.tolist()
+    ]
     laid = slots.view(grid).tolist()
     alike, pairs = 0, 0
     for r in range(rows - 1):
@@ -202,7 +225,11 @@ def test_torchs_default_dtype_and_device_change_nothing(dtype):
         (torch.arange(5), plain(4, 6), r"slots must be \[6\] for a 2x3 grid, got \[5\]"),
         (torch.arange(6).view(1, 6), plain(4, 6), r"slots must be \[6\]"),
         (torch.arange(6), plain(4, 6).float(), "picture must be uint8"),
-        (torch.arange(6), plain(4, 6)[..., 0], r"picture must be uint8 \[H, W, 3\], got torch.uint8 \[4, 6\]"),
+        (
+            torch.arange(6),
+            plain(4, 6)[..., 0],
+            r"picture must be uint8 \[H, W, 3\], got torch.uint8 \[4, 6\]",
+        ),
     ],
 )
 def test_other_shapes_are_refused(slots, picture, words):

@@ -61,7 +61,9 @@ def test_corner_takes_each_cells_first_token_in_every_step(grid, stride):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_alternating_takes_every_other_token_along_the_row_whatever_the_stride(grid):
     rows, columns = grid
-    expected = [row * columns + column for row in range(rows) for column in range(0, columns - 1, 2)]
+    expected = [
+        row * columns + column for row in range(rows) for column in range(0, columns - 1, 2)
+    ]
     for stride in STRIDES:
         assert dst_of(grid, stride, "alternating").tolist() == [expected]
 
@@ -102,7 +104,9 @@ def test_the_draw_is_uniform_over_a_cell(stride):
     cells, size = cells_of((48, 48), stride), stride[0] * stride[1]
     counts = [0] * size
     for step in range(30):
-        for token, cell in zip(dst_of((48, 48), stride, "random", step)[0].tolist(), cells, strict=True):
+        for token, cell in zip(
+            dst_of((48, 48), stride, "random", step)[0].tolist(), cells, strict=True
+        ):
             counts[cell.index(token)] += 1
     expected = 30 * len(cells) / size
     assert all(0.95 * expected < count < 1.05 * expected for count in counts)
@@ -111,10 +115,14 @@ def test_the_draw_is_uniform_over_a_cell(stride):
 def test_draws_of_neighbouring_steps_items_and_cells_are_independent():
     """Independent draws from 4 tokens agree in a quarter of the cells."""
     corner = dst_of((64, 64), (2, 2), "corner")
-    place = torch.stack([dst_of((64, 64), (2, 2), "random", step, items=2) - corner for step in range(20)])
+    place = torch.stack(
+        [dst_of((64, 64), (2, 2), "random", step, items=2) - corner for step in range(20)]
+    )
     assert (place[1:] == place[:-1]).float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert (place[:, 0] == place[:, 1]).float().mean().item() == pytest.approx(0.25, abs=0.015)
-    assert (place[..., 1:] == place[..., :-1]).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert (place[..., 1:] == place[..., :-1]).float().mean().item() == pytest.approx(
+        0.25, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("partition", ["random", "uniform"])

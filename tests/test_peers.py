@@ -23,7 +23,9 @@ def tokens_of(unet, name, ratio, size=(128, 128)):
         for layer in peers.merged_layers(unet):
             attn1 = layer.block.attn1
             for projection in (attn1.to_q, attn1.to_k):
-                projection.register_forward_hook(lambda _, args, output: counts.append(output.shape[1]))
+                projection.register_forward_hook(
+                    lambda _, args, output: counts.append(output.shape[1])
+                )
         step()
     return counts
 
@@ -39,7 +41,9 @@ def test_toma_keeps_the_same_share_of_every_tile(tiny):
 
 
 def test_each_of_tomas_destinations_covers_more_than_any_other_token_would():
-    unit = torch.nn.functional.normalize(torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    unit = torch.nn.functional.normalize(
+        torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     similarity = unit @ unit.T
     chosen = peers.facility_locations(similarity, 3).tolist()
     for place, one in enumerate(chosen):
@@ -68,7 +72,11 @@ def test_ca_tome_matches_in_its_own_steps_alone(tiny, monkeypatch):
     merge = peers._ca_tome_patch().merge
     usual = merge.torch.Tensor.argsort
     with PUT_ON[CA_TOME](tiny, -1.0) as running:
-        monkeypatch.setattr(merge.torch.Tensor, "argsort", lambda *args, **kw: matched.append(1) or usual(*args, **kw))
+        monkeypatch.setattr(
+            merge.torch.Tensor,
+            "argsort",
+            lambda *args, **kw: matched.append(1) or usual(*args, **kw),
+        )
         counts = []
         for number in range(10):
             matched.clear()

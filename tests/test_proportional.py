@@ -9,7 +9,14 @@ from torch import nn
 
 import tomesd_core as tome
 from tomesd_core import proportional
-from tomesd_core.proportional import BIAS_CHANNELS, WIDTH, Heads, Projections, has_projections, probe_heads
+from tomesd_core.proportional import (
+    BIAS_CHANNELS,
+    WIDTH,
+    Heads,
+    Projections,
+    has_projections,
+    probe_heads,
+)
 from tomesd_core.settings import MergeSettings
 
 GRID = (8, 8)
@@ -46,7 +53,9 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         size = x.shape[-1] // self.heads if self.kind == "by input" else q.shape[-1] // self.heads
-        q, k, v = (each.view(each.shape[0], -1, self.heads, size).transpose(1, 2) for each in (q, k, v))
+        q, k, v = (
+            each.view(each.shape[0], -1, self.heads, size).transpose(1, 2) for each in (q, k, v)
+        )
         out = plain_softmax(q, k, v, self.scale if self.kind == "own scale" else size**-0.5)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
@@ -78,9 +87,11 @@ class Block(nn.Module):
 def make(kind, heads=2, size=8, dtype=torch.float32, cls=Attention):
     torch.manual_seed(0)
     # An implementation of its own, which is probed anew.
-    attention = type("Attention", (cls,), {"forward": lambda self, *args, **named: cls.forward(self, *args, **named)})(
-        kind, heads, size
-    )
+    attention = type(
+        "Attention",
+        (cls,),
+        {"forward": lambda self, *args, **named: cls.forward(self, *args, **named)},
+    )(kind, heads, size)
     for projection in (attention.to_q, attention.to_k):
         nn.init.normal_(projection.weight, std=1.5 * (heads * size) ** -0.5)
     return Block(attention, heads * size).to(dtype).requires_grad_(False)
@@ -96,13 +107,20 @@ def image(channels, dtype=torch.float32, cells=False, batch=2):
 
 def settings(method, ratio=0.75, **values):
     return MergeSettings(
-        ratio=ratio, schedule="constant", method=method, window=None, skip_unprofitable=False, **values
+        ratio=ratio,
+        schedule="constant",
+        method=method,
+        window=None,
+        skip_unprofitable=False,
+        **values,
     )
 
 
 def run(block, x, how):
     maps = []
-    with tome.attach(block, how, on_map=lambda name, step, grid, token_map: maps.append(token_map)) as merging:
+    with tome.attach(
+        block, how, on_map=lambda name, step, grid, token_map: maps.append(token_map)
+    ) as merging:
         out = block(x)
     assert merging.report().layers[0].merged_calls == 1, merging.report()
     return out, maps[0]
@@ -113,7 +131,11 @@ def reference(block, x, token_map, method):
     inner = block.transformer_blocks[0]
     attention, y = inner.attn1.double(), inner.norm1.double()(x.double().flatten(2).transpose(1, 2))
     merged = token_map.merge(y)
-    q, k, v = attention.to_q(y if method == "keys" else merged), attention.to_k(merged), attention.to_v(merged)
+    q, k, v = (
+        attention.to_q(y if method == "keys" else merged),
+        attention.to_k(merged),
+        attention.to_v(merged),
+    )
     heads = attention.heads
     q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
     similarity = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -131,7 +153,9 @@ KINDS = "own scale", "by heads", "by input"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("heads", "size"), [(8, 40), (1, 64), (10, 64), (5, 80), (2, 160), (3, 7), (2, 4)])
+@pytest.mark.parametrize(
+    ("heads", "size"), [(8, 40), (1, 64), (10, 64), (5, 80), (2, 160), (3, 7), (2, 4)]
+)
 @pytest.mark.parametrize("method", ["keys", "tokens"])
 def test_where_all_tokens_of_a_slot_are_equal_merging_changes_nothing(kind, heads, size, method):
     block, x = make(kind, heads, size), image(heads * size, cells=True)
@@ -175,7 +199,9 @@ def test_the_scale_is_read_off_the_attention(kind, dtype, size):
         yield
         running.pop()
 
-    handles = list(Projections(attention, lambda: running[-1] if running else None, None).register())
+    handles = list(
+        Projections(attention, lambda: running[-1] if running else None, None).register()
+    )
     heads = probe_heads(attention, torch.zeros(2, 64, 2 * size, dtype=dtype), run_as, {})
     for handle in handles:
         handle.remove()

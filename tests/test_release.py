@@ -38,7 +38,9 @@ def archived():
 
 
 def test_it_holds_all_that_is_run_or_read(archived):
-    tracked = subprocess.run(["git", "ls-files", *RUN_OR_READ], cwd=ROOT, capture_output=True, check=True, timeout=60)
+    tracked = subprocess.run(
+        ["git", "ls-files", *RUN_OR_READ], cwd=ROOT, capture_output=True, check=True, timeout=60
+    )
     needed = set(tracked.stdout.decode().split("\n")) - {"", "docs/index-entry.json"}
     assert len(needed) > 40
     assert needed - archived == set()
@@ -46,4 +48,10 @@ def test_it_holds_all_that_is_run_or_read(archived):
 
 
 def test_it_holds_no_laboratory(archived):
-    assert {name.split("/")[0] for name in archived} & {"lab", "tests", ".ci", ".github", "noxfile.py"} == set()
+    assert {name.split("/")[0] for name in archived} & {
+        "lab",
+        "tests",
+        ".ci",
+        ".github",
+        "noxfile.py",
+    } == set()

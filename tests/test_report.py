@@ -2,7 +2,15 @@ import tomesd_core as tome
 from tomesd_core.report import LayerReport, Report
 
 
-def layer(name="input_blocks.1.1", level=1, tokens=0, merged_tokens=0, calls=0, merged_calls=0, reason=None):
+def layer(
+    name="input_blocks.1.1",
+    level=1,
+    tokens=0,
+    merged_tokens=0,
+    calls=0,
+    merged_calls=0,
+    reason=None,
+):
     return LayerReport(name, level, tokens, merged_tokens, calls, merged_calls, reason)
 
 
@@ -15,46 +23,69 @@ def test_the_summary_names_layers_tokens_and_steps():
     ]
     report = Report(layers, 20, 15, 0.5, ["no attention at level 8"])
     assert report.merged_layers == layers[:3]
-    parts = "3 of 4 self-attention layers", "4096 → 2048 tokens", "1024 → 512 tokens", "15 of 20 steps"
+    parts = (
+        "3 of 4 self-attention layers",
+        "4096 → 2048 tokens",
+        "1024 → 512 tokens",
+        "15 of 20 steps",
+    )
     assert all(part in report.summary for part in (*parts, "no attention at level 8"))
     assert "\n" not in report.summary
 
 
 def test_on_is_never_silently_nothing():
     reasons = "level 2 is above max downsample 1", "64 tokens are under min tokens 100"
-    report = Report([layer(calls=1, reason=reasons[0]), layer(calls=1, reason=reasons[1])], 1, 0, 0.5, [])
+    report = Report(
+        [layer(calls=1, reason=reasons[0]), layer(calls=1, reason=reasons[1])], 1, 0, 0.5, []
+    )
     assert "nothing merged" in report.summary
     assert all(reason in report.summary for reason in reasons)
     assert "this model has no layers" in Report([], 1, 0, 0.5, ["this model has no layers"]).summary
 
 
 def test_layers_reason_for_another_extension_are_in_the_summary_beside_merged_ones():
-    layers = [layer("a", 2, 512, 256, 2, 2), layer("b", 1, 0, 0, 2, 0, "tiled"), layer("c", 1, 0, 0, 2, 0, "tiled")]
+    layers = [
+        layer("a", 2, 512, 256, 2, 2),
+        layer("b", 1, 0, 0, 2, 0, "tiled"),
+        layer("c", 1, 0, 0, 2, 0, "tiled"),
+    ]
     layers.append(layer("d", 4, 0, 0, 2, 0, "level 4 is above max downsample 2"))
     for tiled in layers[1:3]:
         tiled.conflict = "tiled"
     summary = Report(layers, 2, 2, 0.5, []).summary
-    assert summary == "1 of 4 self-attention layers, 512 → 256 tokens, 2 of 2 steps; 2 left out: tiled"
+    assert (
+        summary == "1 of 4 self-attention layers, 512 → 256 tokens, 2 of 2 steps; 2 left out: tiled"
+    )
 
 
 def test_a_failure_is_the_reason_before_all_others():
-    layers = [layer("a", calls=1, reason="merging failed: x"), layer("b", 2, calls=1, reason="level 2 is above 1")]
+    layers = [
+        layer("a", calls=1, reason="merging failed: x"),
+        layer("b", 2, calls=1, reason="level 2 is above 1"),
+    ]
     assert Report(layers, 1, 0, 0.5, ["no attention at level 1"], "merging failed: x").summary == (
         "nothing merged: merging failed: x"
     )
     merged = layer("a", 1, 64, 32, 2, 1)
     merged.count_whole("merging failed: x")
-    assert Report([merged], 2, 1, 0.5, [], "merging failed: x").summary.count("merging failed: x") == 1
+    assert (
+        Report([merged], 2, 1, 0.5, [], "merging failed: x").summary.count("merging failed: x") == 1
+    )
 
 
 def test_a_note_does_not_hide_why_nothing_was_merged():
-    summary = Report([layer(calls=1, reason="too small")], 1, 0, 0.5, ["no attention at level 1"]).summary
+    summary = Report(
+        [layer(calls=1, reason="too small")], 1, 0, 0.5, ["no attention at level 1"]
+    ).summary
     assert summary == "nothing merged: too small; no attention at level 1"
 
 
 def test_the_whole_report_names_every_layer_and_why_it_was_reason():
     why = "level 8 is above max downsample 1"
-    layers = [layer("input_blocks.1.1", 1, 4096, 2048, 20, 15), layer("middle_block.1", 8, 64, 0, 20, 0, why)]
+    layers = [
+        layer("input_blocks.1.1", 1, 4096, 2048, 20, 15),
+        layer("middle_block.1", 8, 64, 0, 20, 0, why),
+    ]
     text = str(Report(layers, 20, 15, 0.5, []))
     first, second = (line for line in text.splitlines() if line.startswith(" "))
     assert all(part in first for part in ("input_blocks.1.1 (level 1)", "4096 → 2048", "15 of 20"))
@@ -86,6 +117,7 @@ def test_a_report_says_tokens_before_and_after(make_unet, make_inputs, small_set
         unet(*make_inputs((16, 12)))
         unet(*make_inputs((16, 12)))
     sizes = {
-        (each.level, each.tokens, each.merged_tokens, each.calls, each.merged_calls) for each in merging.report().layers
+        (each.level, each.tokens, each.merged_tokens, each.calls, each.merged_calls)
+        for each in merging.report().layers
     }
     assert sizes == {(1, 192, 192 - 57, 2, 2), (2, 48, 48 - 14, 2, 2)}

@@ -22,7 +22,10 @@ def error_of(**values):
         ({"ratio": 0.95}, "ratio must lie in [0, 0.9375], got 0.95"),
         ({"ratio": 1.5, "method": "paper"}, "ratio must lie in [0, 0.9375], got 1.5"),
         ({"ratio": 0.9, "stride": (2, 2)}, "ratio must lie in [0, 0.75] for a 2×2 stride, got 0.9"),
-        ({"ratio": 0.7, "stride": (1, 3)}, "ratio must lie in [0, 0.666667] for a 1×3 stride, got 0.7"),
+        (
+            {"ratio": 0.7, "stride": (1, 3)},
+            "ratio must lie in [0, 0.666667] for a 1×3 stride, got 0.7",
+        ),
         (
             {"ratio": 0.6, "partition": "alternating"},
             "ratio must lie in [0, 0.5] for the alternating partition, got 0.6",
@@ -53,7 +56,9 @@ def of_kind(*kinds):
     return [name for name, setting in FIELDS.items() if setting.kind in kinds]
 
 
-@pytest.mark.parametrize("name", [name for name in of_kind("number", "integer") if not FIELDS[name].optional])
+@pytest.mark.parametrize(
+    "name", [name for name in of_kind("number", "integer") if not FIELDS[name].optional]
+)
 @pytest.mark.parametrize("value", NOT_A_NUMBER, ids=repr)
 def test_what_is_no_number_is_refused_with_name_value_and_range(name, value):
     if (name, value) == ("late_ratio", None):
@@ -73,7 +78,9 @@ def test_a_range_holds_its_ends_and_nothing_beside_them(name):
 
 
 @pytest.mark.parametrize("name", of_kind("choice"))
-@pytest.mark.parametrize("value", [math.nan, None, True, False, "", "nothing", "3", [], {}, 1j], ids=repr)
+@pytest.mark.parametrize(
+    "value", [math.nan, None, True, False, "", "nothing", "3", [], {}, 1j], ids=repr
+)
 def test_what_is_no_choice_is_refused_with_name_value_and_choices(name, value):
     if (name, value) == ("schedule", None):
         pytest.skip("the schedule beside the late ratio")
@@ -117,7 +124,10 @@ def test_integral_floats_are_integers_and_integers_are_numbers():
     floats = {"min_tokens": 256.0, "max_downsample": 2.0, "stride": [2.0, 3.0], "window": 16.0}
     settings = tome.MergeSettings(ratio=0.5, switch_at=1, **floats)
     assert settings == tome.MergeSettings(ratio=0.5, switch_at=1.0, **values)
-    assert all(type(value) is int for value in (settings.min_tokens, settings.max_downsample, settings.window))
+    assert all(
+        type(value) is int
+        for value in (settings.min_tokens, settings.max_downsample, settings.window)
+    )
     assert all(type(side) is int for side in settings.stride)
     assert type(settings.switch_at) is float
 
@@ -142,18 +152,27 @@ def test_no_window_is_the_whole_image():
 )
 def test_the_highest_ratio_is_the_share_of_sources(stride, partition, highest):
     assert max_ratio(stride, partition) == highest
-    settings = tome.MergeSettings(ratio=highest, late_ratio=highest, stride=stride, partition=partition)
+    settings = tome.MergeSettings(
+        ratio=highest, late_ratio=highest, stride=stride, partition=partition
+    )
     assert (settings.ratio, settings.late_ratio) == (highest, highest)
     with pytest.raises(tome.SettingsError, match=r"^ratio must lie in"):
         tome.MergeSettings(ratio=highest + 1e-6, stride=stride, partition=partition)
     with pytest.raises(tome.SettingsError, match=r"^late_ratio must lie in"):
         tome.MergeSettings(
-            ratio=highest, late_ratio=highest + 1e-6, schedule="linear", stride=stride, partition=partition
+            ratio=highest,
+            late_ratio=highest + 1e-6,
+            schedule="linear",
+            stride=stride,
+            partition=partition,
         )
 
 
 def test_a_late_ratio_that_is_never_reached_may_be_any():
-    assert tome.MergeSettings(ratio=0, late_ratio=0.2, schedule="constant", stride=(1, 1)).late_ratio == 0.2
+    assert (
+        tome.MergeSettings(ratio=0, late_ratio=0.2, schedule="constant", stride=(1, 1)).late_ratio
+        == 0.2
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,12 +201,16 @@ def test_no_part_of_the_ratio_sliders_gives_an_error(method, schedule):
         steps = round((setting.maximum - setting.minimum) / setting.step)
         assert setting.minimum + steps * setting.step == setting.maximum
         for step in range(steps + 1):
-            settings = tome.MergeSettings(**{name: step * setting.step, "method": method, "schedule": schedule})
+            settings = tome.MergeSettings(
+                **{name: step * setting.step, "method": method, "schedule": schedule}
+            )
             assert getattr(settings, name) == step * setting.step
 
 
 def test_the_paper_draws_anew_and_the_others_keep_their_draw_unless_it_is_said():
-    assert [tome.MergeSettings(method=method).draws_anew for method in ("keys", "tokens", "paper")] == [0, 0, 1]
+    assert [
+        tome.MergeSettings(method=method).draws_anew for method in ("keys", "tokens", "paper")
+    ] == [0, 0, 1]
     assert tome.MergeSettings(method="keys", redraw=True).draws_anew
     assert not tome.MergeSettings(method="paper", redraw=False).draws_anew
 
@@ -199,7 +222,9 @@ def test_the_field_list_has_every_field_in_order():
 
 def test_the_defaults_are_the_fields_own_and_valid():
     settings = tome.MergeSettings()
-    assert {name: getattr(settings, name) for name in FIELDS} == {name: field.default for name, field in FIELDS.items()}
+    assert {name: getattr(settings, name) for name in FIELDS} == {
+        name: field.default for name, field in FIELDS.items()
+    }
 
 
 def test_settings_do_not_change():
@@ -207,7 +232,9 @@ def test_settings_do_not_change():
         tome.MergeSettings().ratio = 0.1
 
 
-@pytest.mark.parametrize(("steps", "ratio"), [(None, 0.85), (150, 0.85), (20, 0.85), (10, 0.762), (4, 0.561), (1, 0.0)])
+@pytest.mark.parametrize(
+    ("steps", "ratio"), [(None, 0.85), (150, 0.85), (20, 0.85), (10, 0.762), (4, 0.561), (1, 0.0)]
+)
 def test_pictures_of_few_steps_keep_more_tokens(steps, ratio):
     settings = tome.MergeSettings(ratio=0.85, late_ratio=0.6, schedule="linear").in_steps(steps)
     assert settings.ratio == pytest.approx(ratio, abs=1e-3)

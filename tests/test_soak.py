@@ -47,18 +47,31 @@ def unet_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
 
 def test_nothing_is_lost_and_wrong_requests_are_refused(last_lines: Callable) -> None:
     status, lines = last_lines()
-    assert list(lines) == ["generations", "pictures lost", "unclean", "refused rightly", "memory growth"]
+    assert list(lines) == [
+        "generations",
+        "pictures lost",
+        "unclean",
+        "refused rightly",
+        "memory growth",
+    ]
     assert (lines["generations"].split(",")[0], lines["pictures lost"]) == ("13", "0")
-    compared, (refused, wrong) = lines["unclean"].split(" ")[2], lines["refused rightly"].split(" of ")
+    compared, (refused, wrong) = (
+        lines["unclean"].split(" ")[2],
+        lines["refused rightly"].split(" of "),
+    )
     assert lines["unclean"].startswith("0 of ") and int(compared) >= 2 and refused == wrong != "0"
     assert "MB)" in lines["memory growth"] and status == 0
 
 
-def test_an_unmerged_picture_that_changes_is_noticed(last_lines: Callable, unet_forward: Callable) -> None:
+def test_an_unmerged_picture_that_changes_is_noticed(
+    last_lines: Callable, unet_forward: Callable
+) -> None:
     runs = []
     unet_forward(lambda out: out * (1 if runs.append(1) or len(runs) < 20 else 0.9))
     status, lines = last_lines()
-    assert status == 1 and not lines["unclean"].startswith("0 of ") and lines["pictures lost"] == "0"
+    assert (
+        status == 1 and not lines["unclean"].startswith("0 of ") and lines["pictures lost"] == "0"
+    )
 
 
 def test_a_picture_that_fails_is_lost(last_lines: Callable, unet_forward: Callable) -> None:
@@ -77,7 +90,9 @@ def test_a_wrong_request_that_merges_is_not_refused() -> None:
         ("ToMe error: ratio", "made", "lost"),
     ):
         answer = soak.Answer([picture], infotext)
-        assert soak._problem(soak.Request(body, outcome=outcome), answer).partition(":")[0] == problem
+        assert (
+            soak._problem(soak.Request(body, outcome=outcome), answer).partition(":")[0] == problem
+        )
 
 
 @pytest.mark.parametrize(("side", "problem"), [(81, ""), (128, ""), (160, "lost")])
@@ -100,9 +115,13 @@ def test_what_is_drawn_is_a_seeds_own_and_has_every_kind() -> None:
     assert some[0] is some[10] is some[290]
     assert 50 < sum(request.outcome != "made" for request in some) < 100
     assert {request.ends_by for request in some} == {None, "interrupt", "skip"}
-    assert any("enable_hr" in request.body for request in some) and {"img2img"} < {one.tab for one in some}
+    assert any("enable_hr" in request.body for request in some) and {"img2img"} < {
+        one.tab for one in some
+    }
     arguments = [request.body[soak.SCRIPTS].get("ToMe", {}).get("args", []) for request in some]
-    assert {name for args in arguments for name in (args or [{}])[0:1] if isinstance(name, bool)} == {True, False}
+    assert {
+        name for args in arguments for name in (args or [{}])[0:1] if isinstance(name, bool)
+    } == {True, False}
     named = {name for args in arguments for arg in args if isinstance(arg, dict) for name in arg}
     assert {"preset", *soak.SETTINGS} < named
 

@@ -11,7 +11,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(params=["bags", "scan"], autouse=True)
 def way(request, monkeypatch):
-    """Every law holds for both ways to take the mean: `embedding_bag`, and the fallback for devices without it."""
+    """Every law holds for both ways to take the mean: `embedding_bag`, and the fallback for devices
+    without it."""
     if request.param == "scan":
         monkeypatch.setattr(module, "BAG_DEVICES", frozenset())
     return request.param
@@ -21,9 +22,9 @@ def random_map(tokens=63, merged=20, items=2, seed=0):
     """A map in which every slot has at least one token."""
     generator = torch.Generator().manual_seed(seed)
     slots = [
-        torch.cat([torch.arange(merged), torch.randint(merged, (tokens - merged,), generator=generator)])[
-            torch.randperm(tokens, generator=generator)
-        ]
+        torch.cat(
+            [torch.arange(merged), torch.randint(merged, (tokens - merged,), generator=generator)]
+        )[torch.randperm(tokens, generator=generator)]
         for _ in range(items)
     ]
     return tome.TokenMap(torch.stack(slots), merged)
@@ -37,7 +38,9 @@ def exact_means(token_map, x):
     """The mean over each slot in float64, slot by slot."""
     return torch.stack(
         [
-            torch.stack([item[slots == slot].double().mean(0) for slot in range(token_map.merged_tokens)])
+            torch.stack(
+                [item[slots == slot].double().mean(0) for slot in range(token_map.merged_tokens)]
+            )
             for item, slots in zip(x, token_map.slots, strict=True)
         ]
     )
@@ -63,7 +66,9 @@ def test_a_large_slot_loses_no_precision(dtype):
     assert token_map.merge(torch.full((1, 4096, 3), 100.0, dtype=dtype)).tolist() == [[[100.0] * 3]]
     x = (1 + noise(1, 4096, 8) / 4).to(dtype)
     exact = x.double().mean(1, keepdim=True)
-    torch.testing.assert_close(token_map.merge(x).double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=0)
+    torch.testing.assert_close(
+        token_map.merge(x).double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3, 320])
@@ -130,8 +135,15 @@ def test_the_gradient_comes_in_the_dtype_of_the_tokens(dtype):
 
 def test_a_map_serves_any_tensor_on_its_grid():
     token_map = random_map()
-    for x in (noise(2, 63, 1), noise(2, 63, 6), noise(2, 6, 63).transpose(1, 2), noise(2, 63, 12)[..., ::2].half()):
-        torch.testing.assert_close(token_map.merge(x).double(), exact_means(token_map, x), rtol=1e-3, atol=1e-3)
+    for x in (
+        noise(2, 63, 1),
+        noise(2, 63, 6),
+        noise(2, 6, 63).transpose(1, 2),
+        noise(2, 63, 12)[..., ::2].half(),
+    ):
+        torch.testing.assert_close(
+            token_map.merge(x).double(), exact_means(token_map, x), rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("shape", [(2, 62, 4), (3, 63, 4), (63, 4), (2, 63, 4, 1)])

@@ -11,7 +11,9 @@ def levels_of(unet):
     return {layer.name: layer.level for layer in find_layers(unet)}
 
 
-@pytest.mark.parametrize("options", [{}, {"resblock_updown": True}, {"use_linear_in_transformer": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"resblock_updown": True}, {"use_linear_in_transformer": True}], ids=str
+)
 def test_every_self_attention_layer_is_found_with_the_level_of_the_structure(make_unet, options):
     assert levels_of(make_unet(**SD1, **options)) == {
         "input_blocks.1.1.transformer_blocks.0": 1,
@@ -63,7 +65,10 @@ def test_layers_are_found_by_structure_whatever_the_classes(make_unet):
             super().__init__()
             self.stage = Stage()
 
-    assert levels_of(Model()) == {"stage.transformer_blocks.0": None, "stage.transformer_blocks.1": None}
+    assert levels_of(Model()) == {
+        "stage.transformer_blocks.0": None,
+        "stage.transformer_blocks.1": None,
+    }
     assert levels_of(Stage()) == {"transformer_blocks.0": None, "transformer_blocks.1": None}
 
 
@@ -93,7 +98,9 @@ def test_the_unet_is_found_in_a_model_or_is_the_model(make_unet):
     ids=["none", "text", "object", "model of none"],
 )
 def test_what_holds_no_unet_is_refused_with_its_type(model):
-    with pytest.raises(TypeError, match=rf"model must be a UNet module or .*, got {type(model).__name__}$"):
+    with pytest.raises(
+        TypeError, match=rf"model must be a UNet module or .*, got {type(model).__name__}$"
+    ):
         find_unet(model)
 
 
@@ -105,7 +112,8 @@ def test_a_diffusers_model_without_a_unet_is_refused(base):
 
 
 def test_the_measured_level_is_the_structures_for_every_size_that_halves_upwards():
-    """From 64 pixels to 1024, a side at a time and both. Without the structure, tiny sizes can't be told apart."""
+    """From 64 pixels to 1024, a side at a time and both. Without the structure, tiny sizes can't be
+    told apart."""
     for rows in range(8, 129):
         for columns in {8, 9, rows, 64, 75, 128}:
             grid = rows, columns
@@ -118,7 +126,12 @@ def test_the_measured_level_is_the_structures_for_every_size_that_halves_upwards
 
 @pytest.mark.parametrize(
     ("latent", "grid", "level"),
-    [((64, 64), (16, 16), 4), ((65, 33), (32, 16), 2), ((64, 64), (40, 40), 2), ((64, 64), (128, 128), 1)],
+    [
+        ((64, 64), (16, 16), 4),
+        ((65, 33), (32, 16), 2),
+        ((64, 64), (40, 40), 2),
+        ((64, 64), (128, 128), 1),
+    ],
 )
 def test_the_measured_level_of_a_size_that_does_not_halve_is_the_nearest(latent, grid, level):
     """Average pooling rounds down, and what resizes inside the UNet keeps to no power of two."""

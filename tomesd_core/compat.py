@@ -24,12 +24,14 @@ def apply_patch(
 ) -> Model:
     """Merges tokens in `model` with `tomesd`'s names, defaults and token counts; returns the model.
 
-    `sx` and `sy` are the columns and rows of a cell. As in `tomesd` the whole image is searched and a ratio above
-    1 - 1/(sx·sy) is capped, here with a warning. What differs: the random choice is a function of the step, not of a
-    generator, and stays on for odd batches; a step is a UNet pass; a model without attention at `max_downsample` (SDXL
-    at 1) merges at its finest level; no class is swapped.
+    `sx` and `sy` are the columns and rows of a cell. As in `tomesd` the whole image is searched and
+    a ratio above 1 - 1/(sx·sy) is capped, here with a warning. What differs: the random choice is a
+    function of the step, not of a generator, and stays on for odd batches; a step is a UNet pass; a
+    model without attention at `max_downsample` (SDXL at 1) merges at its finest level; no class is
+    swapped.
 
-    Raises `SettingsError` (a `ValueError`) for `merge_crossattn` and `merge_mlp`, `TypeError` for what has no UNet.
+    Raises `SettingsError` (a `ValueError`) for `merge_crossattn` and `merge_mlp`, `TypeError` for
+    what has no UNet.
     """
     for name, value in (("merge_crossattn", merge_crossattn), ("merge_mlp", merge_mlp)):
         if value:
@@ -44,7 +46,8 @@ def apply_patch(
     highest = max_ratio((sy, sx), partition)
     if ratio > highest:
         warnings.warn(
-            f"ratio {ratio:g} is capped to {highest:g}, the most that a {sy}×{sx} stride allows", stacklevel=2
+            f"ratio {ratio:g} is capped to {highest:g}, the most that a {sy}×{sx} stride allows",
+            stacklevel=2,
         )
         ratio = highest
     attach(

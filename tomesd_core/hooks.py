@@ -1,4 +1,5 @@
-"""Merging on a UNet, by forward hooks on its modules alone: `attach`, and the handle that it returns."""
+"""Merging on a UNet, by forward hooks on its modules alone: `attach`, and the handle that it
+returns."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ LeaveOut = Callable[[nn.Module], "str | None"]
 OnMap = Callable[[str, int, Grid, TokenMap], None]
 
 KEPT_TOKENS = 2**22
-"""Matchings are kept over steps for up to so many tokens of all layers together, about 60 bytes each."""
+"""Matchings are kept over steps for up to so many tokens of all layers together, about 60 bytes
+each."""
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Merging] = weakref.WeakKeyDictionary()
 
@@ -42,19 +44,22 @@ def attach(
     on_map: OnMap | None = None,
     ignored: Collection[str] = (),
 ) -> Merging:
-    """Merges tokens around the self-attention of `model`'s UNet until the returned handle is detached.
+    """Merges tokens around the self-attention of `model`'s UNet until the returned handle is
+    detached.
 
-    `model` is a UNet of ldm, sgm or diffusers, anything with `.model.diffusion_model`, or a diffusers pipeline. A model
-    without such layers is no error: the report says so. What was attached to the same UNet before is detached.
-    `leave_out` is asked at every call of an `attn1` module, and keeps it unmerged by giving a reason. `on_map` is told
-    of every call that is merged: the layer's name, the step (from 0), the grid (rows, columns) and the `TokenMap` of
-    the call's batch. A `forward` that stands on an `attn1` instance keeps it unmerged, but for those of the `ignored`
-    Python modules.
+    `model` is a UNet of ldm, sgm or diffusers, anything with `.model.diffusion_model`, or a
+    diffusers pipeline. A model without such layers is no error: the report says so. What was
+    attached to the same UNet before is detached. `leave_out` is asked at every call of an `attn1`
+    module, and keeps it unmerged by giving a reason. `on_map` is told of every call that is merged:
+    the layer's name, the step (from 0), the grid (rows, columns) and the `TokenMap` of the call's
+    batch. A `forward` that stands on an `attn1` instance keeps it unmerged, but for those of the
+    `ignored` Python modules.
 
-    Each thread has a sampling of its own: `set_step` speaks for the thread that calls it. Under gradient checkpointing
-    a pass is left unmerged, since backward runs it again, or, where that can't be seen, backward raises `RuntimeError`.
-    An error of merging itself never reaches the caller: that call of attention, and all that come after it, run
-    unmerged, and the report has the reason.
+    Each thread has a sampling of its own: `set_step` speaks for the thread that calls it. Under
+    gradient checkpointing a pass is left unmerged, since backward runs it again, or, where that
+    can't be seen, backward raises `RuntimeError`. An error of merging itself never reaches the
+    caller: that call of attention, and all that come after it, run unmerged, and the report has the
+    reason.
 
     Raises `TypeError` for what is no UNet, and for a pipeline without one.
     """
@@ -71,7 +76,8 @@ def attach(
 
 
 def detach(model: object) -> None:
-    """Detaches what is attached to `model`'s UNet, if anything is; takes hooks off that came with a copy of another."""
+    """Detaches what is attached to `model`'s UNet, if anything is; takes hooks off that came with a
+    copy of another."""
     unet = find_unet(model)
     merging = _attached.pop(unet, None)
     if merging is not None:
@@ -94,7 +100,12 @@ class Merging:
         on_map: OnMap | None,
         ignored: Collection[str],
     ) -> None:
-        self.settings, self.leave_out, self.on_map, self.ignored = settings, leave_out, on_map, ignored
+        self.settings, self.leave_out, self.on_map, self.ignored = (
+            settings,
+            leave_out,
+            on_map,
+            ignored,
+        )
         self.passes = Passes(settings)
         self.failure: str | None = None
         """The reason why nothing is merged any more: an error of merging itself."""
@@ -125,7 +136,9 @@ class Merging:
         for layer in found:
             if layer.transformer not in grids:
                 grid = grids[layer.transformer] = _GridHook(self, layer)
-                self.keep([layer.transformer.register_forward_pre_hook(Hook(grid), with_kwargs=True)])
+                self.keep(
+                    [layer.transformer.register_forward_pre_hook(Hook(grid), with_kwargs=True)]
+                )
             hooks = LayerHooks(self, layer, grids[layer.transformer])
             self._layers.append(hooks)
             self.keep(hooks.register(layer))
@@ -135,19 +148,27 @@ class Merging:
         for handle in handles:
             self._handles.append(handle)
 
-    def set_step(self, step: int, total: int | None = None, schedule_steps: int | None = None) -> None:
+    def set_step(
+        self, step: int, total: int | None = None, schedule_steps: int | None = None
+    ) -> None:
         """Says where sampling is: the UNet passes that follow belong to `step` (from 0) of `total`.
 
-        `schedule_steps` is the number of steps from pure noise, where img2img takes only the last `total` of them.
-        Without a call every pass counts as the next step, and the total is unknown, so that the ratio is the early one.
+        `schedule_steps` is the number of steps from pure noise, where img2img takes only the last
+        `total` of them. Without a call every pass counts as the next step, and the total is
+        unknown, so that the ratio is the early one.
         """
         self.passes.counts_passes = False
         self._begin_step(step, total, schedule_steps)
 
-    def on_step_end(self, pipeline: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The `callback_on_step_end` of a diffusers pipeline: says that the step after this one begins."""
+    def on_step_end(
+        self, pipeline: Any, step: int, timestep: Any, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The `callback_on_step_end` of a diffusers pipeline: says that the step after this one
+        begins."""
         total = pipeline.num_timesteps
-        self.set_step((step + 1) % total, total, getattr(pipeline.scheduler, "num_inference_steps", None))
+        self.set_step(
+            (step + 1) % total, total, getattr(pipeline.scheduler, "num_inference_steps", None)
+        )
         return inputs
 
     def report(self) -> Report:
@@ -167,7 +188,11 @@ class Merging:
             notes.append(
                 f"a picture of {self._few_steps} steps keeps more tokens than one of {self.settings.full_steps}"
             )
-        if self._steps and self._layers and not any(report.calls or report.reason for report in reports):
+        if (
+            self._steps
+            and self._layers
+            and not any(report.calls or report.reason for report in reports)
+        ):
             notes.append("the model's own attention layers did not run")
         ratio = self.passes.step.ratio if self._steps else None
         return Report(reports, self._steps, self._merged_steps, ratio, notes, self.failure)
@@ -175,7 +200,8 @@ class Merging:
     def detach(self) -> None:
         """Removes every hook; once more does no harm.
 
-        A pass that is running, in whichever thread, ends as it began, and the hooks go with its end.
+        A pass that is running, in whichever thread, ends as it began, and the hooks go with its
+        end.
         """
         self.attached = False
         unet = self._unet()
@@ -195,8 +221,13 @@ class Merging:
 
     @property
     def has_unfinished_call(self) -> bool:
-        """Whether a merged call of attention is running in this thread, or was when its last pass raised."""
-        return any(isinstance(call, MergedCall) for layer in self.passes.layers.values() for call in layer.calls)
+        """Whether a merged call of attention is running in this thread, or was when its last pass
+        raised."""
+        return any(
+            isinstance(call, MergedCall)
+            for layer in self.passes.layers.values()
+            for call in layer.calls
+        )
 
     def count_merged_step(self) -> None:
         """Notes that a layer merges in the current step."""
@@ -205,30 +236,42 @@ class Merging:
         step.has_merged = True
 
     def token_map(self, layer: LayerHooks, x: Tensor, grid: Grid) -> TokenMap:
-        """The map for a call of a layer, by the similarity of x's tokens. Raises `NotMerged` where there is none."""
+        """The map for a call of a layer, by the similarity of x's tokens. Raises `NotMerged` where
+        there is none."""
         settings, passes, (items, tokens, channels) = self.settings, self.passes, x.shape
         step, state = passes.step, passes.layers[layer]
-        removed = tokens_to_remove(settings, tokens, channels, layer.heads, step.ratio, x.device.type)
+        removed = tokens_to_remove(
+            settings, tokens, channels, layer.heads, step.ratio, x.device.type
+        )
         key = (layer, step.passes, state.matched_calls, grid, items, x.device)
         state.matched_calls += 1
         matching = passes.matchings.get(key)
         if matching is None:
-            draw, draws = step.number if settings.draws_anew else 0, 1 if settings.shared_draw else items
-            partition = make_partition(grid, step.cell, settings.partition, draw, settings.window, draws, x.device)
+            draw, draws = (
+                step.number if settings.draws_anew else 0,
+                1 if settings.shared_draw else items,
+            )
+            partition = make_partition(
+                grid, step.cell, settings.partition, draw, settings.window, draws, x.device
+            )
             if not partition.most_removed:
                 rows, columns = step.cell
-                raise NotMerged(f"its {grid[0]}x{grid[1]} grid is smaller than a {rows}x{columns} cell")
+                raise NotMerged(
+                    f"its {grid[0]}x{grid[1]} grid is smaller than a {rows}x{columns} cell"
+                )
             matching = KeptMatching(match(x, partition, settings.exact))
             if settings.reuse_steps > 1 and passes.kept_tokens + items * tokens <= KEPT_TOKENS:
                 passes.matchings[key] = matching
                 passes.kept_tokens += items * tokens
         return matching.map_of(removed)
 
-    def _begin_step(self, number: int, total: int | None, schedule_steps: int | None = None) -> None:
+    def _begin_step(
+        self, number: int, total: int | None, schedule_steps: int | None = None
+    ) -> None:
         passes, every = self.passes, self.settings.reuse_steps
         before = passes.step.number
-        # A step that doesn't come after the last one belongs to another run. Without `set_step` a pass may be any part
-        # of a step, so nothing is kept from one to the next.
+        # A step that doesn't come after the last one belongs to another run. Without `set_step` a
+        # pass may be any part of a step, so nothing is kept from one to the next.
         if passes.counts_passes or number <= before or number // every != before // every:
             passes.matchings.clear()
             passes.kept_tokens = 0
@@ -237,7 +280,9 @@ class Merging:
         self._few_steps = None if settings is self.settings else steps
         passes.step = Step(number, settings.ratio_at(progress_of(number, total)), settings.cell)
 
-    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_pass(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not self.attached:
             self._remove()
             return

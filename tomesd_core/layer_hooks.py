@@ -1,7 +1,8 @@
 """One self-attention layer's hooks: merge the inputs of its attention, and unmerge the output.
 
-A call of `attn1` goes on the layer's stack once its inputs are merged, and comes off it with its output. Whatever of
-ours fails before that leaves the call unmerged; whatever fails later has the call repeated unmerged.
+A call of `attn1` goes on the layer's stack once its inputs are merged, and comes off it with its
+output. Whatever of ours fails before that leaves the call unmerged; whatever fails later has the
+call repeated unmerged.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 ODD_OUTPUT = "its attention returned an unexpected shape"
 
-# A private function of torch: without it nothing is known of backward, and checkpointed passes look like any other.
+# A private function of torch: without it nothing is known of backward, and checkpointed passes look
+# like any other.
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
@@ -81,7 +83,9 @@ class Inputs:
     def _replaced(self, place: int, name: str, value: Any) -> Inputs:
         """One of them replaced, or added: by position if it is positional, else by name."""
         if place < len(self.args):
-            return dataclasses.replace(self, args=(*self.args[:place], value, *self.args[place + 1 :]))
+            return dataclasses.replace(
+                self, args=(*self.args[:place], value, *self.args[place + 1 :])
+            )
         return dataclasses.replace(self, kwargs={**self.kwargs, name: value})
 
 
@@ -106,9 +110,14 @@ class MergedCall(Call):
     """Of the same call unmerged, where it had to be repeated."""
 
     def unmerge(self, output: Any) -> Any:
-        """The output of attention for every token. Raises `NotMerged` where it isn't of the tokens that went in."""
+        """The output of attention for every token. Raises `NotMerged` where it isn't of the tokens
+        that went in."""
         merged_shape = self.token_map.shape[0], self.token_map.merged_tokens
-        if self.has_merged_queries and isinstance(output, Tensor) and output.shape[:2] == merged_shape:
+        if (
+            self.has_merged_queries
+            and isinstance(output, Tensor)
+            and output.shape[:2] == merged_shape
+        ):
             return self.token_map.unmerge(output)
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == self.tokens:
@@ -197,7 +206,8 @@ class LayerHooks:
         grid = self._check(attention, inputs)
         merging, state, x = self._merging, self._state, inputs.x
         source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
-        # A call with another tensor than norm1's output (part of the batch, say) is matched by its own input.
+        # A call with another tensor than norm1's output (part of the batch, say) is matched by its
+        # own input.
         source = source if normed is x and source is not None else x
         self.report.tokens = x.shape[1]
         token_map = merging.token_map(self, source, grid)
@@ -205,7 +215,9 @@ class LayerHooks:
         weights = merging.settings.weights_keys and inputs.attends_to_itself
         heads = None
         if weights:
-            heads = probe_heads(attention, x, lambda probe: self._runs(Call(probe)), merging.refusals)
+            heads = probe_heads(
+                attention, x, lambda probe: self._runs(Call(probe)), merging.refusals
+            )
         merged = token_map.merge(x)
         queries = merged if merging.settings.merges_queries else x
         # Every argument that is x itself is replaced; others aren't merged.
@@ -226,7 +238,8 @@ class LayerHooks:
         return call, arguments.with_x(queries)
 
     def _check(self, attention: nn.Module, inputs: Inputs) -> tuple[int, int]:
-        """The grid of the call's tokens. Raises `NotMerged` where anything but their number keeps the call whole."""
+        """The grid of the call's tokens. Raises `NotMerged` where anything but their number keeps
+        the call whole."""
         merging, place, x = self._merging, self._place, inputs.x
         if reason := place.reason or merging.failure or self._odd_output:
             raise NotMerged(reason)
@@ -287,7 +300,8 @@ class LayerHooks:
             return attention.forward(*whole.args, **whole.kwargs)
 
     def _repeat_weighted(self, attention: nn.Module, error: Exception) -> Weighted:
-        """Repeats the running call unmerged, after an error in a hook on its projections; gives what these do then."""
+        """Repeats the running call unmerged, after an error in a hook on its projections; gives
+        what these do then."""
         call = self._state.calls[-1]
         if not isinstance(call, MergedCall) or call.weighted is None:
             raise error
@@ -298,14 +312,22 @@ class LayerHooks:
 
 
 def conflict_in(attention: nn.Module, ignored: Collection[str]) -> str | None:
-    """Whose code inside attention counts on all tokens, but for a `forward` of `ignored` modules; None: nobody's."""
+    """Whose code inside attention counts on all tokens, but for a `forward` of `ignored` modules;
+    None: nobody's."""
     if not has_projections(attention):
         return f"left to {type(attention).__module__}, which replaces attn1"
     name = whose_forward(attention)
     if name and name not in ignored:
         return f"left to {name}, which replaces its forward"
     to_out: Any = attention.to_out
-    for part in (attention, attention.to_q, attention.to_k, attention.to_v, to_out, *to_out.children()):
+    for part in (
+        attention,
+        attention.to_q,
+        attention.to_k,
+        attention.to_v,
+        to_out,
+        *to_out.children(),
+    ):
         if name := whose_hook(part):
             return f"left to {name}, which hooks it"
     return None

@@ -1,4 +1,5 @@
-"""The merge map: which tokens of one picture fell together in one layer at one step, drawn over the picture."""
+"""The merge map: which tokens of one picture fell together in one layer at one step, drawn over the
+picture."""
 
 from __future__ import annotations
 
@@ -48,9 +49,10 @@ class MergeMap:
 class MapRecorder:
     """Keeps what one layer merged in one step of a run: an `on_map` for `attach`.
 
-    `step` counts from 1, and so does `layer`, among the layers that merged in that step, in the order in which they
-    ran. Both give way to what there is: a step that didn't merge to the last one before it that did, or else to the
-    first one after it; a layer beyond the last to the last. Nothing is copied or waited for while the model runs.
+    `step` counts from 1, and so does `layer`, among the layers that merged in that step, in the
+    order in which they ran. Both give way to what there is: a step that didn't merge to the last
+    one before it that did, or else to the first one after it; a layer beyond the last to the last.
+    Nothing is copied or waited for while the model runs.
     """
 
     def __init__(self, step: int, layer: int) -> None:
@@ -60,7 +62,9 @@ class MapRecorder:
         self._grid = (0, 0)
         self._rows: list[Tensor] = []
 
-    def __call__(self, layer_name: str, step: int, grid: tuple[int, int], token_map: TokenMap) -> None:
+    def __call__(
+        self, layer_name: str, step: int, grid: tuple[int, int], token_map: TokenMap
+    ) -> None:
         """Keeps this call's slots, if it is the one that is wanted as far as can be known yet."""
         if step != self._step:
             if self._names and step > self._wanted_step:
@@ -76,8 +80,8 @@ class MapRecorder:
     def maps(self, rows: Sequence[int]) -> list[MergeMap]:
         """The maps of batch items, one for each of `rows`; none where nothing was merged.
 
-        A row is an item's number in the step, counted on over the calls where one step's batch comes in several; one
-        beyond the last is the last.
+        A row is an item's number in the step, counted on over the calls where one step's batch
+        comes in several; one beyond the last is the last.
         """
         if not self._rows:
             return []
@@ -89,15 +93,20 @@ class MapRecorder:
 def draw(slots: Tensor, grid: tuple[int, int], picture: Tensor) -> Tensor:
     """`picture` with the tokens that fell together in one colour a slot; tokens alone stay plain.
 
-    `slots` is [N] for a grid of (rows, columns) tokens, `picture` uint8 [H, W, 3] of any size on the same device, whose
-    pixels belong to the tokens that they lie in. Lines part neighbouring slots where there is room; equal slots always
-    get the same colours. Gives uint8 [H, W, 3]. Raises `ValueError` where slots or picture have another shape.
+    `slots` is [N] for a grid of (rows, columns) tokens, `picture` uint8 [H, W, 3] of any size on
+    the same device, whose pixels belong to the tokens that they lie in. Lines part neighbouring
+    slots where there is room; equal slots always get the same colours. Gives uint8 [H, W, 3].
+    Raises `ValueError` where slots or picture have another shape.
     """
     rows, columns = grid
     if slots.shape != (rows * columns,):
-        raise ValueError(f"slots must be [{rows * columns}] for a {rows}x{columns} grid, got {list(slots.shape)}")
+        raise ValueError(
+            f"slots must be [{rows * columns}] for a {rows}x{columns} grid, got {list(slots.shape)}"
+        )
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != torch.uint8:
-        raise ValueError(f"picture must be uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+        raise ValueError(
+            f"picture must be uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}"
+        )
     height, width = picture.shape[:2]
     is_merged = slots.bincount()[slots] > 1
     laid = torch.where(is_merged, slots, ALONE).view(grid)
@@ -111,11 +120,14 @@ def draw(slots: Tensor, grid: tuple[int, int], picture: Tensor) -> Tensor:
     pixels = picture.float().lerp_(of_pixels(_colours(len(slots), slots.device)[laid]), COVER)
     if min(height // rows, width // columns) >= LEAST_SIDE:
         pixels *= 1 - (1 - EDGE) * _edges(of_pixels(laid))[..., None].float()
-    return torch.where(of_pixels(laid != ALONE)[..., None], pixels.round_().to(torch.uint8), picture)
+    return torch.where(
+        of_pixels(laid != ALONE)[..., None], pixels.round_().to(torch.uint8), picture
+    )
 
 
 def _edges(of_pixel: Tensor) -> Tensor:
-    """[H, W], true for the pixels that belong to another slot than the one above or the one to the left."""
+    """[H, W], true for the pixels that belong to another slot than the one above or the one to the
+    left."""
     is_edge = torch.zeros_like(of_pixel, dtype=torch.bool)
     is_edge[1:] |= of_pixel[1:] != of_pixel[:-1]
     is_edge[:, 1:] |= of_pixel[:, 1:] != of_pixel[:, :-1]
@@ -128,5 +140,7 @@ def _colours(slots: int, device: torch.device) -> Tensor:
     # Squares keep the slots below each other apart too, however many there are in a row.
     hue = number**2 * GOLDEN % 1
     # At full saturation and value each channel is a trapezium over the hue.
-    sixths = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64, device=device)) % 6
+    sixths = (
+        hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64, device=device)
+    ) % 6
     return (255 * ((sixths - 3).abs() - 1).clamp(0, 1)).float()

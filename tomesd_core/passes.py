@@ -1,4 +1,5 @@
-"""What the hooks on one UNet share: the running step, pass and calls, a set of them for each thread."""
+"""What the hooks on one UNet share: the running step, pass and calls, a set of them for each
+thread."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Step:
 
 @dataclasses.dataclass
 class Place:
-    """Grid and level of a SpatialTransformer in the current pass, and why its layers don't merge there."""
+    """Grid and level of a SpatialTransformer in the current pass, and why its layers don't merge
+    there."""
 
     grid: Grid | None = None
     level: int | None = None

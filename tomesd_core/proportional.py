@@ -1,9 +1,11 @@
-"""Proportional attention: a merged key has the weight of all its tokens (ToMe, ICLR 2023, section 3).
+"""Proportional attention: a merged key has the weight of all its tokens (ToMe, ICLR 2023, section
+3).
 
-Softmax gives one key in place of s equal tokens 1/s of their weight, unless log s is added to its logits. Few attention
-implementations take such a bias, so it travels inside the heads: each is padded by a few channels, constant in the
-queries, which carry log s in the keys. Hooks pad the outputs of the attention's projections and unpad the input of
-`to_out`, so that whatever computes the attention in between does it as ever.
+Softmax gives one key in place of s equal tokens 1/s of their weight, unless log s is added to its
+logits. Few attention implementations take such a bias, so it travels inside the heads: each is
+padded by a few channels, constant in the queries, which carry log s in the keys. Hooks pad the
+outputs of the attention's projections and unpad the input of `to_out`, so that whatever computes
+the attention in between does it as ever.
 """
 
 from __future__ import annotations
@@ -28,24 +30,26 @@ WIDTH = 8
 """Heads are padded to a multiple of this first; attention kernels are fastest there."""
 
 WIDTHS = (64, 96, 128, 192, 256)
-"""Sizes of padded heads that are tried where an attention refuses the next multiple of 8: some have kernels for these
-alone."""
+"""Sizes of padded heads that are tried where an attention refuses the next multiple of 8: some have
+kernels for these alone."""
 
 BIAS_CHANNELS = 2
 """The fewest added channels: with one, the bias would be rounded to the keys' precision."""
 
 QUERY = 2.0
-"""The added channels of the queries: the larger it is, the smaller the keys' ones, and the less they take from an
-attention that rounds its keys to int8."""
+"""The added channels of the queries: the larger it is, the smaller the keys' ones, and the less
+they take from an attention that rounds its keys to int8."""
 
 LOGIT = 8.0
 """The logit gap of the probe's two keys."""
 
 PROBE_TOKENS = 16
-"""Queries of the probe. PyTorch's attention on MPS is wrong for 8 queries or fewer (pytorch issue 163597)."""
+"""Queries of the probe. PyTorch's attention on MPS is wrong for 8 queries or fewer (pytorch issue
+163597)."""
 
 TOLERANCE = 0.012
-"""Relative error of a probed scale: probabilities in fp8 are off by up to 6.25 %, which is 0.8 % of `LOGIT`."""
+"""Relative error of a probed scale: probabilities in fp8 are off by up to 6.25 %, which is 0.8 % of
+`LOGIT`."""
 
 
 def padded_size(size: int) -> int:
@@ -55,7 +59,8 @@ def padded_size(size: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """How an attention splits its channels, the size of padded heads, and the scale of their logits."""
+    """How an attention splits its channels, the size of padded heads, and the scale of their
+    logits."""
 
     count: int
     size: int
@@ -72,27 +77,38 @@ class Heads:
     @property
     def gain(self) -> float:
         """Factor on the keys that cancels a scale computed from the padded head size."""
-        return math.sqrt(self.wide / self.size) if math.isclose(self.scale, self.wide**-0.5) else 1.0
+        return (
+            math.sqrt(self.wide / self.size) if math.isclose(self.scale, self.wide**-0.5) else 1.0
+        )
 
     def split(self, x: Tensor) -> Tensor:
         """[B, N, count·size] to [B, N, count, size], of padded heads as of others."""
         return x.view(*x.shape[:-1], self.count, -1)
 
     def pad(self, x: Tensor, channels: Tensor) -> Tensor:
-        """[B, N, count·size] to [B, N, count·wide]; `channels`, [B or 1, N or 1, padding or 1], goes into each head."""
+        """[B, N, count·size] to [B, N, count·wide]; `channels`, [B or 1, N or 1, padding or 1],
+        goes into each head."""
         added = channels[:, :, None].expand(*x.shape[:2], self.count, self.padding)
         return torch.cat([self.split(x), added], dim=-1).flatten(2)
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B, N, count·wide] to [B, N, count·size]; an x that isn't padded stays as it is."""
-        return self.split(x)[..., : self.size].flatten(2) if x.shape[-1] == self.count * self.wide else x
+        return (
+            self.split(x)[..., : self.size].flatten(2)
+            if x.shape[-1] == self.count * self.wide
+            else x
+        )
 
     def stand_in(self, x: Tensor) -> Tensor:
-        """An input of `x`'s shape with the channels of padded heads, in no memory: NaN wherever it is read.
+        """An input of `x`'s shape with the channels of padded heads, in no memory: NaN wherever it
+        is read.
 
-        Some attentions take the size of their heads off their input. The hook on `to_q` puts `x` back.
+        Some attentions take the size of their heads off their input. The hook on `to_q` puts `x`
+        back.
         """
-        return filled(math.nan, x.dtype, x.device).expand(*x.shape[:2], x.shape[2] + self.count * self.padding)
+        return filled(math.nan, x.dtype, x.device).expand(
+            *x.shape[:2], x.shape[2] + self.count * self.padding
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -105,12 +121,16 @@ def filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def bias_channels(heads: Heads, most: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[most + 1, padding]: the added channels of a key that stands for 0 (as 1), 1, 2, … `most` tokens.
+    """[most + 1, padding]: the added channels of a key that stands for 0 (as 1), 1, 2, … `most`
+    tokens.
 
-    Each channel takes its share of what the ones before it left, so that the last one rounds the least.
+    Each channel takes its share of what the ones before it left, so that the last one rounds the
+    least.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    rest = torch.arange(most + 1, dtype=wide, device=device).clamp(min=1).log() / (heads.scale * QUERY)
+    rest = torch.arange(most + 1, dtype=wide, device=device).clamp(min=1).log() / (
+        heads.scale * QUERY
+    )
     channels = []
     for left in range(heads.padding, 0, -1):
         channels.append((rest / left).to(dtype))
@@ -119,10 +139,12 @@ def bias_channels(heads: Heads, most: int, dtype: torch.dtype, device: torch.dev
 
 
 class Weighted:
-    """One proportional-attention call: how its hooks change the inputs and outputs of its projections."""
+    """One proportional-attention call: how its hooks change the inputs and outputs of its
+    projections."""
 
     def __init__(self, heads: Heads, x: Tensor, counts: Tensor, most: int) -> None:
-        """`x`: what `to_q` makes queries of. `counts`: [B, M], how many tokens, up to `most`, each key stands for."""
+        """`x`: what `to_q` makes queries of. `counts`: [B, M], how many tokens, up to `most`, each
+        key stands for."""
         self.heads = heads
         self._x = weakref.ref(x)
         self._counts, self._most = counts, most
@@ -151,7 +173,8 @@ class Weighted:
 
 
 class Rest(Weighted):
-    """The rest of a call whose output is known already: it takes one query and no memory to speak of."""
+    """The rest of a call whose output is known already: it takes one query and no memory to speak
+    of."""
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
@@ -179,7 +202,8 @@ class Rest(Weighted):
 class _Probe(Weighted):
     """A call with two made-up keys that differ in the bias alone: its answer tells the scale.
 
-    The first key's weight is 1 / (1 + exp(gap)), with the gap in proportion to the scale, and the other's value is 0.
+    The first key's weight is 1 / (1 + exp(gap)), with the gap in proportion to the scale, and the
+    other's value is 0.
     """
 
     def __init__(self, heads: Heads, x: Tensor) -> None:
@@ -210,12 +234,15 @@ class _Probe(Weighted):
 class Projections:
     """The hooks on one attention's projections; they do nothing but while a call of it is weighted.
 
-    `running` gives the running call, if it is weighted. `failed` is called with the error of a hook, and gives what the
-    hooks do for the rest of the call; or it raises.
+    `running` gives the running call, if it is weighted. `failed` is called with the error of a
+    hook, and gives what the hooks do for the rest of the call; or it raises.
     """
 
     def __init__(
-        self, attention: Any, running: Callable[[], Weighted | None], failed: Callable[[Any, Exception], Weighted]
+        self,
+        attention: Any,
+        running: Callable[[], Weighted | None],
+        failed: Callable[[Any, Exception], Weighted],
     ) -> None:
         self._attention, self._running, self._failed = weakref.ref(attention), running, failed
         self._handles: list[RemovableHandle] = []
@@ -227,7 +254,8 @@ class Projections:
         return [module() for module in self._hooked] == [*self._modules()]
 
     def _modules(self) -> Iterator[nn.Module]:
-        """`to_q`, `to_k`, `to_v` and `to_out`; of this also the linear layer in it, which some call alone."""
+        """`to_q`, `to_k`, `to_v` and `to_out`; of this also the linear layer in it, which some call
+        alone."""
         attention: Any = self._attention()
         yield from (attention.to_q, attention.to_k, attention.to_v, attention.to_out)
         for module in attention.to_out.children():
@@ -247,7 +275,9 @@ class Projections:
         for module, change in ((to_q, "queries"), (to_k, "keys"), (to_v, "values")):
             yield self._kept(module.register_forward_hook(self._on_output(change)))
         for module in to_out:
-            yield self._kept(module.register_forward_pre_hook(self._on_input("output"), prepend=True))
+            yield self._kept(
+                module.register_forward_pre_hook(self._on_input("output"), prepend=True)
+            )
 
     def _kept(self, handle: RemovableHandle) -> RemovableHandle:
         self._handles.append(handle)
@@ -278,9 +308,11 @@ class Projections:
 
 
 def has_projections(attention: Any) -> bool:
-    """Whether `attention` is built of the projections that self-attention has in every UNet that can be merged."""
+    """Whether `attention` is built of the projections that self-attention has in every UNet that
+    can be merged."""
     return isinstance(getattr(attention, "heads", None), int) and all(
-        isinstance(getattr(attention, name, None), nn.Module) for name in ("to_q", "to_k", "to_v", "to_out")
+        isinstance(getattr(attention, name, None), nn.Module)
+        for name in ("to_q", "to_k", "to_v", "to_out")
     )
 
 
@@ -293,11 +325,13 @@ MOST_KNOWN = 256
 
 
 def probe_heads(attention: Any, x: Tensor, run: Running, refusals: dict[Hashable, str]) -> Heads:
-    """How `attention` splits, takes padded and scales heads; probed once for each implementation. `x`: [B, N, C].
+    """How `attention` splits, takes padded and scales heads; probed once for each implementation.
+    `x`: [B, N, C].
 
-    The smallest padding that the attention takes is chosen. Raises `NotMerged` with the attention's own words where it
-    takes none, and where it scales logits in no way that attentions do: `refusals` keeps these, as long as the caller
-    keeps it. A lack of memory is no answer: it is raised.
+    The smallest padding that the attention takes is chosen. Raises `NotMerged` with the attention's
+    own words where it takes none, and where it scales logits in no way that attentions do:
+    `refusals` keeps these, as long as the caller keeps it. A lack of memory is no answer: it is
+    raised.
     """
     key = *_implementation(attention), x.shape[-1], x.dtype, x.device.type
     if key in _known:
@@ -321,7 +355,8 @@ def forget_heads() -> None:
 
 
 def _implementation(attention: Any) -> Iterator[Hashable]:
-    """Tells one implementation of attention from another: its function, and the attributes that may choose a kernel.
+    """Tells one implementation of attention from another: its function, and the attributes that may
+    choose a kernel.
 
     Other numbers may be counters, with which every call would be probed.
     """
@@ -354,14 +389,20 @@ def _probed(attention: Any, x: Tensor, run: Running) -> Heads:
             continue
         if scale := _scale_of(probe, own):
             return dataclasses.replace(heads, scale=scale)
-    why = f"refuses padded heads: {refusal}" if refusal else "has no known scale to weight merged keys with"
+    why = (
+        f"refuses padded heads: {refusal}"
+        if refusal
+        else "has no known scale to weight merged keys with"
+    )
     raise NotMerged(f"its attention {why} (the method paper needs none)")
 
 
 def _scale_of(probe: _Probe, own: float | None) -> float | None:
-    """The scale that an attention's answer shows; None where it is neither of the two that attentions have.
+    """The scale that an attention's answer shows; None where it is neither of the two that
+    attentions have.
 
-    They multiply logits by a scale of their own, or by one over the root of the size of the heads that they see.
+    They multiply logits by a scale of their own, or by one over the root of the size of the heads
+    that they see.
     """
     heads, answer = probe.heads, probe.answer
     if answer is None or answer.ndim != 3 or answer.shape[-1] != heads.count * heads.wide:
@@ -369,7 +410,10 @@ def _scale_of(probe: _Probe, own: float | None) -> float | None:
     weights = heads.split(answer)[..., 0].flatten().tolist()
     if not all(0 < weight < 1 for weight in weights):
         return None
-    shown = [math.log(1 / weight - 1) / (LOGIT * math.sqrt(heads.size)) for weight in (min(weights), max(weights))]
+    shown = [
+        math.log(1 / weight - 1) / (LOGIT * math.sqrt(heads.size))
+        for weight in (min(weights), max(weights))
+    ]
     for scale in (heads.size**-0.5 if own is None else own, heads.wide**-0.5):
         if all(abs(value / scale - 1) < TOLERANCE for value in shown):
             return scale

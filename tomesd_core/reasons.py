@@ -26,7 +26,9 @@ class NotMerged(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a device, or the CPU, has too little memory left."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in MEMORY_ERRORS)
+    return isinstance(error, MemoryError) or any(
+        words in str(error).lower() for words in MEMORY_ERRORS
+    )
 
 
 def in_a_line(error: BaseException) -> str:

@@ -12,7 +12,8 @@ class LayerReport:
 
     name: str
     level: int | None
-    """The downsample factor: as measured in the last call, or, before the first, as the structure says."""
+    """The downsample factor: as measured in the last call, or, before the first, as the structure
+    says."""
     tokens: int = 0
     """Tokens of an item in the last call."""
     merged_tokens: int = 0
@@ -22,7 +23,8 @@ class LayerReport:
     reason: str | None = None
     """Why the last call that wasn't merged wasn't."""
     whole_calls: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Calls that weren't merged, by reason, but for those in which the step's ratio removed nothing."""
+    """Calls that weren't merged, by reason, but for those in which the step's ratio removed
+    nothing."""
     fewest_tokens: int = 0
     most_tokens: int = 0
     """Between which numbers `merged_tokens` lay, under a schedule."""
@@ -39,7 +41,8 @@ class LayerReport:
         self.most_tokens = max(self.most_tokens, tokens)
 
     def count_whole(self, reason: str, by_ratio: bool = False) -> None:
-        """Notes a call that wasn't merged; `by_ratio`: since the step's ratio removes nothing there."""
+        """Notes a call that wasn't merged; `by_ratio`: since the step's ratio removes nothing
+        there."""
         self.reason = reason
         self.whole_calls[reason] += not by_ratio
 
@@ -50,7 +53,10 @@ class LayerReport:
     @property
     def change(self) -> str:
         """Tokens before and after, in words."""
-        fewest, most = self.fewest_tokens or self.merged_tokens, self.most_tokens or self.merged_tokens
+        fewest, most = (
+            self.fewest_tokens or self.merged_tokens,
+            self.most_tokens or self.merged_tokens,
+        )
         what = "keys" if self.method == "keys" else "tokens"
         return f"{self.tokens} → {fewest if fewest == most else f'{fewest} to {most}'} {what}"
 
@@ -78,7 +84,8 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: layers, tokens, steps, calls that merged layers left whole, conflicts, notes, the failure."""
+        """One line: layers, tokens, steps, calls that merged layers left whole, conflicts, notes,
+        the failure."""
         merged = self.merged_layers
         if self.failure and not merged:
             return f"nothing merged: {self.failure}"
@@ -87,7 +94,9 @@ class Report:
             why = "; ".join(dict.fromkeys([*reasons, *self.notes]))
             return f"nothing merged{f': {why}' if why else ''}"
         # Largest first; a dict keeps one of each.
-        changes = dict.fromkeys(layer.change for layer in sorted(merged, key=lambda layer: -layer.tokens))
+        changes = dict.fromkeys(
+            layer.change for layer in sorted(merged, key=lambda layer: -layer.tokens)
+        )
         line = f"{len(merged)} of {len(self.layers)} self-attention layers, {', '.join(changes)}"
         line += f", {self.merged_steps} of {self.steps} steps"
         calls = sum(layer.calls for layer in merged)
@@ -97,7 +106,9 @@ class Report:
             for reason, count in whole.items()
             if reason not in (*self.notes, self.failure)
         ]
-        conflicts = Counter(layer.conflict for layer in self.layers if layer.conflict and not layer.merged_calls)
+        conflicts = Counter(
+            layer.conflict for layer in self.layers if layer.conflict and not layer.merged_calls
+        )
         foreign = [f"{count} left out: {why}" for why, count in conflicts.items()]
         failure = [self.failure] if self.failure else []
         return "; ".join([line, *unmerged, *foreign, *self.notes, *failure])
@@ -107,5 +118,7 @@ class Report:
         for layer in self.layers:
             calls = f"in {layer.merged_calls} of {layer.calls} calls"
             what = f"{layer.change} {calls}" if layer.merged_calls else "not merged"
-            lines.append(f"  {layer.name} (level {layer.level}): {what}{f', {layer.reason}' if layer.reason else ''}")
+            lines.append(
+                f"  {layer.name} (level {layer.level}): {what}{f', {layer.reason}' if layer.reason else ''}"
+            )
         return "\n".join(lines)

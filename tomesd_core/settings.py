@@ -1,7 +1,8 @@
 """What a person can set: one dataclass, one field list, one validation.
 
-Everything that shows, stores, sends or checks a setting (the panel, the picture's parameters, the API, presets, plot
-axes, docs/api.md's table) reads this list, so a new setting is one more field here.
+Everything that shows, stores, sends or checks a setting (the panel, the picture's parameters, the
+API, presets, plot axes, docs/api.md's table) reads this list, so a new setting is one more field
+here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from .schedule import SCHEDULES, ratio_at
 METHODS = ("keys", "tokens", "paper")
 PARTITIONS = ("random", "corner", "uniform", "alternating")
 CELLS = ((2, 2), (4, 4))
-"""Rows and columns of the cells that the ratio chooses from; each has one destination. See `MergeSettings.cell`."""
+"""Rows and columns of the cells that the ratio chooses from; each has one destination. See
+`MergeSettings.cell`."""
 
 HIGHEST_RATIO = 1 - 1 / (CELLS[-1][0] * CELLS[-1][1])
 """The largest ratio that the largest cell allows."""
@@ -25,21 +27,23 @@ RATIO_STEP = 0.0125
 """By how much the sliders of ratios move; the highest ratio is a multiple."""
 
 FEWER_STEPS_EXPONENT = 2 / 3
-"""Of the quotient of steps, by which a picture of few steps keeps more tokens. See `MergeSettings.in_steps`."""
+"""Of the quotient of steps, by which a picture of few steps keeps more tokens. See
+`MergeSettings.in_steps`."""
 
 PASSES = ("both passes", "first pass", "hires pass")
 
 
 class SettingsError(ValueError):
-    """A setting has a value that it can't have. The message names the setting, the value and the range."""
+    """A setting has a value that it can't have. The message names the setting, the value and the
+    range."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """How one field of `MergeSettings` is named, bounded and explained.
 
-    `kind` is `number`, `integer`, `choice`, `flag`, or `pair` (two integers). The panel shows the fields that have a
-    label; the others are for experts.
+    `kind` is `number`, `integer`, `choice`, `flag`, or `pair` (two integers). The panel shows the
+    fields that have a label; the others are for experts.
     """
 
     default: Any
@@ -62,7 +66,8 @@ class Setting:
         return f"ToMe {(self.former_label or self.label).lower()}" if self.label else None
 
     def check(self, name: str, value: Any) -> Any:
-        """`value` in the field's own type; raises `SettingsError` when it isn't one that the field can have."""
+        """`value` in the field's own type; raises `SettingsError` when it isn't one that the field
+        can have."""
         if value is None and self.optional:
             return None
         if self.kind == "flag":
@@ -70,10 +75,17 @@ class Setting:
                 raise SettingsError(f"{name} must be true or false, got {value!r}")
             return value
         if self.kind == "choice":
-            # A number chosen on a page comes back as its text, or as a float; True is not the choice 1.
-            match = [one for one in self.choices if value in (one, str(one)) and not isinstance(value, bool)]
+            # A number chosen on a page comes back as its text, or as a float; True is not the
+            # choice 1.
+            match = [
+                one
+                for one in self.choices
+                if value in (one, str(one)) and not isinstance(value, bool)
+            ]
             if not match:
-                raise SettingsError(f"{name} must be one of {', '.join(map(str, self.choices))}, got {value!r}")
+                raise SettingsError(
+                    f"{name} must be one of {', '.join(map(str, self.choices))}, got {value!r}"
+                )
             return match[0]
         if self.kind == "pair":
             if not isinstance(value, (list, tuple)) or len(value) != 2:
@@ -87,7 +99,9 @@ class Setting:
 
     def _number(self, name: str, value: Any) -> int | float:
         is_integer = self.kind != "number"
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        is_number = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        )
         # An int may be larger than any float: it is out of every range, and can't be formatted.
         if is_number and abs(value) > sys.float_info.max:
             value = math.inf if value > 0 else -math.inf
@@ -100,20 +114,23 @@ class Setting:
 
 
 def _field(default: Any, kind: str, *values: Any, **options: Any) -> Any:
-    """A field of `MergeSettings` and its `Setting`: label, help, minimum, maximum and step come in this order.
+    """A field of `MergeSettings` and its `Setting`: label, help, minimum, maximum and step come in
+    this order.
 
     `initial` is the field's value before `MergeSettings` has worked out which default it has.
     """
     initial = options.pop("initial", default)
-    return dataclasses.field(default=initial, metadata={"setting": Setting(default, kind, *values, **options)})
+    return dataclasses.field(
+        default=initial, metadata={"setting": Setting(default, kind, *values, **options)}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeSettings:
     """What to merge, where and when.
 
-    Raises `SettingsError` (a `ValueError`) when a value is out of its field's range, or when a ratio is above what the
-    partition can remove (paper, section 3.1: every destination stays).
+    Raises `SettingsError` (a `ValueError`) when a value is out of its field's range, or when a
+    ratio is above what the partition can remove (paper, section 3.1: every destination stays).
     """
 
     ratio: float = _field(
@@ -209,11 +226,13 @@ class MergeSettings:
     partition: str = _field("random", "choice", choices=PARTITIONS)
     """How destinations are chosen (paper, table 2): random is one token drawn in each cell."""
     window: int | None = _field(32, "integer", minimum=1, maximum=4096, optional=True)
-    """Side, in tokens, of the windows inside which a destination is looked for; None: the whole image."""
+    """Side, in tokens, of the windows inside which a destination is looked for; None: the whole
+    image."""
     skip_unprofitable: bool = _field(True, "flag")
     """Leaves out layers where, by a fixed rule, merging costs more time than it saves."""
     shared_draw: bool = _field(True, "flag")
-    """One random choice for the whole batch, so that both halves of guidance share it (paper, section 4.1)."""
+    """One random choice for the whole batch, so that both halves of guidance share it (paper,
+    section 4.1)."""
     redraw: bool | None = _field(None, "flag", optional=True)
     """Whether each new matching has a new random choice; None: with the method paper alone."""
 
@@ -243,9 +262,11 @@ class MergeSettings:
 
     @property
     def cell(self) -> tuple[int, int]:
-        """Rows and columns of the cell that has one destination: `stride`, or the smallest that allows the ratio.
+        """Rows and columns of the cell that has one destination: `stride`, or the smallest that
+        allows the ratio.
 
-        The largest ratio that the schedule reaches decides, so that a picture has cells of one size.
+        The largest ratio that the schedule reaches decides, so that a picture has cells of one
+        size.
         """
         if self.stride is not None:
             return self.stride
@@ -260,12 +281,14 @@ class MergeSettings:
 
     @property
     def weights_keys(self) -> bool:
-        """Whether a merged key counts as often as the tokens that it stands for (proportional attention)."""
+        """Whether a merged key counts as often as the tokens that it stands for (proportional
+        attention)."""
         return self.method != "paper"
 
     @property
     def exact(self) -> bool:
-        """Whether matching is as published: over the whole image, in the tokens' own precision, no count rounded."""
+        """Whether matching is as published: over the whole image, in the tokens' own precision, no
+        count rounded."""
         return self.window is None
 
     @property
@@ -276,13 +299,16 @@ class MergeSettings:
     def in_steps(self, steps: int | None) -> MergeSettings:
         """The settings of a picture of `steps` steps, None where that isn't known.
 
-        Below `full_steps` it keeps (full_steps / steps) ** (2 / 3) times as many tokens: a sampler of higher order
-        extrapolates, and over long steps that enlarges every error (docs/quality.md, "Few steps").
+        Below `full_steps` it keeps (full_steps / steps) ** (2 / 3) times as many tokens: a sampler
+        of higher order extrapolates, and over long steps that enlarges every error
+        (docs/quality.md, "Few steps").
         """
         if not steps or steps >= self.full_steps:
             return self
         more = (self.full_steps / steps) ** FEWER_STEPS_EXPONENT
-        ratio, late_ratio = (max(0.0, 1 - (1 - ratio) * more) for ratio in (self.ratio, self.late_ratio))
+        ratio, late_ratio = (
+            max(0.0, 1 - (1 - ratio) * more) for ratio in (self.ratio, self.late_ratio)
+        )
         return dataclasses.replace(self, ratio=ratio, late_ratio=late_ratio, full_steps=1)
 
     def ratio_at(self, progress: float) -> float:
@@ -291,16 +317,22 @@ class MergeSettings:
 
 
 FIELDS: dict[str, Setting] = {
-    field.name: field.metadata["setting"] for field in dataclasses.fields(MergeSettings) if "setting" in field.metadata
+    field.name: field.metadata["setting"]
+    for field in dataclasses.fields(MergeSettings)
+    if "setting" in field.metadata
 }
 """Every setting by name, in order."""
 
-PANEL_FIELDS: dict[str, Setting] = {name: setting for name, setting in FIELDS.items() if setting.infotext}
-"""The settings of a generation: those that the panel shows and a preset holds. The others are for experts."""
+PANEL_FIELDS: dict[str, Setting] = {
+    name: setting for name, setting in FIELDS.items() if setting.infotext
+}
+"""The settings of a generation: those that the panel shows and a preset holds. The others are for
+experts."""
 
 
 def late_ratio_beside(ratio: Any, late_ratio: Any) -> Any:
-    """The late ratio where only the ratio was changed: never above it, so that late steps don't merge more."""
+    """The late ratio where only the ratio was changed: never above it, so that late steps don't
+    merge more."""
     numbers = all(isinstance(value, (int, float)) for value in (ratio, late_ratio))
     return min(ratio, late_ratio) if numbers else late_ratio
 
@@ -308,8 +340,8 @@ def late_ratio_beside(ratio: Any, late_ratio: Any) -> Any:
 def max_ratio(stride: tuple[int, int], partition: str) -> float:
     """The highest ratio that a partition allows: the share of tokens that are sources.
 
-    `stride` is (rows, columns). One destination a cell gives 1 - 1/(rows·columns) (paper, section 3.1); the
-    alternating partition makes every other token a destination, whatever the stride.
+    `stride` is (rows, columns). One destination a cell gives 1 - 1/(rows·columns) (paper, section
+    3.1); the alternating partition makes every other token a destination, whatever the stride.
     """
     rows, columns = stride
     return 0.5 if partition == "alternating" else 1 - 1 / (rows * columns)

@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BAG_DEVICES = {"cpu", "cuda"}
-"""Where `embedding_bag` exists, sums each bag in one thread in a fixed order, and accumulates in fp32."""
+"""Where `embedding_bag` exists, sums each bag in one thread in a fixed order, and accumulates in
+fp32."""
 
 SHORT = 4096
-"""Rows up to this length are sorted by one kernel on CUDA; longer ones are faster as one row of all items."""
+"""Rows up to this length are sorted by one kernel on CUDA; longer ones are faster as one row of all
+items."""
 
 
 class TokenMap:
-    """Which tokens fall together: `slots`, int64 [B, N], each item's values covering [0, merged_tokens)."""
+    """Which tokens fall together: `slots`, int64 [B, N], each item's values covering [0,
+    merged_tokens)."""
 
     def __init__(self, slots: Tensor, merged_tokens: int) -> None:
         """`slots` may be of any integer type."""
@@ -46,39 +49,51 @@ class TokenMap:
         return self._tokens_by_slot()[2].view(-1, self.merged_tokens)
 
     def merge(self, x: Tensor) -> Tensor:
-        """The mean over each slot (paper, section 3.1): [B, N, C] to [B, merged_tokens, C], dtype and grad kept.
+        """The mean over each slot (paper, section 3.1): [B, N, C] to [B, merged_tokens, C], dtype
+        and grad kept.
 
-        The same bits on every run on one device. Raises `ValueError` when x has other items or tokens than the map.
+        The same bits on every run on one device. Raises `ValueError` when x has other items or
+        tokens than the map.
         """
         self._check(x, self.tokens)
         mean: Tensor = _Mean.apply(x.reshape(-1, x.shape[-1]), self)  # type: ignore[no-untyped-call]
         return mean.view(x.shape[0], self.merged_tokens, x.shape[-1])
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Each token's slot's value: [B, merged_tokens, C] to [B, N, C]. Raises `ValueError` as `merge` does."""
+        """Each token's slot's value: [B, merged_tokens, C] to [B, N, C]. Raises `ValueError` as
+        `merge` does."""
         self._check(y, self.merged_tokens)
         return y.reshape(-1, y.shape[-1]).index_select(0, self._rows).view(*self.shape, y.shape[-1])
 
     def _check(self, x: Tensor, tokens: int) -> None:
         if x.ndim != 3 or x.shape[:2] != (self._slots.shape[0], tokens):
-            raise ValueError(f"x must be [{self._slots.shape[0]}, {tokens}, C] for this map, got {list(x.shape)}")
+            raise ValueError(
+                f"x must be [{self._slots.shape[0]}, {tokens}, C] for this map, got {list(x.shape)}"
+            )
 
     @functools.cached_property
     def _rows(self) -> Tensor:
         """[B·N], int32: each token's slot when the slots of all items lie in one row."""
-        return (self._slots + first_rows(len(self._slots), self.merged_tokens, self._slots.device)).flatten()
+        return (
+            self._slots + first_rows(len(self._slots), self.merged_tokens, self._slots.device)
+        ).flatten()
 
     def _tokens_by_slot(self) -> tuple[Tensor, Tensor, Tensor]:
-        """[B·N]: the tokens sorted by slot; [B·merged_tokens]: where each slot's begin, and how many they are.
+        """[B·N]: the tokens sorted by slot; [B·merged_tokens]: where each slot's begin, and how
+        many they are.
 
         Tokens and slots of all items in one row.
         """
         if self._members is None:
             (items, tokens), merged, device = self.shape, self.merged_tokens, self._slots.device
             rows = items if tokens <= SHORT else 1
-            slots = (self._slots if rows == items else self._rows).view(rows, items * tokens // max(rows, 1))
+            slots = (self._slots if rows == items else self._rows).view(
+                rows, items * tokens // max(rows, 1)
+            )
             slots, members = slots.sort(stable=True)
-            edges = numbers(items * tokens + 1, device)[: items * merged // max(rows, 1) + 1].repeat(rows, 1)
+            edges = numbers(items * tokens + 1, device)[
+                : items * merged // max(rows, 1) + 1
+            ].repeat(rows, 1)
             starts = torch.searchsorted(slots, edges)
             counts = starts[:, 1:] - starts[:, :-1]
             if rows > 1:
@@ -93,9 +108,12 @@ class TokenMap:
         """[B·N, C] to [B·merged_tokens, C], as `merge` does it."""
         members, starts, counts = self._tokens_by_slot()
         if x.device.type in BAG_DEVICES:
-            # CUDA sums halves in fp32 and rounds once; on the CPU a bag's rounded sum, divided, would be rounded twice.
+            # CUDA sums halves in fp32 and rounds once; on the CPU a bag's rounded sum, divided,
+            # would be rounded twice.
             is_summed_wide = x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64)
-            return F.embedding_bag(members, x if is_summed_wide else x.float(), starts, mode="mean").to(x.dtype)
+            return F.embedding_bag(
+                members, x if is_summed_wide else x.float(), starts, mode="mean"
+            ).to(x.dtype)
         rows = self._rows.index_select(0, members)
         return _scanned_mean(x, rows, members, starts + counts.flatten(), counts.flatten())
 
@@ -134,7 +152,8 @@ def numbers(count: int, device: torch.device) -> Tensor:
 def _scanned_mean(x: Tensor, rows: Tensor, members: Tensor, ends: Tensor, counts: Tensor) -> Tensor:
     """The mean over each slot by a segmented scan, of operations that every device has.
 
-    Sums run in fp32 over doubling distances, so the order is fixed, and a NaN stays inside its slot.
+    Sums run in fp32 over doubling distances, so the order is fixed, and a NaN stays inside its
+    slot.
     """
     total = x.index_select(0, members).to(torch.promote_types(x.dtype, torch.float32))
     distance = 1

@@ -1,4 +1,5 @@
-"""Finds the self-attention layers of a UNet, by structure: those of ldm and sgm, and those of diffusers."""
+"""Finds the self-attention layers of a UNet, by structure: those of ldm and sgm, and those of
+diffusers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What a codebase calls the inputs of its modules, and the flag of a block that never attends to itself."""
+    """What a codebase calls the inputs of its modules, and the flag of a block that never attends
+    to itself."""
 
     latent: str
     """Of the UNet."""
@@ -27,7 +29,9 @@ class Names:
 
 LDM = Names("x", "x", "x", "context", "mask", "disable_self_attn")
 _TOKENS = "hidden_states"
-DIFFUSERS = Names("sample", _TOKENS, _TOKENS, "encoder_hidden_states", "attention_mask", "only_cross_attention")
+DIFFUSERS = Names(
+    "sample", _TOKENS, _TOKENS, "encoder_hidden_states", "attention_mask", "only_cross_attention"
+)
 
 PARTS = ("input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks")
 """Of ldm's UNet, and of diffusers'; in the order in which they run."""
@@ -49,7 +53,8 @@ class Layer:
     block: Any
     """Its BasicTransformerBlock."""
     level: int | None
-    """The downsample factor that the UNet's structure gives this layer; None where that can't be read off."""
+    """The downsample factor that the UNet's structure gives this layer; None where that can't be
+    read off."""
     names: Names = LDM
 
     @property
@@ -90,14 +95,19 @@ def find_unet(model: object) -> nn.Module:
     if "DiffusionPipeline" in kinds:
         unet = getattr(model, "unet", None)
     if of_diffusers and not hasattr(unet, "down_blocks"):
-        raise TypeError(f"{type(model).__name__} has no UNet: transformers (SD3, Flux, PixArt) can't be merged")
+        raise TypeError(
+            f"{type(model).__name__} has no UNet: transformers (SD3, Flux, PixArt) can't be merged"
+        )
     if not isinstance(unet, nn.Module):
-        raise TypeError(f"model must be a UNet module or have .model.diffusion_model, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a UNet module or have .model.diffusion_model, got {type(model).__name__}"
+        )
     return unet
 
 
 def find_layers(unet: nn.Module) -> list[Layer]:
-    """Every self-attention layer, in the order of the UNet's modules; empty where there are none (SD3, say)."""
+    """Every self-attention layer, in the order of the UNet's modules; empty where there are none
+    (SD3, say)."""
     levels, names = dict(_levels(unet)), names_in(unet)
     return [
         Layer(
@@ -115,16 +125,24 @@ def find_layers(unet: nn.Module) -> list[Layer]:
 
 def finest_level(layers: Sequence[Layer]) -> int | None:
     """The finest level at which the structure has self-attention; None where it can't be read off."""
-    return min((layer.level for layer in layers if layer.level is not None and layer.is_self_attention), default=None)
+    return min(
+        (layer.level for layer in layers if layer.level is not None and layer.is_self_attention),
+        default=None,
+    )
 
 
-def measured_level(latent: tuple[int, int], grid: tuple[int, int], expected: int | None = None) -> int:
-    """The level of a layer: the latent's size over its grid's, both (rows, columns), as a power of two.
+def measured_level(
+    latent: tuple[int, int], grid: tuple[int, int], expected: int | None = None
+) -> int:
+    """The level of a layer: the latent's size over its grid's, both (rows, columns), as a power of
+    two.
 
-    Every halving rounds up (65 to 33 to 17): `expected`, the level by the structure, is right where that gives the
-    grid; else something was resized on the way, and the nearest power of two is.
+    Every halving rounds up (65 to 33 to 17): `expected`, the level by the structure, is right where
+    that gives the grid; else something was resized on the way, and the nearest power of two is.
     """
-    if expected and all(math.ceil(whole / expected) == part for whole, part in zip(latent, grid, strict=True)):
+    if expected and all(
+        math.ceil(whole / expected) == part for whole, part in zip(latent, grid, strict=True)
+    ):
         return expected
     quotient = math.sqrt(latent[0] * latent[1] / (grid[0] * grid[1]))
     return int(2 ** max(0, round(math.log2(quotient))))
@@ -133,7 +151,8 @@ def measured_level(latent: tuple[int, int], grid: tuple[int, int], expected: int
 def _is_transformer(module: nn.Module) -> bool:
     blocks = getattr(module, "transformer_blocks", None)
     return isinstance(blocks, nn.ModuleList) and all(
-        hasattr(block, "norm1") and isinstance(getattr(block, "attn1", None), nn.Module) for block in blocks
+        hasattr(block, "norm1") and isinstance(getattr(block, "attn1", None), nn.Module)
+        for block in blocks
     )
 
 
@@ -151,7 +170,11 @@ def _levels(unet: nn.Module) -> Iterator[tuple[nn.Module, int]]:
 
 def _stages(module: nn.Module | None) -> Iterator[nn.Module]:
     """The transformers in `module`, and what lies between them."""
-    if module is not None and not _is_transformer(module) and any(map(_is_transformer, module.modules())):
+    if (
+        module is not None
+        and not _is_transformer(module)
+        and any(map(_is_transformer, module.modules()))
+    ):
         for child in module.children():
             yield from _stages(child)
     elif isinstance(module, (nn.ModuleList, nn.Sequential)):

@@ -1,7 +1,8 @@
 """The benchmark's command line. A subcommand is a module of this package, named in `SUBCOMMANDS`.
 
-Such a module has a docstring whose first line is its help, `add_arguments(parser)`, and `run(args)`, which raises
-`packages.MissingPackage`, `FileNotFoundError` and `ValueError` for what the person can mend; it may return a status.
+Such a module has a docstring whose first line is its help, `add_arguments(parser)`, and
+`run(args)`, which raises `packages.MissingPackage`, `FileNotFoundError` and `ValueError` for what
+the person can mend; it may return a status.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns its exit status: mostly 0, and 2 where something is missing or can't be measured."""
+    """Runs one subcommand; returns its exit status: mostly 0, and 2 where something is missing or
+    can't be measured."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parser().parse_args(arguments)
     args.command = shlex.join(["python", "-m", "lab.bench", *arguments])

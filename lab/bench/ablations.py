@@ -25,7 +25,9 @@ from .variants import WHOLE, Row, Table, Variant, at_ratio, beside, by_settings,
 def _halved(title: str, reference: str, **rows: dict[str, Any]) -> Table:
     """The paper's method at a mean ratio of 50 %; `rows` by name: what each has of its own."""
     first = Row(reference, ours(**rows[reference]))
-    held = [first if name == reference else Row(name, ours(**own), first) for name, own in rows.items()]
+    held = [
+        first if name == reference else Row(name, ours(**own), first) for name, own in rows.items()
+    ]
     return Table(title, [WHOLE, *held])
 
 
@@ -37,7 +39,9 @@ def _what() -> list[Row]:
     """Ratio by ratio the method keys, and what leaves as many pairs."""
     rows = [WHOLE]
     for keys, tokens in EQUAL_PAIRS.items():
-        others = [at_ratio(name, tokens) for name in (TOKENS, PAPER, CORNER, RANDOM) if tokens is not None]
+        others = [
+            at_ratio(name, tokens) for name in (TOKENS, PAPER, CORNER, RANDOM) if tokens is not None
+        ]
         others += [at_ratio(UNWEIGHTED, keys)] if others else []
         others += [at_ratio(TODO, keys)] if keys in TODO_FACTORS else []
         rows += beside(at_ratio(KEYS, keys), *others)
@@ -47,9 +51,16 @@ def _what() -> list[Row]:
 def _draw() -> list[Row]:
     rows = [WHOLE]
     for method, ratio in ((KEYS, 0.75), (KEYS, 0.84), (TOKENS, 0.5)):
-        draws = {"kept": {"redraw": False}, "new in each step": {"redraw": True}, "corner": {"partition": "corner"}}
+        draws = {
+            "kept": {"redraw": False},
+            "new in each step": {"redraw": True},
+            "corner": {"partition": "corner"},
+        }
         rows += beside(
-            *(Row(f"{method} {ratio:g}, {name}", ours(method, ratio=ratio, **own)) for name, own in draws.items())
+            *(
+                Row(f"{method} {ratio:g}, {name}", ours(method, ratio=ratio, **own))
+                for name, own in draws.items()
+            )
         )
     return rows
 
@@ -57,7 +68,12 @@ def _draw() -> list[Row]:
 def _schedules() -> list[Row]:
     """Ways to reach about one mean ratio, by method; the first of a method is constant."""
     ways: dict[str, list[tuple[str, float, float]]] = {
-        KEYS: [("constant", 0.84, 0), ("linear", 0.9375, 0.75), ("linear", 0.75, 0.9375), ("step", 0.9375, 0.75)],
+        KEYS: [
+            ("constant", 0.84, 0),
+            ("linear", 0.9375, 0.75),
+            ("linear", 0.75, 0.9375),
+            ("step", 0.9375, 0.75),
+        ],
         TOKENS: [("constant", 0.6, 0), ("linear", 0.7, 0.5), ("linear", 0.5, 0.7)],
     }
     rows = [WHOLE]
@@ -65,7 +81,9 @@ def _schedules() -> list[Row]:
         named = []
         for schedule, early, late in schedules:
             name = f"{method}, {schedule} {early:g}" + (f" to {late:g}" if late else "")
-            named.append(Row(name, by_settings(shipped(method=method, **_change(schedule, early, late)))))
+            named.append(
+                Row(name, by_settings(shipped(method=method, **_change(schedule, early, late))))
+            )
         rows += beside(*named)
     return rows
 
@@ -78,7 +96,10 @@ def _cells() -> list[Row]:
             cells = (2, 4) if ratio <= 0.75 else (4, 8)
             rows += beside(
                 *(
-                    Row(f"{method} {ratio:g}, {side}×{side}", ours(method, ratio=ratio, stride=(side, side)))
+                    Row(
+                        f"{method} {ratio:g}, {side}×{side}",
+                        ours(method, ratio=ratio, stride=(side, side)),
+                    )
                     for side in cells
                 )
             )
@@ -91,20 +112,35 @@ def _few_steps() -> list[Row]:
         rows.append(Row(UNMERGED, Variant(UNMERGED, steps=steps)))
         ways = {every: ours(KEYS, ratio=0.84, reuse_steps=every) for every in (1, 2, 4)}
         rows += beside(
-            *(Row(f"kept for {every}", dataclasses.replace(way, steps=steps)) for every, way in ways.items())
+            *(
+                Row(f"kept for {every}", dataclasses.replace(way, steps=steps))
+                for every, way in ways.items()
+            )
         )
     return rows
 
 
 def _samplers() -> list[Row]:
-    """Few steps of three samplers, each held against twenty: how near merged pictures are to their unmerged twins."""
+    """Few steps of three samplers, each held against twenty: how near merged pictures are to their
+    unmerged twins."""
     rows = []
     for sampler, ratio in itertools.product(SAMPLERS, (0.6, 0.84)):
         name = f"{sampler}, {KEYS} {ratio:g}"
-        ways = [(name, 20, 1), (name, 8, 1), (name, 4, 1), (f"{name}, more kept", 8, 20), (f"{name}, more kept", 4, 20)]
+        ways = [
+            (name, 20, 1),
+            (name, 8, 1),
+            (name, 4, 1),
+            (f"{name}, more kept", 8, 20),
+            (f"{name}, more kept", 4, 20),
+        ]
         rows += beside(
             *(
-                Row(name, dataclasses.replace(ours(KEYS, ratio=ratio, full_steps=full), steps=steps, sampler=sampler))
+                Row(
+                    name,
+                    dataclasses.replace(
+                        ours(KEYS, ratio=ratio, full_steps=full), steps=steps, sampler=sampler
+                    ),
+                )
                 for name, steps, full in ways
             )
         )
@@ -119,8 +155,12 @@ def _peers() -> list[Row]:
 
 
 def _pictures() -> list[Row]:
-    """The presets that ship, and `tomesd` where its layer is about as fast as that of *Quality* and of *Balanced*."""
-    presets = [Row(name, by_settings(shipped(**BUILT_IN[name][0]))) for name in ("Quality", "Balanced", "Fast")]
+    """The presets that ship, and `tomesd` where its layer is about as fast as that of *Quality* and
+    of *Balanced*."""
+    presets = [
+        Row(name, by_settings(shipped(**BUILT_IN[name][0])))
+        for name in ("Quality", "Balanced", "Fast")
+    ]
     return [WHOLE, *presets, at_ratio(CORNER, 0.35), at_ratio(CORNER, 0.65)]
 
 
@@ -133,12 +173,17 @@ def _presets() -> list[Row]:
             continue
         before = Row(f"{name}, before", by_settings(FORMER[name]))
         # What did not change is there once.
-        rows += [Row(name, before.variant)] if now == FORMER[name] else beside(before, Row(name, by_settings(now)))
+        rows += (
+            [Row(name, before.variant)]
+            if now == FORMER[name]
+            else beside(before, Row(name, by_settings(now)))
+        )
     return rows
 
 
 EQUAL_PAIRS = {0.4375: 0.25, 0.75: 0.5, 0.84: 0.6, 0.9375: None}
-"""By ratio of the method keys, that at which what merges queries too leaves as many pairs; None: not measured."""
+"""By ratio of the method keys, that at which what merges queries too leaves as many pairs; None:
+not measured."""
 
 PEER_RATIOS: dict[str, tuple[float, ...]] = {
     KEYS: (0.4375, 0.6, 0.75, 0.84, 0.9375),
@@ -151,11 +196,17 @@ PEER_RATIOS: dict[str, tuple[float, ...]] = {
 """By contender its ratios, and CA-ToMe's thresholds: 0.7 is the published one."""
 
 TABLES = {
-    "what": Table("What: which tokens are merged, at equally many pairs (paper, table 3a)", _what(), over="pairs"),
+    "what": Table(
+        "What: which tokens are merged, at equally many pairs (paper, table 3a)",
+        _what(),
+        over="pairs",
+    ),
     "draw": Table("Draw: how often destinations are drawn, with a matching in every step", _draw()),
     "schedules": Table("Schedules: early and late ratios of our methods at one mean", _schedules()),
     "cells": Table("Cells: the size of a cell with one destination", _cells()),
-    "steps": Table("Steps: for how many steps a matching is kept, keys at 0.84", _few_steps(), over="steps"),
+    "steps": Table(
+        "Steps: for how many steps a matching is kept, keys at 0.84", _few_steps(), over="steps"
+    ),
     "samplers": Table("Samplers: few steps beside many", _samplers(), over="steps"),
     "partition": _halved(
         "Partition: how destinations are chosen (paper, table 2)",
@@ -194,14 +245,27 @@ TABLES = {
     "where": _halved(
         "Where: the levels that merge, by their least tokens (paper, table 3b)",
         "level 1",
-        **{"level 1": {}, "levels 1, 2": {"max_downsample": 2}, "levels 1, 2, 4": {"max_downsample": 4}},
+        **{
+            "level 1": {},
+            "levels 1, 2": {"max_downsample": 2},
+            "levels 1, 2, 4": {"max_downsample": 4},
+        },
     ),
     "peers": Table("Peers: keys beside the methods of others", _peers(), over="pairs"),
     "defaults": Table(
         "Defaults: as shipped, and as they were",
-        [WHOLE, *beside(Row("before", by_settings(FORMER["Balanced"])), Row("shipped", by_settings(shipped())))],
+        [
+            WHOLE,
+            *beside(
+                Row("before", by_settings(FORMER["Balanced"])),
+                Row("shipped", by_settings(shipped())),
+            ),
+        ],
     ),
     "pictures": Table("Pictures: presets, and tomesd about as fast as the first two", _pictures()),
-    "presets": Table("Presets: the built-in ones that a picture of one pass tells apart, and as they were", _presets()),
+    "presets": Table(
+        "Presets: the built-in ones that a picture of one pass tells apart, and as they were",
+        _presets(),
+    ),
 }
 """By name; those that set a default come first, `presets` after the tables that set its rows."""

@@ -1,4 +1,5 @@
-"""What is measured beside each other: a way to put it on a UNet and to take it off again, and its matching alone."""
+"""What is measured beside each other: a way to put it on a UNet and to take it off again, and its
+matching alone."""
 
 from __future__ import annotations
 
@@ -55,11 +56,15 @@ LIMIT_OF = {
 
 PEERS = {"over_tomesd_corner": CORNER, "over_tomesd_random": RANDOM}
 MATCHING_OVER_PEERS = {
-    column: dict.fromkeys((OURS, EXACT, *METHODS, CORNER, RANDOM), peer) for column, peer in PEERS.items()
+    column: dict.fromkeys((OURS, EXACT, *METHODS, CORNER, RANDOM), peer)
+    for column, peer in PEERS.items()
 }
 OVER_OTHERS = {
     # At one ratio these leave as many pairs of queries and keys as the peers; keys leaves more.
-    **{column: dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM), peer) for column, peer in PEERS.items()},
+    **{
+        column: dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM), peer)
+        for column, peer in PEERS.items()
+    },
     "over_limit": LIMIT_OF,
 }
 """Columns that hold a contender's measure over that of another: by contender, whose."""
@@ -86,8 +91,9 @@ BASE: dict[str, Any] = {
 }
 """What a table's row does not say otherwise: the paper's method, over the whole image.
 
-Spelled out, never taken from the defaults: these are set from the tables, and must not move them. In layers as small as
-the tiny model's merging hardly pays, and is seen all the same (`skip_unprofitable`).
+Spelled out, never taken from the defaults: these are set from the tables, and must not move them.
+In layers as small as the tiny model's merging hardly pays, and is seen all the same
+(`skip_unprofitable`).
 """
 
 _FORMER_SETTINGS = BASE | {"late_ratio": 0.4, "schedule": "linear", "reuse_steps": 4, "window": 32}
@@ -100,7 +106,8 @@ FORMER = {
         "Paper (60 %)": {"ratio": 0.6, "late_ratio": 0.6, "schedule": "constant", "reuse_steps": 1},
     }.items()
 }
-"""The presets of version 0.1.0, whose names the shipped ones still have. `Balanced` was the default."""
+"""The presets of version 0.1.0, whose names the shipped ones still have. `Balanced` was the
+default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +124,19 @@ class Matcher:
 
     name: str
     match: Callable[[Tensor, tuple[int, int], float, int], tuple[Apply, Apply]]
-    """(x [B, N, C], grid (rows, columns), ratio, step) to merge [B, N, C] to [B, M, C], and unmerge, its reverse."""
+    """(x [B, N, C], grid (rows, columns), ratio, step) to merge [B, N, C] to [B, M, C], and
+    unmerge, its reverse."""
 
 
 def contenders(
-    names: Sequence[str], ratio: float, tokens: int, dtype: torch.dtype, settings: MergeSettings | None = None
+    names: Sequence[str],
+    ratio: float,
+    tokens: int,
+    dtype: torch.dtype,
+    settings: MergeSettings | None = None,
 ) -> tuple[list[Contender], list[str]]:
-    """Those of `names` that can remove `ratio` of the `tokens` of a UNet's finest layers, at batch 2; notes on others.
+    """Those of `names` that can remove `ratio` of the `tokens` of a UNet's finest layers, at batch
+    2; notes on others.
 
     Ours merge by `settings`, but for the method and the ratio.
     """
@@ -131,7 +144,11 @@ def contenders(
     for name in names:
         note = why_left_out(name, ratio, tokens, dtype)
         if note is None:
-            contenders.append(Contender(name, functools.partial(put_on, name=name, ratio=ratio, settings=settings)))
+            contenders.append(
+                Contender(
+                    name, functools.partial(put_on, name=name, ratio=ratio, settings=settings)
+                )
+            )
         else:
             notes.append(note)
     return contenders, notes
@@ -156,7 +173,11 @@ def why_left_out(name: str, ratio: float, tokens: int, dtype: torch.dtype) -> st
             f"tomesd is left out at {tokens} tokens: its similarities alone take {needed / 1e9:.1f} GB, "
             f"above {PEER_BYTES / 1e9:.0f} GB"
         )
-    return f"tomesd is left out above its highest ratio, {TOMESD_MOST}" if ratio > TOMESD_MOST else None
+    return (
+        f"tomesd is left out above its highest ratio, {TOMESD_MOST}"
+        if ratio > TOMESD_MOST
+        else None
+    )
 
 
 def peer_versions() -> str:
@@ -170,18 +191,24 @@ def peer_versions() -> str:
 
 def matchers(side: int, ratio: float, dtype: torch.dtype) -> tuple[list[Matcher], list[str]]:
     """What can match a grid of `side`×`side` tokens at batch 2, and notes on what is left out."""
-    every_matcher = [Matcher(name, functools.partial(_match_ours, exact=name == EXACT)) for name in (OURS, EXACT)]
+    every_matcher = [
+        Matcher(name, functools.partial(_match_ours, exact=name == EXACT)) for name in (OURS, EXACT)
+    ]
     notes = []
     for name in (CORNER, RANDOM):
         note = why_left_out(name, ratio, side * side, dtype)
         if note is None:
-            every_matcher.append(Matcher(name, functools.partial(match_tomesd, use_rand=name == RANDOM)))
+            every_matcher.append(
+                Matcher(name, functools.partial(match_tomesd, use_rand=name == RANDOM))
+            )
         else:
             notes.append(note)
     return every_matcher, notes
 
 
-def put_on(unet: nn.Module, name: str, ratio: float, settings: MergeSettings | None = None) -> OnUnet:
+def put_on(
+    unet: nn.Module, name: str, ratio: float, settings: MergeSettings | None = None
+) -> OnUnet:
     """Puts a contender on a UNet, to remove `ratio` of the tokens.
 
     Ours merge by `settings`, but for the method and the ratio.
@@ -189,7 +216,9 @@ def put_on(unet: nn.Module, name: str, ratio: float, settings: MergeSettings | N
     if name not in (*METHODS, UNWEIGHTED):
         return _OTHERS[name](unet, ratio)
     method = KEYS if name == UNWEIGHTED else name
-    settings = dataclasses.replace(settings or MergeSettings(full_steps=1), method=method, ratio=ratio)
+    settings = dataclasses.replace(
+        settings or MergeSettings(full_steps=1), method=method, ratio=ratio
+    )
     return merging(unet, Unweighted(**vars(settings)) if name == UNWEIGHTED else settings)
 
 
@@ -201,7 +230,8 @@ def merging(unet: nn.Module, settings: MergeSettings) -> Iterator[Running]:
 
 
 class Unweighted(MergeSettings):
-    """The method keys with each merged key counted once: what proportional attention brings, and what it takes."""
+    """The method keys with each merged key counted once: what proportional attention brings, and
+    what it takes."""
 
     weights_keys = False
 
@@ -209,8 +239,9 @@ class Unweighted(MergeSettings):
 def _first_tokens(y: Tensor, ratio: float) -> Tensor:
     """[B, M, C] of [B, N, C]: so many of the first rows in memory, taken as a view.
 
-    Not y[:, :M], which is not contiguous: each of the projections would copy it. The number of tokens is rounded as
-    ours is: over an odd length attention is slower, and this would not be the limit.
+    Not y[:, :M], which is not contiguous: each of the projections would copy it. The number of
+    tokens is rounded as ours is: over an odd length attention is slower, and this would not be the
+    limit.
     """
     items, tokens, channels = y.shape
     count = tokens - tokens_removed(tokens, ratio, rounded=True)
@@ -219,15 +250,18 @@ def _first_tokens(y: Tensor, ratio: float) -> Tensor:
 
 @contextlib.contextmanager
 def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
-    """Attention over N(1-r) tokens, at no other cost: what no merging of queries, keys and values can beat.
+    """Attention over N(1-r) tokens, at no other cost: what no merging of queries, keys and values
+    can beat.
 
-    Each token's output is a view of the first row of what comes out. So nothing is computed or copied besides the
-    attention itself, and nothing is allocated: the two hooks are a few µs of Python. The picture is nonsense; its time
-    is not.
+    Each token's output is a view of the first row of what comes out. So nothing is computed or
+    copied besides the attention itself, and nothing is allocated: the two hooks are a few µs of
+    Python. The picture is nonsense; its time is not.
     """
     whole: dict[nn.Module, int] = {}
 
-    def fewer(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> tuple[object, object]:
+    def fewer(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
+    ) -> tuple[object, object]:
         y, *others = args
         whole[module] = y.shape[1]
         return (_first_tokens(y, ratio), *others), kwargs
@@ -247,13 +281,17 @@ _OTHERS: dict[str, Callable[[nn.Module, float], OnUnet]] = {
     **PUT_ON,
     UNMERGED: lambda unet, ratio: contextlib.nullcontext(Running()),
     # Keys and values that cost nothing: what no choice or merging of them can beat.
-    LIMIT_KEYS: functools.partial(attending_to, choose=lambda y, grid, ratio: _first_tokens(y, ratio)),
+    LIMIT_KEYS: functools.partial(
+        attending_to, choose=lambda y, grid, ratio: _first_tokens(y, ratio)
+    ),
     LIMIT: _limit,
 }
 """By name, the contenders that are not ours."""
 
 
-def _match_ours(x: Tensor, grid: tuple[int, int], ratio: float, step: int, exact: bool) -> tuple[Apply, Apply]:
+def _match_ours(
+    x: Tensor, grid: tuple[int, int], ratio: float, step: int, exact: bool
+) -> tuple[Apply, Apply]:
     settings = MergeSettings(ratio=ratio, schedule="constant")
     split = make_partition(grid, settings.cell, step=step, window=settings.window, device=x.device)
     token_map = match(x, split, exact).token_map(tokens_removed(x.shape[1], ratio, rounded=True))

@@ -1,7 +1,8 @@
 """How far pictures are from their unmerged twins, and how sure that is.
 
-Whatever is compared is made from the same seeds and prompts, and resampled alike: `resamples` are drawn once, every
-value is computed on each of them, and the spread of a value, or of a difference of two, over them is its error.
+Whatever is compared is made from the same seeds and prompts, and resampled alike: `resamples` are
+drawn once, every value is computed on each of them, and the spread of a value, or of a difference
+of two, over them is its error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ NORMAL_95 = 1.96
 """Standard errors to either side that hold 95 % of a normal distribution."""
 
 LEAST_SQUARE = 1 / 12
-"""What rounding to whole pixel values alone gives as mean square: a smaller one is taken as this, 59 dB."""
+"""What rounding to whole pixel values alone gives as mean square: a smaller one is taken as this,
+59 dB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Estimate:
         return NORMAL_95 * float(self.resampled.std())
 
     def minus(self, other: Estimate) -> Estimate:
-        """The difference. What is alike in both, since both were made from the same seeds, is not in its interval."""
+        """The difference. What is alike in both, since both were made from the same seeds, is not
+        in its interval."""
         return Estimate(self.value - other.value, self.resampled - other.resampled)
 
 
@@ -52,16 +55,20 @@ def mean(values: Tensor, numbers: Tensor) -> Estimate:
 
 
 def psnr(pictures: Tensor, twins: Tensor) -> Tensor:
-    """[N]: the peak signal-to-noise ratio in dB of each picture to its twin; both uint8, [N, H, W, 3]."""
+    """[N]: the peak signal-to-noise ratio in dB of each picture to its twin; both uint8, [N, H, W,
+    3]."""
     square = (pictures.double() - twins.double()).square().mean(dim=(1, 2, 3))
     return 10 * (255**2 / square.clamp(min=LEAST_SQUARE)).log10()
 
 
 def ssim(pictures: Tensor, twins: Tensor) -> Tensor:
-    """[N]: the structural similarity of each picture to its twin, at most 1; both uint8, [N, H, W, 3]."""
+    """[N]: the structural similarity of each picture to its twin, at most 1; both uint8, [N, H, W,
+    3]."""
     structural_similarity = require("skimage.metrics").structural_similarity
     pairs = zip(pictures.numpy(), twins.numpy(), strict=True)
-    return torch.tensor([structural_similarity(one, other, channel_axis=-1, data_range=255) for one, other in pairs])
+    return torch.tensor(
+        [structural_similarity(one, other, channel_axis=-1, data_range=255) for one, other in pairs]
+    )
 
 
 def verdict(difference: Estimate) -> str:

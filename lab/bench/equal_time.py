@@ -1,4 +1,5 @@
-"""How fast a variant is by what `bench layer` or `bench speed` measured, and `tomesd` beside keys at equal time."""
+"""How fast a variant is by what `bench layer` or `bench speed` measured, and `tomesd` beside keys
+at equal time."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ from .variants import WHOLE, Gains, Table, Variant, at_ratio, beside
 
 
 def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
-    """How many times faster than unmerged a contender is at its ratio; None where that wasn't measured.
+    """How many times faster than unmerged a contender is at its ratio; None where that wasn't
+    measured.
 
-    Nor is it known of a variant with settings of its own, a schedule or other levels. By their share of `pairs`,
-    CA-ToMe is taken to be as fast as `tomesd` in the steps in which it matches, and as the limit in the others; ToMA is
-    always taken to be as fast as the limit.
+    Nor is it known of a variant with settings of its own, a schedule or other levels. By their
+    share of `pairs`, CA-ToMe is taken to be as fast as `tomesd` in the steps in which it matches,
+    and as the limit in the others; ToMA is always taken to be as fast as the limit.
     """
     contender, ratio = variant.contender, variant.ratio
     if contender in (CA_TOME, TOMA):
@@ -34,10 +36,12 @@ def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
 
 
 def at_equal_time(what: str, gains: Gains) -> Table:
-    """`tomesd`'s corner at each of its ratios beside the method keys at the ratio that takes no longer.
+    """`tomesd`'s corner at each of its ratios beside the method keys at the ratio that takes no
+    longer.
 
-    Of keys it is the lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where there is none, and
-    outside of what was measured. Corner, since `tomesd`'s random destinations lie no nearer (`what`).
+    Of keys it is the lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where
+    there is none, and outside of what was measured. Corner, since `tomesd`'s random destinations
+    lie no nearer (`what`).
     """
     rows = [WHOLE]
     keys, corner = gains.get(KEYS, {}), gains.get(CORNER, {})

@@ -1,4 +1,5 @@
-"""Estimates what a self-attention layer, or a whole guided step, asks of a GPU, without one: by `roofline`.
+"""Estimates what a self-attention layer, or a whole guided step, asks of a GPU, without one: by
+`roofline`.
 
 Launches, waits, bytes, memory, and how many times faster than unmerged. Every time is an estimate.
 """
@@ -23,7 +24,18 @@ from tomesd_core.proportional import Heads, padded_size
 from tomesd_core.settings import MergeSettings
 
 from . import output
-from .contenders import CORNER, KEYS, PAPER, TODO, TODO_FACTORS, TOKENS, TOMESD_MOST, UNMERGED, match_tomesd, put_on
+from .contenders import (
+    CORNER,
+    KEYS,
+    PAPER,
+    TODO,
+    TODO_FACTORS,
+    TOKENS,
+    TOMESD_MOST,
+    UNMERGED,
+    match_tomesd,
+    put_on,
+)
 from .models import CONTEXT_TOKENS, LATENT_FACTOR, SD1, SD2, SDXL, OneLayer, attention, make_unet
 from .options import add_shared, fill_in, merge_ratio, picture_size, whole_number
 from .roofline import CARDS, FUSED, Recorder
@@ -47,9 +59,16 @@ Shape = tuple[int, int]
 
 
 def record(
-    side: int, shape: Shape, dtype: torch.dtype, name: str, ratio: float, autocast: bool = False, **settings: Any
+    side: int,
+    shape: Shape,
+    dtype: torch.dtype,
+    name: str,
+    ratio: float,
+    autocast: bool = False,
+    **settings: Any,
 ) -> Recorder:
-    """One call of a layer of `side`×`side` tokens with a contender on it, batch 2, once its constants are kept.
+    """One call of a layer of `side`×`side` tokens with a contender on it, batch 2, once its
+    constants are kept.
 
     `shape` is channels and heads, `settings` are ours.
     """
@@ -65,13 +84,22 @@ def record(
                 merge, unmerge = match_tomesd(x, (side, side), ratio, step=0, use_rand=False)
                 unmerge(layer.block.attn1(merge(layer.block.norm1(x))))
             return recorder
-        return _recorded(layer, name, ratio, {"skip_unprofitable": False, **settings}, lambda: layer(image))
+        return _recorded(
+            layer, name, ratio, {"skip_unprofitable": False, **settings}, lambda: layer(image)
+        )
 
 
 def record_step(
-    model: str, side: int, dtype: torch.dtype, kind: str, name: str, ratio: float, autocast: bool = False
+    model: str,
+    side: int,
+    dtype: torch.dtype,
+    kind: str,
+    name: str,
+    ratio: float,
+    autocast: bool = False,
 ) -> Recorder:
-    """A guided step of a whole UNet at a latent of `side`×`side`, with attention of a `kind`; ours by its own rule."""
+    """A guided step of a whole UNet at a latent of `side`×`side`, with attention of a `kind`; ours
+    by its own rule."""
     unet, config = _unet(model, dtype), MODELS[model]
     with torch.device("meta"):
         latent = torch.empty(2, config["in_channels"], side, side, dtype=dtype)
@@ -104,7 +132,8 @@ def _recorded(
 
 @contextlib.contextmanager
 def _as_cuda(dtype: torch.dtype, autocast: bool) -> Iterator[None]:
-    """While open, the meta device takes the branches that CUDA takes, and an attention has the scale of its heads."""
+    """While open, the meta device takes the branches that CUDA takes, and an attention has the
+    scale of its heads."""
     _define_fused()
 
     def known(attention: Any, x: Tensor, *_: Any) -> Heads:
@@ -125,22 +154,34 @@ def _as_cuda(dtype: torch.dtype, autocast: bool) -> Iterator[None]:
 
 
 class _Casts(TorchFunctionMode):
-    """Products in one dtype; with `autocast` norms and softmax in fp32. The meta device has no autocast of its own."""
+    """Products in one dtype; with `autocast` norms and softmax in fp32. The meta device has no
+    autocast of its own."""
 
     def __init__(self, dtype: torch.dtype, autocast: bool) -> None:
         super().__init__()
-        self._dtypes = dict.fromkeys((F.linear, F.conv2d, torch.bmm, torch.matmul, torch.einsum), dtype)
+        self._dtypes = dict.fromkeys(
+            (F.linear, F.conv2d, torch.bmm, torch.matmul, torch.einsum), dtype
+        )
         if autocast:
-            self._dtypes |= dict.fromkeys((F.layer_norm, F.softmax, torch.softmax, Tensor.softmax), torch.float32)
+            self._dtypes |= dict.fromkeys(
+                (F.layer_norm, F.softmax, torch.softmax, Tensor.softmax), torch.float32
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         dtype, kwargs = self._dtypes.get(func), kwargs or {}
 
         def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            return (
+                value.to(dtype)
+                if isinstance(value, Tensor) and value.is_floating_point()
+                else value
+            )
 
         if dtype is not None:
-            args, kwargs = tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+            args, kwargs = (
+                tuple(map(cast, args)),
+                {name: cast(value) for name, value in kwargs.items()},
+            )
         return func(*args, **kwargs)
 
 
@@ -159,11 +200,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench estimate`."""
     add_shared(parser, rounds=False)
     parser.set_defaults(dtype="float16")
-    parser.add_argument("--models", choices=MODELS, nargs="+", default=[*MODELS], help="whose layers, or steps")
-    parser.add_argument("--tokens", type=whole_number, nargs="+", metavar="SIDE", help="sides of a layer's token grids")
-    parser.add_argument("--sizes", type=picture_size, nargs="+", metavar="WxH", help="whole steps of square pictures")
-    parser.add_argument("--ratios", type=merge_ratio, nargs="+", metavar="R", help="shares of the tokens to remove")
-    parser.add_argument("--autocast", action="store_true", help="products in --dtype, norms in fp32")
+    parser.add_argument(
+        "--models", choices=MODELS, nargs="+", default=[*MODELS], help="whose layers, or steps"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=whole_number,
+        nargs="+",
+        metavar="SIDE",
+        help="sides of a layer's token grids",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=picture_size,
+        nargs="+",
+        metavar="WxH",
+        help="whole steps of square pictures",
+    )
+    parser.add_argument(
+        "--ratios", type=merge_ratio, nargs="+", metavar="R", help="shares of the tokens to remove"
+    )
+    parser.add_argument(
+        "--autocast", action="store_true", help="products in --dtype, norms in fp32"
+    )
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -200,15 +259,22 @@ def run(args: argparse.Namespace) -> None:
     output.show(output.table(COLUMNS, rows), machine, notes, [file])
 
 
-def _subjects(args: argparse.Namespace, model: str) -> Iterator[tuple[str, Callable[[str, float], Recorder]]]:
-    """What is recorded, by contender and ratio: layers or, where sizes of pictures are given, whole steps."""
+def _subjects(
+    args: argparse.Namespace, model: str
+) -> Iterator[tuple[str, Callable[[str, float], Recorder]]]:
+    """What is recorded, by contender and ratio: layers or, where sizes of pictures are given, whole
+    steps."""
     for width, height in args.sizes or ():
         if width != height:
             raise ValueError(f"sizes must be square, got {width}x{height}")
-        step = functools.partial(record_step, model, width // LATENT_FACTOR, args.torch_dtype, args.attention)
+        step = functools.partial(
+            record_step, model, width // LATENT_FACTOR, args.torch_dtype, args.attention
+        )
         yield f"{width}x{height}", functools.partial(step, autocast=args.autocast)
     for side in () if args.sizes else args.tokens:
-        layer = functools.partial(record, side, SHAPES[model], args.torch_dtype, autocast=args.autocast)
+        layer = functools.partial(
+            record, side, SHAPES[model], args.torch_dtype, autocast=args.autocast
+        )
         yield f"{side}x{side} tokens", layer
 
 
@@ -225,4 +291,6 @@ def _row(
     row = {"model": model, "size": size, "contender": name, "ratio": ratio}
     row |= {"launches": recorder.launches, "waits": len(recorder.waits), "bytes": recorder.bytes}
     row |= {"peak": recorder.peak - whole.peak}
-    return row | {name: whole.seconds(card) / recorder.seconds(card) for name, card in CARDS.items()}
+    return row | {
+        name: whole.seconds(card) / recorder.seconds(card) for name, card in CARDS.items()
+    }

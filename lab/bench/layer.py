@@ -1,13 +1,16 @@
-"""One self-attention layer, whole and in parts: how much faster merging makes it, and what of that is whose.
+"""One self-attention layer, whole and in parts: how much faster merging makes it, and what of that
+is whose.
 
-Batch 2, 320 channels, 8 heads, on smooth tokens with noise, as pictures give. "layer" is the norm and the attention
-behind it with all that a contender does there: ours run by their hooks, as on a UNet. "x faster" is the unmerged layer
-over it, "/limit" it over the same attention without any merging: to as many keys for the method keys and ToDo, of as
-many tokens for the others. "weighting" is keys over the same unweighed, and tokens over paper. "rule" says whether
-`plan.pays` lets such a layer merge.
+Batch 2, 320 channels, 8 heads, on smooth tokens with noise, as pictures give. "layer" is the norm
+and the attention behind it with all that a contender does there: ours run by their hooks, as on a
+UNet. "x faster" is the unmerged layer over it, "/limit" it over the same attention without any
+merging: to as many keys for the method keys and ToDo, of as many tokens for the others. "weighting"
+is keys over the same unweighed, and tokens over paper. "rule" says whether `plan.pays` lets such a
+layer merge.
 
-Match, merge and unmerge are timed alone besides, which all our methods do alike, but that keys unmerges nothing;
-"merging" is their sum, and "growth" the exponent p of N^p with which it grows with the tokens, from the first size on.
+Match, merge and unmerge are timed alone besides, which all our methods do alike, but that keys
+unmerges nothing; "merging" is their sum, and "growth" the exponent p of N^p with which it grows
+with the tokens, from the first size on.
 """
 
 from __future__ import annotations
@@ -60,12 +63,27 @@ QUICK = {"tokens": [32, 64], "rounds": 5}
 TINY = {"tokens": [8, 16], "channels": 32, "rounds": 1}
 
 MOST_SIDE = {"plain": 64, "sdp": 128}
-"""Of a grid whose layers are timed: above it plain attention takes more than 4 GB, and sdp minutes on a CPU."""
+"""Of a grid whose layers are timed: above it plain attention takes more than 4 GB, and sdp minutes
+on a CPU."""
 
 HOOKED = (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, QUERIES, TODO, LIMIT_KEYS, LIMIT)
-"""What runs on a layer as on a UNet. `tomesd` replaces whole blocks: around a layer its parts are called."""
+"""What runs on a layer as on a UNet. `tomesd` replaces whole blocks: around a layer its parts are
+called."""
 
-ORDER = (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, EXACT, CORNER, RANDOM, QUERIES, TODO, LIMIT_KEYS, LIMIT)
+ORDER = (
+    UNMERGED,
+    KEYS,
+    UNWEIGHTED,
+    TOKENS,
+    PAPER,
+    EXACT,
+    CORNER,
+    RANDOM,
+    QUERIES,
+    TODO,
+    LIMIT_KEYS,
+    LIMIT,
+)
 """In which rows stand."""
 
 PARTS = ("match", "merge", "unmerge")
@@ -96,10 +114,18 @@ CSV_COLUMNS = (*COLUMNS, "layer_low", "layer_high", "tokens", "rounds", "attenti
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench layer`."""
     add_shared(parser)
-    parser.add_argument("--tokens", type=whole_number, nargs="+", metavar="SIDE", help="sides of square token grids")
-    parser.add_argument("--channels", type=whole_number, metavar="C", help="a multiple of the 8 heads")
-    parser.add_argument("--ratios", type=merge_ratio, nargs="+", metavar="R", help="shares of the tokens to remove")
-    parser.add_argument("--tiny", action="store_true", help="a tiny layer: tries the command, and measures nothing")
+    parser.add_argument(
+        "--tokens", type=whole_number, nargs="+", metavar="SIDE", help="sides of square token grids"
+    )
+    parser.add_argument(
+        "--channels", type=whole_number, metavar="C", help="a multiple of the 8 heads"
+    )
+    parser.add_argument(
+        "--ratios", type=merge_ratio, nargs="+", metavar="R", help="shares of the tokens to remove"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny layer: tries the command, and measures nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,7 +138,14 @@ def run(args: argparse.Namespace) -> None:
     results = output.Results(args, f"layer-{args.attention}")
     rows = results.rows
     cases, notes = _cases(args)
-    panels = [output.Panel(f"matching, merging, unmerging, ratio {args.ratios[0]:g}", "tokens", "ms", logarithmic=True)]
+    panels = [
+        output.Panel(
+            f"matching, merging, unmerging, ratio {args.ratios[0]:g}",
+            "tokens",
+            "ms",
+            logarithmic=True,
+        )
+    ]
     faster: dict[int, output.Panel] = {}
     runs = sum(len(some) + len(hooked) for _, _, some, hooked in cases) * (args.rounds + 1)
     with (
@@ -128,17 +161,22 @@ def run(args: argparse.Namespace) -> None:
             panels[0].add(row["contender"], row["tokens"], 1e3 * row["merging"])
         if row["gain"] is not None and row["contender"] != UNMERGED:
             title = f"{row['grid']} tokens, {args.attention} attention"
-            panel = faster.setdefault(row["tokens"], output.Panel(title, "ratio", "times faster than unmerged"))
+            panel = faster.setdefault(
+                row["tokens"], output.Panel(title, "ratio", "times faster than unmerged")
+            )
             panel.add(row["contender"], row["ratio"], row["gain"])
     results.show(COLUMNS, [*panels, *faster.values()], notes)
 
 
 def image_tokens(side: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[2, side², channels]: tokens that change slowly over the image, with noise of a third of their strength."""
+    """[2, side², channels]: tokens that change slowly over the image, with noise of a third of
+    their strength."""
     generator = torch.Generator().manual_seed(side)
     coarse = torch.randn(ITEMS, channels, 8, 8, generator=generator)
     smooth = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)
-    tokens = (smooth + torch.randn(smooth.shape, generator=generator) / 3).flatten(2).transpose(1, 2)
+    tokens = (
+        (smooth + torch.randn(smooth.shape, generator=generator) / 3).flatten(2).transpose(1, 2)
+    )
     return tokens.contiguous().to(device, dtype)
 
 
@@ -150,8 +188,15 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     """All that is timed, and notes on what is not."""
     cases, notes = [], []
     for side in sorted(set(args.tokens)):
-        is_timed = side <= MOST_SIDE[args.attention] or (args.attention, args.device.type) == ("sdp", "cuda")
-        notes += [] if is_timed else [f"layers are left out at {side}x{side} tokens: they take too long or too much"]
+        is_timed = side <= MOST_SIDE[args.attention] or (args.attention, args.device.type) == (
+            "sdp",
+            "cuda",
+        )
+        notes += (
+            []
+            if is_timed
+            else [f"layers are left out at {side}x{side} tokens: they take too long or too much"]
+        )
         for ratio in args.ratios:
             some, left_out = matchers(side, ratio, args.torch_dtype)
             notes += left_out
@@ -186,8 +231,12 @@ def _rows_of(
             runs[one.name] = functools.partial(_whole, unet, running, image)
         for matcher in some:
             called = layer().block if hooked and matcher.name in (CORNER, RANDOM) else None
-            runs[matcher.name] = functools.partial(_in_parts, matcher, x, (side, side), ratio, called)
-        results = interleaved(runs, args.rounds, lambda name: tick(f"{name}, {side}x{side}, {ratio:g}"))
+            runs[matcher.name] = functools.partial(
+                _in_parts, matcher, x, (side, side), ratio, called
+            )
+        results = interleaved(
+            runs, args.rounds, lambda name: tick(f"{name}, {side}x{side}, {ratio:g}")
+        )
     return _compared(results, side, ratio, args)
 
 
@@ -197,11 +246,16 @@ def _whole(layer: OneLayer, running: Running, image: Tensor) -> Parts:
     return {"layer": timed(functools.partial(layer, image), image.device)[0]}
 
 
-def _in_parts(matcher: Matcher, x: Tensor, grid: tuple[int, int], ratio: float, block: nn.Module | None) -> Parts:
-    """The times of match, merge and unmerge; and of the whole `block`, if there is one, with these around it."""
+def _in_parts(
+    matcher: Matcher, x: Tensor, grid: tuple[int, int], ratio: float, block: nn.Module | None
+) -> Parts:
+    """The times of match, merge and unmerge; and of the whole `block`, if there is one, with these
+    around it."""
     y = F.layer_norm(x, x.shape[-1:])
     parts: Parts = {}
-    parts["match"], (merge, unmerge) = timed(functools.partial(matcher.match, x, grid, ratio, 1), x.device)
+    parts["match"], (merge, unmerge) = timed(
+        functools.partial(matcher.match, x, grid, ratio, 1), x.device
+    )
     parts["merge"], fewer = timed(functools.partial(merge, y), x.device)
     parts["unmerge"], _ = timed(functools.partial(unmerge, fewer), x.device)
     if block is not None:
@@ -218,15 +272,26 @@ def _compared(
     results: Mapping[str, Sequence[Parts]], side: int, ratio: float, args: argparse.Namespace
 ) -> list[dict[str, object]]:
     """A row for each contender: our methods' has the parts of our matching."""
-    layers = {name: [one["layer"] for one in values] for name, values in results.items() if "layer" in values[0]}
+    layers = {
+        name: [one["layer"] for one in values]
+        for name, values in results.items()
+        if "layer" in values[0]
+    }
     parts = {
         name: {part: [one[part] for one in values] for part in PARTS}
         for name, values in results.items()
         if set(PARTS) <= set(values[0])
     }
     ours = parts.pop(OURS)
-    parts |= {KEYS: {part: ours[part] for part in PARTS if part != "unmerge"}, TOKENS: ours, PAPER: ours}
-    merging = {name: [sum(one) for one in zip(*times.values(), strict=True)] for name, times in parts.items()}
+    parts |= {
+        KEYS: {part: ours[part] for part in PARTS if part != "unmerge"},
+        TOKENS: ours,
+        PAPER: ours,
+    }
+    merging = {
+        name: [sum(one) for one in zip(*times.values(), strict=True)]
+        for name, times in parts.items()
+    }
     rows = {name: dict.fromkeys(CSV_COLUMNS) for name in sorted({*layers, *parts}, key=ORDER.index)}
     for row in (
         *compared(merging, "merging", None, MATCHING_OVER_PEERS),

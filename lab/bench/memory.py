@@ -1,7 +1,7 @@
 """Peak memory above the weights: of one guided step of the whole UNet, and of the matching alone.
 
-On a CPU PyTorch's profiler lists what its allocator gives and takes (what oneDNN and BLAS keep for themselves is not in
-it); on a GPU it is `max_memory_allocated`. Inputs and weights do not count.
+On a CPU PyTorch's profiler lists what its allocator gives and takes (what oneDNN and BLAS keep for
+themselves is not in it); on a GPU it is `max_memory_allocated`. Inputs and weights do not count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from .options import add_shared, add_unet, fill_in, whole_number
 from .timing import compared, interleaved, progress
 from .unet_runs import Case, cases, count_runs, everyone, measure, panels
 
-USUAL = {**unet_runs.USUAL, "ratios": [0.25, 0.4375, 0.5, 0.6, 0.75, 0.84], "tokens": [256], "rounds": 1}
+USUAL = {
+    **unet_runs.USUAL,
+    "ratios": [0.25, 0.4375, 0.5, 0.6, 0.75, 0.84],
+    "tokens": [256],
+    "rounds": 1,
+}
 QUICK = {"sizes": [(256, 256)], "ratios": [0.6], "tokens": [64]}
 TINY = {"sizes": [(128, 128)], "ratios": [0.6], "tokens": [16]}
 
@@ -43,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench memory`."""
     add_shared(parser)
     add_unet(parser)
-    parser.add_argument("--tokens", type=whole_number, nargs="+", metavar="SIDE", help="of grids for matching alone")
+    parser.add_argument(
+        "--tokens", type=whole_number, nargs="+", metavar="SIDE", help="of grids for matching alone"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,17 +86,22 @@ def _matching_rows(
 
     def peak(matcher: Matcher) -> int:
         with torch.no_grad():
-            return peak_bytes(lambda: matcher.match(x, (side, side), MATCHING_RATIO, 1), args.device)
+            return peak_bytes(
+                lambda: matcher.match(x, (side, side), MATCHING_RATIO, 1), args.device
+            )
 
     peaks = {one.name: functools.partial(peak, one) for one in some}
     results = interleaved(peaks, args.rounds, lambda name: tick(f"{name}, {side}x{side}"))
     about = {"size": f"{side}x{side} tokens", "ratio": MATCHING_RATIO}
     how = {"rounds": args.rounds, "attention": args.attention}
-    return [{**about, **row, **how} for row in compared(results, "bytes", None, MATCHING_OVER_PEERS)]
+    return [
+        {**about, **row, **how} for row in compared(results, "bytes", None, MATCHING_OVER_PEERS)
+    ]
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that torch held at once while `work` ran, above what it held before; its result counts.
+    """The most bytes that torch held at once while `work` ran, above what it held before; its
+    result counts.
 
     Raises `ValueError` for a device that is neither cpu nor cuda.
     """
@@ -102,7 +114,9 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         raise ValueError(f"memory can be measured on cpu and cuda, not on {device.type}")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         result = work()
     del result
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +124,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     # In the order in which they happened: where two share a time, as they were recorded.
-    changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    changes = sorted(
+        (event for event in events if event.get("name") == "[memory]"),
+        key=lambda event: event["ts"],
+    )
     held = peak = 0
     for change in changes:
         held += change["args"]["Bytes"]

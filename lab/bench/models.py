@@ -1,4 +1,5 @@
-"""The UNets that are measured: SD 1.5's own shape, a real checkpoint's, or a tiny one; and their inputs."""
+"""The UNets that are measured: SD 1.5's own shape, a real checkpoint's, or a tiny one; and their
+inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +32,12 @@ SD1: dict[str, Any] = {
 }
 """Stable Diffusion 1's UNet, as ldm's `UNetModel` takes it."""
 
-_SD2 = {"context_dim": 1024, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True}
+_SD2 = {
+    "context_dim": 1024,
+    "num_heads": -1,
+    "num_head_channels": 64,
+    "use_linear_in_transformer": True,
+}
 SD2 = SD1 | _SD2
 """Stable Diffusion 2's."""
 BY_CONTEXT = {768: SD1, 1024: SD2}
@@ -44,9 +50,15 @@ SDXL: dict[str, Any] = {
     "context_dim": 2048,
     "transformer_depth": {640: 2, 1280: 10},
 }
-"""Stable Diffusion XL's, but for its embedding of sizes, which takes no time; depths are by the channels of a level."""
+"""Stable Diffusion XL's, but for its embedding of sizes, which takes no time; depths are by the
+channels of a level."""
 
-TINY = SD1 | {"model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [1, 2], "channel_mult": [1, 2]}
+TINY = SD1 | {
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [1, 2],
+    "channel_mult": [1, 2],
+}
 """A UNet of the same kind that runs in milliseconds."""
 
 PREFIX = "model.diffusion_model."
@@ -58,10 +70,13 @@ LATENT_FACTOR = 8
 
 
 def build_unet(
-    config: Mapping[str, Any], device: torch.device, dtype: torch.dtype, weights: dict[str, Tensor] | None = None
+    config: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """ldm's `UNetModel` of this shape, with `weights` or random ones. Raises `MissingPackage` without ldm, `ValueError`
-    for weights of another shape."""
+    """ldm's `UNetModel` of this shape, with `weights` or random ones. Raises `MissingPackage`
+    without ldm, `ValueError` for weights of another shape."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = make_unet(config, dtype)
@@ -72,7 +87,9 @@ def build_unet(
             try:
                 unet.load_state_dict(weights, strict=True)
             except RuntimeError as error:
-                raise ValueError(f"the checkpoint has another shape than Stable Diffusion 1 or 2: {error}") from error
+                raise ValueError(
+                    f"the checkpoint has another shape than Stable Diffusion 1 or 2: {error}"
+                ) from error
     return unet.to(device)
 
 
@@ -92,8 +109,14 @@ def make_unet(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
         def forward(self, x: Tensor, context: Tensor) -> Tensor:
             return super().forward(x, [context] * len(self.transformer_blocks))
 
-    rest = {"image_size": 32, "use_spatial_transformer": True, "use_checkpoint": False, "legacy": False}
-    # Where xformers is installed ldm takes its attention; all that is measured here starts from ldm's own.
+    rest = {
+        "image_size": 32,
+        "use_spatial_transformer": True,
+        "use_checkpoint": False,
+        "legacy": False,
+    }
+    # Where xformers is installed ldm takes its attention; all that is measured here starts from
+    # ldm's own.
     with (
         patch.object(attention, "XFORMERS_IS_AVAILBLE", False),
         patch.object(module, "SpatialTransformer", SpatialTransformer),
@@ -102,17 +125,21 @@ def make_unet(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     unet = unet.to(dtype).eval().requires_grad_(False)
     for part in unet.modules():
         if type(part).__name__ == "GroupNorm32":
-            # It casts its input to fp32, whatever the UNet's dtype: its weights must be of the same.
+            # It casts its input to fp32, whatever the UNet's dtype: its weights must be of the
+            # same.
             part.float()
     return unet
 
 
 def diffusers_unet(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> nn.Module:
-    """diffusers' UNet of SD 1.5's shape, or a tiny one; random weights. Raises `MissingPackage` without diffusers."""
+    """diffusers' UNet of SD 1.5's shape, or a tiny one; random weights. Raises `MissingPackage`
+    without diffusers."""
     shape = {"block_out_channels": (32, 64, 64, 64)} if tiny else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = require("diffusers").UNet2DConditionModel(cross_attention_dim=SD1["context_dim"], **shape)
+        unet = require("diffusers").UNet2DConditionModel(
+            cross_attention_dim=SD1["context_dim"], **shape
+        )
     return unet.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -126,15 +153,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with require("safetensors").safe_open(str(path), framework="pt") as stored:
         names = [name for name in list(stored.keys()) if name.startswith(PREFIX)]
         weights = {name.removeprefix(PREFIX): stored.get_tensor(name) for name in names}
-    contexts = [weight.shape[1] for name, weight in weights.items() if name.endswith("attn2.to_k.weight")]
+    contexts = [
+        weight.shape[1] for name, weight in weights.items() if name.endswith("attn2.to_k.weight")
+    ]
     if not contexts or contexts[0] not in BY_CONTEXT or "input_blocks.0.0.weight" not in weights:
-        raise ValueError(f"{path.name}: there is no UNet of Stable Diffusion 1 or 2 under {PREFIX}*")
+        raise ValueError(
+            f"{path.name}: there is no UNet of Stable Diffusion 1 or 2 under {PREFIX}*"
+        )
     # Those for inpainting see a mask and a picture besides.
-    return {**BY_CONTEXT[contexts[0]], "in_channels": weights["input_blocks.0.0.weight"].shape[1]}, weights
+    return {
+        **BY_CONTEXT[contexts[0]],
+        "in_channels": weights["input_blocks.0.0.weight"].shape[1],
+    }, weights
 
 
 def one_step(unet: nn.Module, config: Mapping[str, Any], size: Size) -> Callable[[], Tensor]:
-    """One pass of classifier-free guidance, batch 2, for a picture of `size`, to be run as often as one likes."""
+    """One pass of classifier-free guidance, batch 2, for a picture of `size`, to be run as often as
+    one likes."""
     weight = next(unet.parameters())
     width, height = size
     generator = torch.Generator().manual_seed(1)
@@ -154,7 +189,8 @@ def one_step(unet: nn.Module, config: Mapping[str, Any], size: Size) -> Callable
 
 
 class OneLayer(nn.Module):
-    """A UNet that is one self-attention at level 1 and the norm before it: all that merging looks for, and no more."""
+    """A UNet that is one self-attention at level 1 and the norm before it: all that merging looks
+    for, and no more."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -166,7 +202,8 @@ class OneLayer(nn.Module):
         return self.input_blocks[0].transformer_blocks[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to tokens, [B, H·W, C]; nothing is copied of what lies in memory as tokens do."""
+        """[B, C, H, W] to tokens, [B, H·W, C]; nothing is copied of what lies in memory as tokens
+        do."""
         return self.input_blocks(x)
 
 
@@ -200,7 +237,8 @@ def one_layer(channels: int, heads: int, device: torch.device, dtype: torch.dtyp
 
 @contextlib.contextmanager
 def inference(weight: Tensor) -> Iterator[None]:
-    """While open, models run as for a picture: without gradients, and in a dtype other than float32 under autocast."""
+    """While open, models run as for a picture: without gradients, and in a dtype other than float32
+    under autocast."""
     narrow = contextlib.nullcontext()
     if weight.dtype != torch.float32:
         narrow = torch.autocast(weight.device.type, weight.dtype)
@@ -210,15 +248,20 @@ def inference(weight: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attention(model: nn.Module, kind: str) -> Iterator[None]:
-    """While open, every attention of the classes in `model` runs as `kind`: `plain` is ldm's own, `sdp` torch's fused.
+    """While open, every attention of the classes in `model` runs as `kind`: `plain` is ldm's own,
+    `sdp` torch's fused.
 
-    It is replaced on the class, as WebUI does it, where merging takes it for the user's choice and not for another
-    extension's. A diffusers model gets the processors of these kinds.
+    It is replaced on the class, as WebUI does it, where merging takes it for the user's choice and
+    not for another extension's. A diffusers model gets the processors of these kinds.
     """
     if hasattr(model, "set_attn_processor"):
         processors = require("diffusers.models.attention_processor")
-        model.set_attn_processor({"plain": processors.AttnProcessor, "sdp": processors.AttnProcessor2_0}[kind]())
-    classes = {type(module) for module in model.modules() if type(module).__name__ == "CrossAttention"}
+        model.set_attn_processor(
+            {"plain": processors.AttnProcessor, "sdp": processors.AttnProcessor2_0}[kind]()
+        )
+    classes = {
+        type(module) for module in model.modules() if type(module).__name__ == "CrossAttention"
+    }
     with contextlib.ExitStack() as replacing:
         for attention_class in classes if kind == "sdp" else ():
             replacing.enter_context(patch.object(attention_class, "forward", _fused_attention))

@@ -1,4 +1,5 @@
-"""What every subcommand writes: a table on the screen, a CSV, a plot; each says on which machine it was made."""
+"""What every subcommand writes: a table on the screen, a CSV, a plot; each says on which machine it
+was made."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ Columns = Mapping[str, tuple[str, Callable[[object], str]]]
 PAPER = "paper (RTX 4090, fp16, 512x512)"
 PAPER_SECONDS = {0.0: 3.09, 0.1: 2.56, 0.2: 2.29, 0.3: 2.06, 0.4: 1.85, 0.5: 1.65, 0.6: 1.52}
 PAPER_GIGABYTES = {0.0: 3.41, 0.1: 2.99, 0.2: 2.17, 0.3: 1.71, 0.4: 1.26, 0.5: 0.89, 0.6: 0.60}
-"""Seconds and GB an image, by ratio: SD 1.5, 50 PLMS steps, plain attention (arXiv 2303.17604, table 4)."""
+"""Seconds and GB an image, by ratio: SD 1.5, 50 PLMS steps, plain attention (arXiv 2303.17604,
+table 4)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +59,23 @@ def this_machine(device: torch.device, dtype: str, command: str) -> Machine:
 
 
 def cores() -> int:
-    """How many cores this process may use, where the system tells; a container's are fewer than the machine's."""
+    """How many cores this process may use, where the system tells; a container's are fewer than the
+    machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        if model := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
+        if model := re.search(
+            r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
+        ):
             return model[1]
     return platform.processor() or platform.machine()
 
 
 def number(digits: int, factor: float = 1) -> Callable[[object], str]:
-    """Writes a value times `factor`, such as ms of s or MB of bytes, with so many digits after the point."""
+    """Writes a value times `factor`, such as ms of s or MB of bytes, with so many digits after the
+    point."""
     return lambda value: f"{value * factor:.{digits}f}"
 
 
@@ -92,7 +98,8 @@ class Results:
         self.files = [args.out / f"{stem}{ending}" for ending in (".csv", ".png")]
 
     def save(self, new: Iterable[Row] = ()) -> None:
-        """Adds rows, and writes the CSV of all: what was measured in an hour is kept when the next is broken off."""
+        """Adds rows, and writes the CSV of all: what was measured in an hour is kept when the next
+        is broken off."""
         self.rows += [dict(row) for row in new]
         write_csv(self.files[0], self.rows, self.machine)
 
@@ -103,7 +110,8 @@ class Results:
 
 
 def table(columns: Columns, rows: Sequence[Row]) -> str:
-    """The rows under their titles in Markdown, every column as wide as it must be, numbers to the right."""
+    """The rows under their titles in Markdown, every column as wide as it must be, numbers to the
+    right."""
     columns_of_cells: list[list[str]] = []
     for key, (title, write) in columns.items():
         values = [row.get(key) for row in rows]
@@ -116,7 +124,8 @@ def table(columns: Columns, rows: Sequence[Row]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row], machine: Machine) -> None:
-    """The rows as measured, in SI units, with the machine's columns behind them. The folder is made if need be."""
+    """The rows as measured, in SI units, with the machine's columns behind them. The folder is made
+    if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     made_on = dataclasses.asdict(machine)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -141,7 +150,8 @@ class Panel:
     logarithmic: bool = False
 
     def add(self, name: str, x: float | str, y: float | None, error: float | None = None) -> None:
-        """Adds a point, if it was measured, to the line of that name; all of a line's points have an error, or none."""
+        """Adds a point, if it was measured, to the line of that name; all of a line's points have
+        an error, or none."""
         if y is not None:
             self.lines.setdefault(name, []).append((x, y))
             if error is not None:
@@ -157,13 +167,23 @@ def plot(path: Path, panels: Sequence[Panel], machine: Machine) -> None:
     """Draws the panels beside each other into a PNG."""
     require("matplotlib").use("Agg")
     pyplot = require("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False, layout="constrained"
+    )
     for panel, axis in zip(panels, axes[0], strict=True):
         for name, points in panel.lines.items():
-            style = {"linestyle": "--", "color": "grey"} if name == panel.reference else {"marker": "o"}
+            style = (
+                {"linestyle": "--", "color": "grey"} if name == panel.reference else {"marker": "o"}
+            )
             words = isinstance(points[0][0], str)
             style = {"linestyle": "none"} | style if words else style
-            axis.errorbar(*zip(*points, strict=True), yerr=panel.errors.get(name), capsize=3, label=name, **style)
+            axis.errorbar(
+                *zip(*points, strict=True),
+                yerr=panel.errors.get(name),
+                capsize=3,
+                label=name,
+                **style,
+            )
             if words:
                 pyplot.setp(axis.get_xticklabels(), rotation=45, ha="right")
         axis.set(title=panel.title, xlabel=panel.across, ylabel=panel.up)
@@ -171,7 +191,9 @@ def plot(path: Path, panels: Sequence[Panel], machine: Machine) -> None:
             axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(f"{machine.machine}; {machine.versions}; {machine.date}", fontsize="small", wrap=True)
+    figure.suptitle(
+        f"{machine.machine}; {machine.versions}; {machine.date}", fontsize="small", wrap=True
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

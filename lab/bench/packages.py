@@ -25,7 +25,8 @@ class MissingPackage(RuntimeError):
 
 
 def require(name: str) -> types.ModuleType:
-    """Imports a module of a package in `INSTALL`. Raises `MissingPackage` where it, or what it needs, is missing."""
+    """Imports a module of a package in `INSTALL`. Raises `MissingPackage` where it, or what it
+    needs, is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,10 +1,12 @@
-"""The methods of others that ours are measured beside, each put on a UNet's finest self-attention as it was published.
+"""The methods of others that ours are measured beside, each put on a UNet's finest self-attention
+as it was published.
 
-`tomesd` is the package of the paper (arXiv 2303.17604), with its corner or a random token of each 2×2 cell as
-destination; WebUI's own token merging is its corner. Forge and ComfyUI merge queries alone by the same matching. ToDo
-(arXiv 2402.13573) keeps every second or fourth token as key in each direction. CA-ToMe (arXiv 2501.00946, the package
-`ca-tome`) merges tokens more similar than a threshold, and matches in a few steps only. ToMA (arXiv 2509.10918) chooses
-destinations by facility location in tiles, and merges and unmerges by products with soft weights.
+`tomesd` is the package of the paper (arXiv 2303.17604), with its corner or a random token of each
+2×2 cell as destination; WebUI's own token merging is its corner. Forge and ComfyUI merge queries
+alone by the same matching. ToDo (arXiv 2402.13573) keeps every second or fourth token as key in
+each direction. CA-ToMe (arXiv 2501.00946, the package `ca-tome`) merges tokens more similar than a
+threshold, and matches in a few steps only. ToMA (arXiv 2509.10918) chooses destinations by facility
+location in tiles, and merges and unmerges by products with soft weights.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ QUERIES = "queries only"
 TODO, CA_TOME, TOMA = "ToDo", "CA-ToMe", "ToMA"
 
 TOMESD_MOST = 0.75
-"""The highest ratio that `tomesd`'s cells of 2×2 allow; above it, it removes as much, and says nothing."""
+"""The highest ratio that `tomesd`'s cells of 2×2 allow; above it, it removes as much, and says
+nothing."""
 
 TODO_FACTORS = {0.75: 2, 0.9375: 4}
 """By ratio: of how many tokens in each direction ToDo keeps one."""
@@ -53,11 +56,13 @@ class Running:
     """A contender that is on a UNet."""
 
     begin_step: Callable[[int, int], None] = lambda step, total: None
-    """Called with the step, from 0, and the number of steps, before the UNet's passes of that step."""
+    """Called with the step, from 0, and the number of steps, before the UNet's passes of that step.
+    """
     describe: Callable[[], str] = str
     """What was merged, for people; may be empty."""
     pairs: Callable[[], float | None] = lambda: None
-    """The share of query-key pairs that was left in merged layers; None where the ratio alone decides."""
+    """The share of query-key pairs that was left in merged layers; None where the ratio alone
+    decides."""
 
 
 OnUnet = contextlib.AbstractContextManager[Running]
@@ -68,10 +73,16 @@ def merged_layers(unet: nn.Module) -> list[Layer]:
     """The layers that the default settings merge in."""
     layers = find_layers(unet)
     coarsest = coarsest_level(MergeSettings(), layers)
-    return [layer for layer in layers if layer.is_self_attention and (layer.level or coarsest + 1) <= coarsest]
+    return [
+        layer
+        for layer in layers
+        if layer.is_self_attention and (layer.level or coarsest + 1) <= coarsest
+    ]
 
 
-def match_tomesd(x: Tensor, grid: Grid, ratio: float, step: int, use_rand: bool) -> tuple[Apply, Apply]:
+def match_tomesd(
+    x: Tensor, grid: Grid, ratio: float, step: int, use_rand: bool
+) -> tuple[Apply, Apply]:
     """`tomesd`'s own matching: what merges, and what unmerges."""
     tomesd = require("tomesd")
     rows, columns = grid
@@ -103,7 +114,8 @@ def _tomesd(unet: nn.Module, ratio: float, use_rand: bool) -> Iterator[Running]:
 
 
 def _ca_tome_patch() -> types.ModuleType:
-    """`ca_tome.patch`, which needs torch alone, while its package imports pipelines of an older diffusers."""
+    """`ca_tome.patch`, which needs torch alone, while its package imports pipelines of an older
+    diffusers."""
     if "ca_tome" not in sys.modules:
         spec = importlib.util.find_spec("ca_tome")
         if spec is None:
@@ -150,7 +162,8 @@ def _ca_tome(unet: nn.Module, threshold: float) -> Iterator[Running]:
 
 
 Wrap = Callable[[Tensor, Grid, float], "tuple[Tensor, Tensor, Apply]"]
-"""(y [B, N, C], its grid, ratio) to the inputs of queries and keys, [B, M, C], and what unmerges attention's output."""
+"""(y [B, N, C], its grid, ratio) to the inputs of queries and keys, [B, M, C], and what unmerges
+attention's output."""
 
 
 @contextlib.contextmanager
@@ -166,7 +179,10 @@ def _around_attention(unet: nn.Module, ratio: float, wrap: Wrap) -> Iterator[Run
         for layer in merged_layers(unet) if ratio else []:
 
             def before(
-                attn1: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object], layer: Layer = layer
+                attn1: nn.Module,
+                args: tuple[Tensor, ...],
+                kwargs: dict[str, object],
+                layer: Layer = layer,
             ) -> tuple[object, object]:
                 queries, keys, unmerging[attn1] = wrap(args[0], grids[layer.transformer], ratio)
                 return (queries,), {**kwargs, layer.names.context: keys}
@@ -175,14 +191,20 @@ def _around_attention(unet: nn.Module, ratio: float, wrap: Wrap) -> Iterator[Run
                 return unmerging.pop(attn1)(output)
 
             handles.callback(layer.transformer.register_forward_pre_hook(see_grid).remove)
-            handles.callback(layer.block.attn1.register_forward_pre_hook(before, with_kwargs=True).remove)
+            handles.callback(
+                layer.block.attn1.register_forward_pre_hook(before, with_kwargs=True).remove
+            )
             handles.callback(layer.block.attn1.register_forward_hook(after).remove)
         yield Running()
 
 
-def attending_to(unet: nn.Module, ratio: float, choose: Callable[[Tensor, Grid, float], Tensor]) -> OnUnet:
+def attending_to(
+    unet: nn.Module, ratio: float, choose: Callable[[Tensor, Grid, float], Tensor]
+) -> OnUnet:
     """All tokens attend to those that `choose` gives: ([B, N, C], their grid, ratio) to [B, M, C]."""
-    return _around_attention(unet, ratio, lambda y, grid, ratio: (y, choose(y, grid, ratio), lambda output: output))
+    return _around_attention(
+        unet, ratio, lambda y, grid, ratio: (y, choose(y, grid, ratio), lambda output: output)
+    )
 
 
 def _every_second(y: Tensor, grid: Grid, ratio: float) -> Tensor:
@@ -197,7 +219,8 @@ def _merged_queries(y: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor
 
 
 def _soft(y: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor, Apply]:
-    """ToMA's destinations and weights, anew in every call; the paper keeps them for ten and five steps."""
+    """ToMA's destinations and weights, anew in every call; the paper keeps them for ten and five
+    steps."""
     weights = toma_weights(y, grid, ratio)
     merged = _of_tiles(weights / weights.sum(-1, keepdim=True), y, grid)
     return merged, merged, lambda output: _to_tiles_back(weights, output, grid)
@@ -220,22 +243,27 @@ def _untiled(tiles: Tensor, grid: Grid) -> Tensor:
 
 
 def facility_locations(similarity: Tensor, count: int) -> Tensor:
-    """[..., count] of [..., N, N]: tokens that stand for all others, found greedily (ToMA, section 4.1).
+    """[..., count] of [..., N, N]: tokens that stand for all others, found greedily (ToMA, section
+    4.1).
 
-    Each is the token that most raises the sum, over all tokens, of the similarity to the nearest one found so far.
+    Each is the token that most raises the sum, over all tokens, of the similarity to the nearest
+    one found so far.
     """
     covered = torch.full_like(similarity[..., 0], -1.0)
     found = []
     for _ in range(count):
         gains = (similarity - covered.unsqueeze(-1)).clamp(min=0).sum(-2)
         found.append(gains.argmax(-1, keepdim=True))
-        nearest = similarity.gather(-1, found[-1].unsqueeze(-2).expand(*covered.shape, 1)).squeeze(-1)
+        nearest = similarity.gather(-1, found[-1].unsqueeze(-2).expand(*covered.shape, 1)).squeeze(
+            -1
+        )
         covered = torch.maximum(covered, nearest)
     return torch.cat(found, -1)
 
 
 def toma_weights(y: Tensor, grid: Grid, ratio: float) -> Tensor:
-    """How much of each token falls to each destination of its tile: [B, tiles, destinations, tokens]."""
+    """How much of each token falls to each destination of its tile: [B, tiles, destinations,
+    tokens]."""
     tiles = F.normalize(_tiles(y, grid).float(), dim=-1)
     similarity = tiles @ tiles.mT
     destinations = facility_locations(similarity, max(1, round(similarity.shape[-1] * (1 - ratio))))
@@ -260,4 +288,5 @@ PUT_ON: dict[str, Callable[[nn.Module, float], OnUnet]] = {
     CA_TOME: _ca_tome,
     TOMA: functools.partial(_around_attention, wrap=_soft),
 }
-"""By name: puts a peer on a UNet, at a ratio; CA-ToMe takes the threshold of similarity in its place."""
+"""By name: puts a peer on a UNet, at a ratio; CA-ToMe takes the threshold of similarity in its
+place."""

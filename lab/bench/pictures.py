@@ -1,4 +1,5 @@
-"""Pictures of a tiny model, made with and without merging, and kept on disk: what was made is never made again."""
+"""Pictures of a tiny model, made with and without merging, and kept on disk: what was made is never
+made again."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ from .timing import timed
 from .variants import Variant
 
 CHUNK = 8
-"""Pictures made at once, and kept in one file; guidance doubles them. On a CPU more at once were no faster."""
+"""Pictures made at once, and kept in one file; guidance doubles them. On a CPU more at once were no
+faster."""
 
 UNTRAINED = "untrained"
 """A smaller model of random weights, in a trained one's place."""
@@ -55,7 +57,8 @@ class Chunk(NamedTuple):
     merged: str
     """What was merged, for people; may be empty."""
     pairs: float
-    """The share of query-key pairs that was left in merged layers; NaN where the ratio alone decides."""
+    """The share of query-key pairs that was left in merged layers; NaN where the ratio alone
+    decides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +84,15 @@ class Studio:
         return channels, self.side or height, self.side or width
 
     def model(self) -> TinyModel:
-        """The model, which later calls give again. Raises `FileNotFoundError` where its weights are missing."""
+        """The model, which later calls give again. Raises `FileNotFoundError` where its weights are
+        missing."""
         return _model(self.name, self.device)
 
     def captions(self, count: int) -> list[int]:
         """The numbers of the captions that the first `count` pictures are made of.
 
-        All captions in turn, in an order that is drawn once: those that come after each other in the model are alike.
+        All captions in turn, in an order that is drawn once: those that come after each other in
+        the model are alike.
         """
         captions = len(self.model().captions)
         order = torch.randperm(captions, generator=torch.Generator().manual_seed(0)).tolist()
@@ -116,7 +121,12 @@ class Studio:
         return Chunk(pictures, seconds, merged, math.nan if pairs is None else pairs)
 
     def _sample(
-        self, model: TinyModel, prompts: Sequence[str], first: int, running: Running, variant: Variant
+        self,
+        model: TinyModel,
+        prompts: Sequence[str],
+        first: int,
+        running: Running,
+        variant: Variant,
     ) -> Tensor:
         """[B, 3, H, W]; picture i starts from the noise of seed `first` + i."""
         steps = self.steps_of(variant)
@@ -135,11 +145,18 @@ class Studio:
         )
 
     def digest(self, variant: Variant) -> str:
-        """Of all that a variant's pictures depend on: the model, how it is run, and the code that merges."""
+        """Of all that a variant's pictures depend on: the model, how it is run, and the code that
+        merges."""
         code: list[object] = []
         if variant.settings is not None:
-            # What settings come to, besides their values: not the text of their module, with its labels and defaults.
-            code += [_code_digest(), variant.settings.cell, variant.settings.draws_anew, variant.settings.exact]
+            # What settings come to, besides their values: not the text of their module, with its
+            # labels and defaults.
+            code += [
+                _code_digest(),
+                variant.settings.cell,
+                variant.settings.draws_anew,
+                variant.settings.exact,
+            ]
         if package := PACKAGES.get(variant.contender):
             code.append(importlib.metadata.version(package))
         elif variant.contender in PUT_ON:
@@ -207,22 +224,28 @@ class Album:
     studio: Studio
 
     def missing(self, variants: Sequence[Variant], count: int) -> dict[Path, tuple[Variant, int]]:
-        """The chunks, by the file that each is kept in, that the variants' first `count` pictures lack.
+        """The chunks, by the file that each is kept in, that the variants' first `count` pictures
+        lack.
 
         In turns: a slow minute of the machine falls on all variants alike.
         """
-        # By where they are kept: the studio's number of steps, and the same said by a variant, give the same pictures.
+        # By where they are kept: the studio's number of steps, and the same said by a variant, give
+        # the same pictures.
         chunks = [(variant, first) for first in range(0, count, CHUNK) for variant in variants]
         by_path = {self._path(*chunk): chunk for chunk in chunks}
         return {path: chunk for path, chunk in by_path.items() if not path.is_file()}
 
-    def make(self, chunks: Sequence[tuple[Variant, int]], processes: int, threads: int) -> Iterator[Variant]:
-        """Makes chunks, in so many processes of so many threads; gives the variant of each, in order, once kept."""
+    def make(
+        self, chunks: Sequence[tuple[Variant, int]], processes: int, threads: int
+    ) -> Iterator[Variant]:
+        """Makes chunks, in so many processes of so many threads; gives the variant of each, in
+        order, once kept."""
         if processes == 1 or len(chunks) < 2:
             for chunk in chunks:
                 yield self._make(chunk)
             return
-        # Of tensors as small as these, two are computed faster side by side than each by two threads.
+        # Of tensors as small as these, two are computed faster side by side than each by two
+        # threads.
         spawning = multiprocessing.get_context("spawn")
         with spawning.Pool(min(processes, len(chunks)), torch.set_num_threads, (threads,)) as pool:
             yield from pool.imap(self._make, chunks)
@@ -235,14 +258,20 @@ class Album:
                 chunks.append({name: arrays[name] for name in arrays.files})
         pictures = torch.from_numpy(np.concatenate([chunk["pictures"] for chunk in chunks])[:count])
         seconds = float(np.median([chunk["seconds"] for chunk in chunks])) / CHUNK
-        return Series(pictures, seconds, str(chunks[0]["merged"]), float(np.mean([chunk["pairs"] for chunk in chunks])))
+        return Series(
+            pictures,
+            seconds,
+            str(chunks[0]["merged"]),
+            float(np.mean([chunk["pairs"] for chunk in chunks])),
+        )
 
     def _make(self, chunk: tuple[Variant, int]) -> Variant:
         variant, first = chunk
         made = self.studio.make(variant, first)
         path = self._path(variant, first)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Under its own name only once it is whole: an interrupted run leaves no half chunk to be read.
+        # Under its own name only once it is whole: an interrupted run leaves no half chunk to be
+        # read.
         partial = path.with_suffix(f".{os.getpid()}.partial")
         with partial.open("wb") as file:
             np.savez_compressed(file, **{**made._asdict(), "pictures": made.pictures.numpy()})

@@ -1,11 +1,13 @@
-"""How far merging takes the pictures of a tiny trained model from what they were: by method, and the paper's tables.
+"""How far merging takes the pictures of a tiny trained model from what they were: by method, and
+the paper's tables.
 
-The model is that of emoji, or by --model that of photographs, which makes textures and no compositions. Every row's
-pictures are made from the same seeds and prompts, by ldm's PLMS sampler where a table doesn't say otherwise. PSNR and
-SSIM are to the unmerged twin, made by the same sampler in as many steps; "pairs" is the share of query-key pairs left
-in layers that merge. Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only
-the new ones. --speed adds a table at equal time for each size in its files, and what a row's ratio brings in times
-faster, by the first of them.
+The model is that of emoji, or by --model that of photographs, which makes textures and no
+compositions. Every row's pictures are made from the same seeds and prompts, by ldm's PLMS sampler
+where a table doesn't say otherwise. PSNR and SSIM are to the unmerged twin, made by the same
+sampler in as many steps; "pairs" is the share of query-key pairs left in layers that merge.
+Pictures are kept in --out: an interrupted run goes on where it was, and more --samples make only
+the new ones. --speed adds a table at equal time for each size in its files, and what a row's ratio
+brings in times faster, by the first of them.
 """
 
 from __future__ import annotations
@@ -36,7 +38,14 @@ from .pictures import UNTRAINED, Album, Series, Studio
 from .timing import progress
 from .variants import Gains, Table, Variant
 
-USUAL = {"samples": 500, "steps": 50, "scale": 3.0, "tables": list(TABLES), "attention": "sdp", "threads": 1}
+USUAL = {
+    "samples": 500,
+    "steps": 50,
+    "scale": 3.0,
+    "tables": list(TABLES),
+    "attention": "sdp",
+    "threads": 1,
+}
 QUICK = {"samples": 8, "steps": 10}
 TINY = {"samples": 6, "steps": 2}
 
@@ -64,25 +73,38 @@ NOTES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench quality`."""
     add_shared(parser, rounds=False)
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="by what it was trained on")
+    parser.add_argument(
+        "--model", choices=MODELS, default=MODELS[0], help="by what it was trained on"
+    )
     parser.add_argument(
         "--side",
         type=picture_side,
         metavar="PIXELS",
         help="of a picture, and tokens of the finest layers (32; the model of photographs knows 64 too)",
     )
-    parser.add_argument("--samples", type=whole_number, metavar="N", help="pictures a row, from 2 up")
+    parser.add_argument(
+        "--samples", type=whole_number, metavar="N", help="pictures a row, from 2 up"
+    )
     parser.add_argument("--steps", type=whole_number, metavar="N", help="where a table doesn't say")
     parser.add_argument("--scale", type=float, metavar="S", help="of classifier-free guidance")
-    parser.add_argument("--tables", choices=TABLES, nargs="+", metavar="TABLE", help=f"some of: {', '.join(TABLES)}")
-    parser.add_argument("--processes", type=whole_number, metavar="N", help="side by side, of --threads each")
+    parser.add_argument(
+        "--tables", choices=TABLES, nargs="+", metavar="TABLE", help=f"some of: {', '.join(TABLES)}"
+    )
+    parser.add_argument(
+        "--processes", type=whole_number, metavar="N", help="side by side, of --threads each"
+    )
     files = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE.csv"}
-    parser.add_argument("--speed", **files, help="of `bench speed` and `bench layer`: adds tables at equal time")
-    parser.add_argument("--tiny", action="store_true", help="an untrained model: tries it, and measures nothing")
+    parser.add_argument(
+        "--speed", **files, help="of `bench speed` and `bench layer`: adds tables at equal time"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="an untrained model: tries it, and measures nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes what pictures are missing, prints the tables, writes `quality.md`, and each one's CSV and plots."""
+    """Makes what pictures are missing, prints the tables, writes `quality.md`, and each one's CSV
+    and plots."""
     fill_in(args, USUAL, QUICK, TINY)
     if args.samples < 2:
         raise ValueError(f"samples must be at least 2, got {args.samples}: a spread needs so many")
@@ -99,7 +121,11 @@ def run(args: argparse.Namespace) -> None:
     )
     album = Album(args.out / "quality", studio)
     judge = Judge(album, args.samples)
-    gains = {f"{file.stem} {size}": of_size for file in args.speed for size, of_size in _gains(file).items()}
+    gains = {
+        f"{file.stem} {size}": of_size
+        for file in args.speed
+        for size, of_size in _gains(file).items()
+    }
     first = next(iter(gains.values()), {})
     tables, notes = _that_can_run(args, gains, studio)
     chunks = _chunks_by_table(album, tables, args.samples)
@@ -121,7 +147,10 @@ def run(args: argparse.Namespace) -> None:
             # After every table: what is done is there to be read while the rest is made.
             files.append(args.out / f"quality-{name}.csv")
             output.write_csv(files[-1], rows, machine)
-            for ending, panels in (("", _panels(table, rows)), ("-speed", _over_speed(table, rows))):
+            for ending, panels in (
+                ("", _panels(table, rows)),
+                ("-speed", _over_speed(table, rows)),
+            ):
                 if panels:
                     files.append(args.out / f"quality-{name}{ending}.png")
                     output.plot(files[-1], panels, machine)
@@ -148,11 +177,19 @@ class Judge:
             others = {} if reference is None else self._judge(reference.variant)[1]
             line: dict[str, object] = {"row": row.name, "contender": variant.contender}
             pairs = variant.pairs if math.isnan(series.pairs) else series.pairs
-            line |= {"ratio": variant.mean_ratio, "pairs": pairs, "faster": times_faster(variant, gains, pairs)}
+            line |= {
+                "ratio": variant.mean_ratio,
+                "pairs": pairs,
+                "faster": times_faster(variant, gains, pairs),
+            }
             line["steps"] = studio.steps_of(variant)
             for name in METRICS:
                 line |= _compared(name, values.get(name), others.get(name))
-            line |= {"seconds": series.seconds, "reference": reference and reference.name, "merged": series.merged}
+            line |= {
+                "seconds": series.seconds,
+                "reference": reference and reference.name,
+                "merged": series.merged,
+            }
             line |= {"model": studio.name, "side": studio.image_shape[-1]}
             line |= {"samples": self._samples, "scale": studio.scale}
             rows.append(line | {"how": json.dumps(dataclasses.asdict(variant))})
@@ -164,7 +201,11 @@ class Judge:
         for row in table.rows:
             series, values = self._judge(row.variant)
             strip = np.concatenate(list(series.pictures[:SHOWN_PICTURES].numpy()), axis=1)
-            strips.append(enlarged(Image.fromarray(strip), (ENLARGED * strip.shape[1], ENLARGED * strip.shape[0])))
+            strips.append(
+                enlarged(
+                    Image.fromarray(strip), (ENLARGED * strip.shape[1], ENLARGED * strip.shape[0])
+                )
+            )
             psnr = values.get("psnr")
             ratio = f" {row.variant.ratio:g}" if row.variant.contender == row.name and psnr else ""
             labels.append(f"{row.name}{ratio}{f', {psnr.value:.1f} dB' if psnr else ''}")
@@ -183,7 +224,8 @@ class Judge:
 
 
 def _gains(path: Path) -> dict[str, Gains]:
-    """By size, what is in a CSV of `bench speed` or `bench layer`. Raises `ValueError` for another file."""
+    """By size, what is in a CSV of `bench speed` or `bench layer`. Raises `ValueError` for another
+    file."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     with path.open(newline="", encoding="utf-8") as file:
@@ -205,34 +247,54 @@ def _gains(path: Path) -> dict[str, Gains]:
 def _that_can_run(
     args: argparse.Namespace, gains: Mapping[str, Gains], studio: Studio
 ) -> tuple[dict[str, Table], list[str]]:
-    """The chosen tables, and those at equal time, without the rows of peers that are missing; and notes that say so."""
+    """The chosen tables, and those at equal time, without the rows of peers that are missing; and
+    notes that say so."""
     tables = {name: table for name, table in TABLES.items() if name in args.tables}
-    tables |= {f"time {what}".replace(" ", "-"): at_equal_time(what, of_size) for what, of_size in gains.items()}
+    tables |= {
+        f"time {what}".replace(" ", "-"): at_equal_time(what, of_size)
+        for what, of_size in gains.items()
+    }
     side = studio.image_shape[-1]
     why_not = {
-        peer: why_left_out(peer, 0.0, side * side, args.torch_dtype) for peer in (CORNER, RANDOM, QUERIES, CA_TOME)
+        peer: why_left_out(peer, 0.0, side * side, args.torch_dtype)
+        for peer in (CORNER, RANDOM, QUERIES, CA_TOME)
     }
     needed = {row.variant.contender for table in tables.values() for row in table.rows}
     notes = [note for peer, note in why_not.items() if note and peer in needed]
-    some = {name: table.without({peer for peer, note in why_not.items() if note}) for name, table in tables.items()}
-    empty = [name for name, table in some.items() if all(row.variant.contender == UNMERGED for row in table.rows)]
-    notes += [f"{name} is left out: {KEYS} was timed nowhere as fast as tomesd at one of its ratios" for name in empty]
+    some = {
+        name: table.without({peer for peer, note in why_not.items() if note})
+        for name, table in tables.items()
+    }
+    empty = [
+        name
+        for name, table in some.items()
+        if all(row.variant.contender == UNMERGED for row in table.rows)
+    ]
+    notes += [
+        f"{name} is left out: {KEYS} was timed nowhere as fast as tomesd at one of its ratios"
+        for name in empty
+    ]
     return {name: table for name, table in some.items() if name not in empty}, notes
 
 
-def _chunks_by_table(album: Album, tables: Mapping[str, Table], samples: int) -> dict[str, list[tuple[Variant, int]]]:
+def _chunks_by_table(
+    album: Album, tables: Mapping[str, Table], samples: int
+) -> dict[str, list[tuple[Variant, int]]]:
     """By table: what is still to be made for it when the tables before it are done."""
     chunks: dict[str, list[tuple[Variant, int]]] = {}
     earlier: set[Path] = set()
     for name, table in tables.items():
-        missing = album.missing([one for row in table.rows for one in (row.variant.unmerged, row.variant)], samples)
+        missing = album.missing(
+            [one for row in table.rows for one in (row.variant.unmerged, row.variant)], samples
+        )
         chunks[name] = [chunk for path, chunk in missing.items() if path not in earlier]
         earlier.update(missing)
     return chunks
 
 
 def _compared(name: str, value: Estimate | None, other: Estimate | None) -> dict[str, object]:
-    """A metric's columns: the value, its difference to the reference's, both intervals, the difference in a word."""
+    """A metric's columns: the value, its difference to the reference's, both intervals, the
+    difference in a word."""
     difference = value.minus(other) if value is not None and other is not None else None
     return {
         name: None if value is None else value.value,
@@ -252,7 +314,8 @@ def _heading(table: Table) -> str:
 
 
 def _shown(rows: Sequence[output.Row]) -> tuple[output.Columns, list[output.Row]]:
-    """What of the rows is shown, as `output.table` takes it: each value with its interval in one place."""
+    """What of the rows is shown, as `output.table` takes it: each value with its interval in one
+    place."""
     columns: dict[str, tuple[str, Callable[[object], str]]] = {
         "row": ("row", str),
         "ratio": ("ratio", output.number(2)),
@@ -267,11 +330,18 @@ def _shown(rows: Sequence[output.Row]) -> tuple[output.Columns, list[output.Row]
         columns |= {name: (metric.title, str), f"{name}_difference": ("difference", str)}
         for line in lines:
             if line[name] is not None:
-                line[name] = f"{metric.write(line[name])} ± {metric.write(line[f'{name}_interval'])}"
+                line[name] = (
+                    f"{metric.write(line[name])} ± {metric.write(line[f'{name}_interval'])}"
+                )
             if line[f"{name}_difference"] is not None:
-                value, interval = line[f"{name}_difference"], metric.write(line[f"{name}_difference_interval"])
+                value, interval = (
+                    line[f"{name}_difference"],
+                    metric.write(line[f"{name}_difference_interval"]),
+                )
                 sign = "-" if value < 0 else "+"
-                line[f"{name}_difference"] = f"{sign}{metric.write(abs(value))} ± {interval} {line[f'{name}_verdict']}"
+                line[f"{name}_difference"] = (
+                    f"{sign}{metric.write(abs(value))} ± {interval} {line[f'{name}_verdict']}"
+                )
     return columns | {"seconds": ("s/picture", output.number(2))}, lines
 
 
@@ -298,7 +368,10 @@ def _over_speed(table: Table, rows: Sequence[output.Row]) -> list[output.Panel]:
 
 
 def _write_markdown(
-    path: Path, sections: Sequence[tuple[str, Sequence[output.Row]]], machine: output.Machine, notes: Sequence[str]
+    path: Path,
+    sections: Sequence[tuple[str, Sequence[output.Row]]],
+    machine: output.Machine,
+    notes: Sequence[str],
 ) -> None:
     """The tables so far, to be pasted where they are told of."""
     parts = [f"`{machine.command}` ({machine.machine}; {machine.versions}; {machine.date})"]

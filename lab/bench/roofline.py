@@ -1,8 +1,8 @@
 """A GPU without one: the operations of code on meta tensors, and their times by a roofline.
 
-On PyTorch's meta device tensors have shapes and no values; every operation is recorded. How many kernels CUDA launches
-for it is read off ATen's sources. Every time is an estimate: the larger of an operation's bytes over the card's
-bandwidth, its products over the card's rate, and 2.5 µs a launch.
+On PyTorch's meta device tensors have shapes and no values; every operation is recorded. How many
+kernels CUDA launches for it is read off ATen's sources. Every time is an estimate: the larger of an
+operation's bytes over the card's bandwidth, its products over the card's rate, and 2.5 µs a launch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ LAUNCH_SECONDS, KERNEL_SECONDS, BANDWIDTH_SHARE = 2.5e-6, 5e-6, 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a GPU does, in bytes and operations a second: the makers' data sheets, and published measurements."""
+    """What a GPU does, in bytes and operations a second: the makers' data sheets, and published
+    measurements."""
 
     bandwidth: float
     products: float
@@ -43,12 +44,49 @@ FUSED = "fused_attention"
 """On the meta device PyTorch would take its fused attention apart: this operation stands for it."""
 
 VIEWS = {
-    *("view", "_unsafe_view", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"),
-    *("alias", "detach", "as_strided", "unfold", "narrow", "split", "_reshape_alias", "empty", "empty_like"),
-    *("empty_strided", "new_empty", "new_empty_strided", "diagonal", "lift_fresh", "split_with_sizes", "chunk"),
+    *(
+        "view",
+        "_unsafe_view",
+        "transpose",
+        "t",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+    ),
+    *(
+        "alias",
+        "detach",
+        "as_strided",
+        "unfold",
+        "narrow",
+        "split",
+        "_reshape_alias",
+        "empty",
+        "empty_like",
+    ),
+    *(
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "diagonal",
+        "lift_fresh",
+        "split_with_sizes",
+        "chunk",
+    ),
     *("unbind",),
 }
-READING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "equal", "is_nonzero"}
+READING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique_consecutive",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+}
 """Operations whose result the CPU waits for."""
 CLONING = {"constant_pad_nd", "scatter", "index_put", "masked_fill"}
 """Operations of two kernels: a fill or a copy, and their own."""
@@ -101,7 +139,9 @@ class Operation:
             (items, heads, queries, size), keys = ins[0].shape, ins[1].shape[2]
             wide = next(width for width in WIDTHS if size <= width)
             rate = card.attention.get(wide, card.attention[64])
-            rate *= 0.88 if min(queries, keys) <= 1024 else 0.95 if min(queries, keys) <= 2048 else 1
+            rate *= (
+                0.88 if min(queries, keys) <= 1024 else 0.95 if min(queries, keys) <= 2048 else 1
+            )
             moved = 4 * items * heads * size * (queries + keys)
             work = 4 * items * heads * queries * keys * wide / rate
             return max(work, moved / card.bandwidth / BANDWIDTH_SHARE) + KERNEL_SECONDS
@@ -111,12 +151,15 @@ class Operation:
         elif self.name == "convolution":
             products = 2 * outs[0].count * math.prod(ins[1].shape[1:])
         return max(
-            self.launches * LAUNCH_SECONDS, self.bytes / card.bandwidth / BANDWIDTH_SHARE, products / card.products
+            self.launches * LAUNCH_SECONDS,
+            self.bytes / card.bandwidth / BANDWIDTH_SHARE,
+            products / card.products,
         )
 
 
 class Recorder(TorchDispatchMode):
-    """Records, while open, operations on the meta device, what the CPU would wait for, and the peak of memory."""
+    """Records, while open, operations on the meta device, what the CPU would wait for, and the peak
+    of memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +183,9 @@ class Recorder(TorchDispatchMode):
         """About how long all of them take, where the GPU is what is waited for."""
         return sum(operation.seconds(card) for operation in self.operations)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         results = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[-1]
         outputs, inputs = _tensors([results]), _tensors([*args, *(kwargs or {}).values()])
@@ -148,7 +193,9 @@ class Recorder(TorchDispatchMode):
         if (name in READING and devices != {"cpu"}) or len(devices) > 1:
             self.waits.append(name)
         if devices != {"cpu"} and (launches := _launches(name, args, outputs)):
-            self.operations.append(Operation(name, launches, *([*map(Operand.of, each)] for each in (inputs, outputs))))
+            self.operations.append(
+                Operation(name, launches, *([*map(Operand.of, each)] for each in (inputs, outputs)))
+            )
         if devices != {"cpu"}:
             self._note_memory(inputs, outputs)
         return results
@@ -166,7 +213,9 @@ class Recorder(TorchDispatchMode):
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among the values, and in lists of them."""
-    each = (one for value in values for one in (value if isinstance(value, (list, tuple)) else [value]))
+    each = (
+        one for value in values for one in (value if isinstance(value, (list, tuple)) else [value])
+    )
     return [one for one in each if isinstance(one, Tensor)]
 
 
@@ -178,7 +227,9 @@ def _launches(name: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
         return 2
     if name in ("sort", "argsort"):
         values = args[0]
-        numbers = [each for each in args[1:] if isinstance(each, int) and not isinstance(each, bool)]
+        numbers = [
+            each for each in args[1:] if isinstance(each, int) and not isinstance(each, bool)
+        ]
         length = values.shape[numbers[0] if numbers else -1]
         if length <= SHORT_ROW:
             return 4

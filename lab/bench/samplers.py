@@ -15,10 +15,12 @@ from ..demo.samplers import EpsDenoiser, sample_dpmpp_2m
 from .packages import require
 
 BeginStep = Callable[[int], None]
-"""Called with a step's number, from 0, before the step's first evaluation; after the last step once more."""
+"""Called with a step's number, from 0, before the step's first evaluation; after the last step once
+more."""
 
 Sampler = Callable[[TinyModel, Tensor, Tensor, Tensor, float, int, BeginStep], Tensor]
-"""(model, noise [B, C, H, W], context [B, L, D], empty context, guidance scale, steps, begin_step) to [B, C, H, W]."""
+"""(model, noise [B, C, H, W], context [B, L, D], empty context, guidance scale, steps, begin_step)
+to [B, C, H, W]."""
 
 
 def _by_ldm(module: str, name: str) -> Sampler:
@@ -52,7 +54,13 @@ def _by_ldm(module: str, name: str) -> Sampler:
 
 
 def _dpmpp_2m(
-    model: TinyModel, noise: Tensor, context: Tensor, empty: Tensor, scale: float, steps: int, begin_step: BeginStep
+    model: TinyModel,
+    noise: Tensor,
+    context: Tensor,
+    empty: Tensor,
+    scale: float,
+    steps: int,
+    begin_step: BeginStep,
 ) -> Tensor:
     denoiser, both = EpsDenoiser(model), torch.cat([empty, context])
 

@@ -1,10 +1,12 @@
-"""Many mixed generations in a running WebUI, or in the stand-in for it: none may be lost, and nothing may stay of any.
+"""Many mixed generations in a running WebUI, or in the stand-in for it: none may be lost, and
+nothing may stay of any.
 
-Sizes, samplers, batches, hires fix, img2img and all of ToMe's settings are drawn from --seed. A quarter of the requests
-are wrong: each must be refused, or made without merging under a `ToMe error`. Some are interrupted or skipped. Every
-tenth is the same picture without merging, which must be bit for bit what it was at first. Behind each of these the
-memory of WebUI's process is read. Its growth is taken over what it was after --warmup generations, when allocators have
-what they need; at both ends it is the median of a tenth of the readings. WebUI (A1111's or Forge) needs --api.
+Sizes, samplers, batches, hires fix, img2img and all of ToMe's settings are drawn from --seed. A
+quarter of the requests are wrong: each must be refused, or made without merging under a `ToMe
+error`. Some are interrupted or skipped. Every tenth is the same picture without merging, which must
+be bit for bit what it was at first. Behind each of these the memory of WebUI's process is read. Its
+growth is taken over what it was after --warmup generations, when allocators have what they need; at
+both ends it is the median of a tenth of the readings. WebUI (A1111's or Forge) needs --api.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class RefusedError(ValueError):
 
 
 Answer = namedtuple("Answer", ["images", "infotext"])
-"""What came of a request: PIL pictures, without a grid of them, and the first one's parameters as text."""
+"""What came of a request: PIL pictures, without a grid of them, and the first one's parameters as
+text."""
 
 
 class WebUI:
@@ -72,11 +75,19 @@ class WebUI:
 
     def __init__(self, url: str, pid: int | None) -> None:
         self._url = url.rstrip("/")
-        self.samplers = [one["name"] for one in self._ask("GET", "/sdapi/v1/samplers") if one["name"] in SAMPLERS]
+        self.samplers = [
+            one["name"] for one in self._ask("GET", "/sdapi/v1/samplers") if one["name"] in SAMPLERS
+        ]
         self.presets = [preset["name"] for preset in self._ask("GET", "/tome/presets")]
-        self.upscaler = next((mode["name"] for mode in self._ask("GET", "/sdapi/v1/latent-upscale-modes")), "None")
-        listening = (one for one in require("psutil").net_connections("tcp") if one.status == "LISTEN")
-        self.pid = pid or next((one.pid for one in listening if one.laddr.port == urlsplit(url).port), None)
+        self.upscaler = next(
+            (mode["name"] for mode in self._ask("GET", "/sdapi/v1/latent-upscale-modes")), "None"
+        )
+        listening = (
+            one for one in require("psutil").net_connections("tcp") if one.status == "LISTEN"
+        )
+        self.pid = pid or next(
+            (one.pid for one in listening if one.laddr.port == urlsplit(url).port), None
+        )
         """The process whose memory is read; None where none of this machine is known."""
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -93,7 +104,9 @@ class WebUI:
         """What the API makes of a request. Raises `RefusedError`."""
         answer = self._ask("POST", f"/sdapi/v1/{tab}", body)
         info = json.loads(answer["info"])
-        return Answer([*map(_decoded, answer["images"])][info["index_of_first_image"] :], info["infotexts"][0])
+        return Answer(
+            [*map(_decoded, answer["images"])][info["index_of_first_image"] :], info["infotexts"][0]
+        )
 
     def is_sampling(self) -> bool:
         """Whether a picture is being made, and its first step is done."""
@@ -113,7 +126,12 @@ class StandIn:
     def __init__(self, host: Any) -> None:
         from modules import devices, processing, sd_samplers, shared
 
-        self._host, self._processing, self._state, self._nans = host, processing, shared.state, devices.NansException
+        self._host, self._processing, self._state, self._nans = (
+            host,
+            processing,
+            shared.state,
+            devices.NansException,
+        )
         self.samplers = [name for name in SAMPLERS if name in sd_samplers.all_samplers_map]
         self.presets, self.pid = list(BUILT_IN), os.getpid()
 
@@ -126,7 +144,9 @@ class StandIn:
             body = {**body, "init_images": [*map(_decoded, body["init_images"])]}
         fields = {field.name for field in dataclasses.fields(kind) if field.init}
         tome = body[SCRIPTS].get("ToMe", {}).get("args")
-        p = self._host.make_p(tome, tab, **{name: value for name, value in body.items() if name in fields})
+        p = self._host.make_p(
+            tome, tab, **{name: value for name, value in body.items() if name in fields}
+        )
         try:
             processed = self._processing.process_images(p)
         except self._nans as error:
@@ -150,30 +170,57 @@ class Request:
     body: dict[str, Any]
     tab: str = "txt2img"
     outcome: str = "made"
-    """`made`; `told` (made without merging, and said why); `refused`; or `either` of made and refused."""
+    """`made`; `told` (made without merging, and said why); `refused`; or `either` of made and
+    refused."""
     ends_by: str | None = None
     """What is pressed while it is made."""
 
 
 def requests(server: Server, seed: int, sizes: Sequence[Size], steps: int) -> Iterator[Request]:
-    """Without end, and the same ones from a seed. The first is fixed, and comes back as every tenth."""
+    """Without end, and the same ones from a seed. The first is fixed, and comes back as every
+    tenth."""
     chance = random.Random(seed)
-    sides = [{"width": wide // server.pixels, "height": high // server.pixels} for wide, high in sizes]
-    fixed = Request({"prompt": "cat", "seed": 1, "steps": steps, "sampler_name": "Euler", **sides[0], SCRIPTS: {}})
+    sides = [
+        {"width": wide // server.pixels, "height": high // server.pixels} for wide, high in sizes
+    ]
+    fixed = Request(
+        {
+            "prompt": "cat",
+            "seed": 1,
+            "steps": steps,
+            "sampler_name": "Euler",
+            **sides[0],
+            SCRIPTS: {},
+        }
+    )
     while True:
         yield fixed
         for _ in range(EVERY - 1):
             is_wrong = chance.random() < WRONG
             # Of the fixed one it is known how it looks without merging.
-            right = fixed if is_wrong and chance.random() < 0.5 else _right(chance, server, sides, steps)
+            right = (
+                fixed
+                if is_wrong and chance.random() < 0.5
+                else _right(chance, server, sides, steps)
+            )
             yield _spoilt(chance, right) if is_wrong else right
 
 
-def _right(chance: random.Random, server: Server, sides: Sequence[Mapping[str, int]], steps: int) -> Request:
+def _right(
+    chance: random.Random, server: Server, sides: Sequence[Mapping[str, int]], steps: int
+) -> Request:
     choice = chance.choice
-    body = {"prompt": choice(("cat", "red apple AND cat :0.5", "")), "seed": chance.randrange(2**32), **choice(sides)}
+    body = {
+        "prompt": choice(("cat", "red apple AND cat :0.5", "")),
+        "seed": chance.randrange(2**32),
+        **choice(sides),
+    }
     body |= {"steps": chance.randint(2, 2 * steps), "sampler_name": choice(server.samplers)}
-    body |= {"cfg_scale": choice((1, 3, 7)), "batch_size": choice((1, 1, 2)), "n_iter": choice((1, 1, 2))}
+    body |= {
+        "cfg_scale": choice((1, 3, 7)),
+        "batch_size": choice((1, 1, 2)),
+        "n_iter": choice((1, 1, 2)),
+    }
     body |= {"denoising_strength": choice((0.6, 0.9)), SCRIPTS: _arguments(chance, server.presets)}
     tab, ends_by = choice(("txt2img", "txt2img", "img2img")), None
     if tab == "img2img":
@@ -194,8 +241,18 @@ def _arguments(chance: random.Random, presets: Sequence[str]) -> dict[str, Any]:
     values = {name: _value(chance, setting) for name, setting in SETTINGS.items()}
     values["min_tokens"] = chance.choice((0, 0, 2048))  # Most of its range is above all sizes.
     some = dict(chance.sample(list(values.items()), chance.randint(1, 4)))
-    whole, few = [True, *values.values()], [True, *values.values()][: chance.randint(1, len(values))]
-    forms = (whole, few, [some], [{"preset": chance.choice(presets), **some}], [False, *values.values()], None)
+    whole, few = (
+        [True, *values.values()],
+        [True, *values.values()][: chance.randint(1, len(values))],
+    )
+    forms = (
+        whole,
+        few,
+        [some],
+        [{"preset": chance.choice(presets), **some}],
+        [False, *values.values()],
+        None,
+    )
     form = chance.choice(forms)
     return {} if form is None else {"ToMe": {"args": form}}
 
@@ -210,11 +267,26 @@ def _value(chance: random.Random, setting: Setting) -> Any:
 def _spoilt(chance: random.Random, request: Request) -> Request:
     """The same with something wrong, and not ended early."""
     name, value = chance.choice(list(SETTINGS)), chance.choice(WRONG_VALUES)
-    in_order = {**{name: setting.default for name, setting in SETTINGS.items()}, name: value}.values()
-    for_tome = ([True, *in_order], [{name: value}], [{f"{name}s": 1}], [{"preset": "no such one"}], ["yes", 0.5])
-    outcomes: list[tuple[str, dict[str, Any]]] = [("told", {SCRIPTS: {"ToMe": {"args": one}}}) for one in for_tome]
-    # WebUI 1.10 has a sampler for every name, and Forge doesn't look for the NaN that such a guidance makes.
-    outcomes += [("either", {"sampler_name": "no such one"}), ("either", {"steps": 3, "cfg_scale": 1e38})]
+    in_order = {
+        **{name: setting.default for name, setting in SETTINGS.items()},
+        name: value,
+    }.values()
+    for_tome = (
+        [True, *in_order],
+        [{name: value}],
+        [{f"{name}s": 1}],
+        [{"preset": "no such one"}],
+        ["yes", 0.5],
+    )
+    outcomes: list[tuple[str, dict[str, Any]]] = [
+        ("told", {SCRIPTS: {"ToMe": {"args": one}}}) for one in for_tome
+    ]
+    # WebUI 1.10 has a sampler for every name, and Forge doesn't look for the NaN that such a
+    # guidance makes.
+    outcomes += [
+        ("either", {"sampler_name": "no such one"}),
+        ("either", {"steps": 3, "cfg_scale": 1e38}),
+    ]
     outcomes += [("refused", {SCRIPTS: {"no such one": {"args": []}}})]
     outcome, wrong = chance.choice(outcomes)
     return Request({**request.body, **wrong}, request.tab, outcome)
@@ -226,26 +298,58 @@ def _decoded(picture: str) -> Image.Image:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench soak`."""
-    parser.add_argument("url", nargs="?", help="of a running WebUI; left out, the stand-in runs in this process")
-    parser.add_argument("--count", type=whole_number, default=1000, metavar="N", help="generations (1000)")
+    parser.add_argument(
+        "url", nargs="?", help="of a running WebUI; left out, the stand-in runs in this process"
+    )
+    parser.add_argument(
+        "--count", type=whole_number, default=1000, metavar="N", help="generations (1000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
-    parser.add_argument("--sizes", type=picture_size, nargs="+", default=SIZES, metavar="WxH", help="of the pictures")
-    parser.add_argument("--steps", type=whole_number, default=2, metavar="N", help="of the fixed picture (2)")
-    parser.add_argument("--warmup", type=whole_number, default=200, metavar="N", help="at most half of --count (200)")
-    parser.add_argument("--pid", type=int, help="WebUI's process (default: the one that listens at the URL's port)")
+    parser.add_argument(
+        "--sizes",
+        type=picture_size,
+        nargs="+",
+        default=SIZES,
+        metavar="WxH",
+        help="of the pictures",
+    )
+    parser.add_argument(
+        "--steps", type=whole_number, default=2, metavar="N", help="of the fixed picture (2)"
+    )
+    parser.add_argument(
+        "--warmup",
+        type=whole_number,
+        default=200,
+        metavar="N",
+        help="at most half of --count (200)",
+    )
+    parser.add_argument(
+        "--pid", type=int, help="WebUI's process (default: the one that listens at the URL's port)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the generations, says which went wrong, then the sums. The status is 1 where anything did."""
+    """Makes the generations, says which went wrong, then the sums. The status is 1 where anything
+    did."""
     from ..host import Host  # It needs gradio, which no other subcommand does.
 
-    standing_in = Host({"tiny": lambda: TinyModel.random(channel_mult=[1, 1])}) if not args.url else None
+    standing_in = (
+        Host({"tiny": lambda: TinyModel.random(channel_mult=[1, 1])}) if not args.url else None
+    )
     with standing_in or contextlib.nullcontext(), progress(args.count) as tick:
         server = StandIn(standing_in) if standing_in else WebUI(args.url, args.pid)
-        return soak(server, requests(server, args.seed, args.sizes, args.steps), args.count, args.warmup, tick)
+        return soak(
+            server,
+            requests(server, args.seed, args.sizes, args.steps),
+            args.count,
+            args.warmup,
+            tick,
+        )
 
 
-def soak(server: Server, some: Iterator[Request], count: int, warmup: int, tick: Callable[[str], None]) -> int:
+def soak(
+    server: Server, some: Iterator[Request], count: int, warmup: int, tick: Callable[[str], None]
+) -> int:
     """The run itself."""
     sums: Counter[str] = Counter()
     memory: list[int] = []
@@ -260,7 +364,11 @@ def soak(server: Server, some: Iterator[Request], count: int, warmup: int, tick:
             problem = "" if request.outcome in ("refused", "either") else f"lost: {error}"
         else:
             problem = _problem(request, answer)
-            if not problem and request.outcome != "either" and {**request.body, SCRIPTS: {}} == fixed.body:
+            if (
+                not problem
+                and request.outcome != "either"
+                and {**request.body, SCRIPTS: {}} == fixed.body
+            ):
                 sums["compared"] += 1
                 expected = expected or answer.images[0].tobytes()
                 if answer.images[0].tobytes() != expected:
@@ -270,10 +378,14 @@ def soak(server: Server, some: Iterator[Request], count: int, warmup: int, tick:
             print(f"{number}: {problem}\n   {request}", file=sys.stderr)
         if request is fixed and server.pid and number >= min(warmup, count // 2):
             memory.append(require("psutil").Process(server.pid).memory_info().rss)
-    print(f"generations: {count}, in {time.monotonic() - began:.0f} s\npictures lost: {sums['lost']}")
+    print(
+        f"generations: {count}, in {time.monotonic() - began:.0f} s\npictures lost: {sums['lost']}"
+    )
     print(f"unclean: {sums['unclean']} of {sums['compared']} that were compared")
     print(f"refused rightly: {sums['wrong'] - sums['not refused']} of {sums['wrong']}")
-    return int(_growth(memory) > MOST_GROWTH or sums["lost"] + sums["unclean"] + sums["not refused"] > 0)
+    return int(
+        _growth(memory) > MOST_GROWTH or sums["lost"] + sums["unclean"] + sums["not refused"] > 0
+    )
 
 
 def _made(server: Server, request: Request) -> Answer:
@@ -299,7 +411,9 @@ def _problem(request: Request, answer: Answer) -> str:
     scale = body.get("hr_scale", 1)
     size = int(body["width"] * scale), int(body["height"] * scale)
     sizes = [image.size for image in answer.images]
-    is_size = bool(sizes) and all(abs(side - asked) < HIRES_STEP for side, asked in zip(sizes[0], size, strict=True))
+    is_size = bool(sizes) and all(
+        abs(side - asked) < HIRES_STEP for side, asked in zip(sizes[0], size, strict=True)
+    )
     if len(sizes) < wanted or not (is_size or request.ends_by):
         return f"lost: there are {sizes}, not {wanted} of {size}"
     return ""

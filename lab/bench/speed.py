@@ -1,10 +1,12 @@
 """One guided step of the whole UNet: seconds, and times faster than unmerged.
 
-Unmerged, ours by method, tomesd's two kinds of destinations, ToDo at the ratios that it has, and the limits: attention
-of all queries to as many keys as keys leaves, or over as many tokens as the others leave, and no merging at all. At one
-ratio keys leaves more pairs of queries and keys than the others: 0.4375 and 0.75 of it leave as many as 0.25 and 0.5.
-With --presets what is shipped runs over a whole schedule, beside what it was in version 0.1.0 (`Balanced` is the
-default). All is interleaved round by round, all quotients are taken within a round, and what is shown is their median.
+Unmerged, ours by method, tomesd's two kinds of destinations, ToDo at the ratios that it has, and
+the limits: attention of all queries to as many keys as keys leaves, or over as many tokens as the
+others leave, and no merging at all. At one ratio keys leaves more pairs of queries and keys than
+the others: 0.4375 and 0.75 of it leave as many as 0.25 and 0.5. With --presets what is shipped runs
+over a whole schedule, beside what it was in version 0.1.0 (`Balanced` is the default). All is
+interleaved round by round, all quotients are taken within a round, and what is shown is their
+median.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ QUICK = {"sizes": [(256, 256)], "ratios": [0.3, 0.6], "rounds": 3}
 TINY = {"sizes": [(128, 128)], "ratios": [0.3, 0.6], "rounds": 1}
 
 SCHEDULE_STEPS = 8
-"""Enough for a schedule to go its way, and for a matching of version 0.1.0, kept for 4, to be made twice."""
+"""Enough for a schedule to go its way, and for a matching of version 0.1.0, kept for 4, to be made
+twice."""
 
 COLUMNS = {
     "size": ("size", str),
@@ -44,8 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench speed`."""
     add_shared(parser)
     add_unet(parser)
-    parser.add_argument("--reuse-steps", type=whole_number, metavar="N", help="for how many steps our matching is kept")
-    parser.add_argument("--presets", choices=FORMER, nargs="+", help="time these and what they were, nothing else")
+    parser.add_argument(
+        "--reuse-steps",
+        type=whole_number,
+        metavar="N",
+        help="for how many steps our matching is kept",
+    )
+    parser.add_argument(
+        "--presets", choices=FORMER, nargs="+", help="time these and what they were, nothing else"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,11 +85,20 @@ def run(args: argparse.Namespace) -> None:
 def _schedules(args: argparse.Namespace) -> list[Contender]:
     """What `--presets` times, each by a schedule of its own; else nothing."""
     ours = [
-        Contender(name, functools.partial(merging, settings=dataclasses.replace(one, skip_unprofitable=not args.force)))
+        Contender(
+            name,
+            functools.partial(
+                merging, settings=dataclasses.replace(one, skip_unprofitable=not args.force)
+            ),
+        )
         for preset in args.presets or ()
         for name, one in (
             (preset, MergeSettings(**{**BUILT_IN[preset][0], "full_steps": 1})),
             (f"{preset} before", FORMER[preset]),
         )
     ]
-    return [Contender(UNMERGED, functools.partial(put_on, name=UNMERGED, ratio=0.0)), *ours] if ours else []
+    return (
+        [Contender(UNMERGED, functools.partial(put_on, name=UNMERGED, ratio=0.0)), *ours]
+        if ours
+        else []
+    )

@@ -38,12 +38,16 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Spread:
 
 
 def compared(
-    results: Mapping[str, Sequence[float]], what: str, baseline: str | None, others: Mapping[str, Mapping[str, str]]
+    results: Mapping[str, Sequence[float]],
+    what: str,
+    baseline: str | None,
+    others: Mapping[str, Mapping[str, str]],
 ) -> list[dict[str, object]]:
-    """A row for each name: the spread of its results, as `what`, and how it stands to others of the same rounds.
+    """A row for each name: the spread of its results, as `what`, and how it stands to others of the
+    same rounds.
 
-    `gain` is the baseline over it, with quartiles. `others` says, by column and name, over which other it is taken;
-    None where there is no such one, or it was not measured.
+    `gain` is the baseline over it, with quartiles. `others` says, by column and name, over which
+    other it is taken; None where there is no such one, or it was not measured.
     """
     rows = []
     for name, values in results.items():
@@ -59,13 +63,16 @@ def compared(
 
 
 def growth(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """The exponent p with which values grow as sizes^p: the slope of the least-squares line through their logarithms.
+    """The exponent p with which values grow as sizes^p: the slope of the least-squares line through
+    their logarithms.
 
     None for fewer than two sizes.
     """
     if len(sizes) < 2:
         return None
-    return statistics.linear_regression([math.log(size) for size in sizes], [math.log(value) for value in values]).slope
+    return statistics.linear_regression(
+        [math.log(size) for size in sizes], [math.log(value) for value in values]
+    ).slope
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
@@ -80,10 +87,11 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
 def interleaved(
     runs: Mapping[str, Callable[[], T]], rounds: int, tick: Callable[[str], None], warmup: int = 1
 ) -> dict[str, list[T]]:
-    """Runs everything once a round, each round beginning with another: `rounds` results of each, by name.
+    """Runs everything once a round, each round beginning with another: `rounds` results of each, by
+    name.
 
-    So a slow minute of the machine falls on all alike, and none always runs behind the same moment. The `warmup` rounds
-    before them are not kept. `tick` is told the name of what is run next.
+    So a slow minute of the machine falls on all alike, and none always runs behind the same moment.
+    The `warmup` rounds before them are not kept. `tick` is told the name of what is run next.
     """
     names = list(runs)
     results: dict[str, list[T]] = {name: [] for name in names}

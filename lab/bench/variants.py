@@ -66,7 +66,9 @@ def by_settings(settings: MergeSettings) -> Variant:
 
 def ours(contender: str = PAPER, **settings: Any) -> Variant:
     """A contender of ours with `BASE`, where `settings` do not say otherwise."""
-    whole = MergeSettings(**{**BASE, **settings, "method": KEYS if contender == UNWEIGHTED else contender})
+    whole = MergeSettings(
+        **{**BASE, **settings, "method": KEYS if contender == UNWEIGHTED else contender}
+    )
     return Variant(contender, whole.ratio, whole)
 
 
@@ -86,7 +88,8 @@ class Row:
 
 
 Gains = Mapping[str, Mapping[float, float]]
-"""By contender how many times faster than unmerged it was timed at each ratio; straight lines are drawn between."""
+"""By contender how many times faster than unmerged it was timed at each ratio; straight lines are
+drawn between."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,9 @@ class Table:
 
     def without(self, contenders: set[str]) -> Table:
         """The table without these contenders' rows."""
-        return dataclasses.replace(self, rows=[row for row in self.rows if row.variant.contender not in contenders])
+        return dataclasses.replace(
+            self, rows=[row for row in self.rows if row.variant.contender not in contenders]
+        )
 
 
 WHOLE = Row(UNMERGED, Variant(UNMERGED))

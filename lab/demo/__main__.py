@@ -1,6 +1,8 @@
-"""What merging does to a picture and to the time, with one of two tiny models in a stand-in for WebUI.
+"""What merging does to a picture and to the time, with one of two tiny models in a stand-in for
+WebUI.
 
-Without a prompt a page is served until Ctrl-C; with one, the pictures are made and saved without a page.
+Without a prompt a page is served until Ctrl-C; with one, the pictures are made and saved without a
+page.
 """
 
 from __future__ import annotations
@@ -48,15 +50,30 @@ def _load_model(name: str) -> TinyModel:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lab.demo", description=__doc__)
     parser.add_argument("prompt", nargs="?", help="what to make; left out, a page is served")
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="by what it was trained on (default: emoji)")
-    parser.add_argument("--port", type=int, help="the page's port (default: the first free one from 7860)")
-    parser.add_argument("--theme", choices=["light", "dark"], help="the page's colours (default: the browser's)")
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default=MODELS[0],
+        help="by what it was trained on (default: emoji)",
+    )
+    parser.add_argument(
+        "--port", type=int, help="the page's port (default: the first free one from 7860)"
+    )
+    parser.add_argument(
+        "--theme", choices=["light", "dark"], help="the page's colours (default: the browser's)"
+    )
     saved = parser.add_argument_group("with a prompt")
-    saved.add_argument("--ratio", type=float, default=0.5, help="share of the tokens removed, up to 0.9375 (0.5)")
-    saved.add_argument("--size", type=_size, default=(32, 32), metavar="WIDTHxHEIGHT", help="default: 32x32")
+    saved.add_argument(
+        "--ratio", type=float, default=0.5, help="share of the tokens removed, up to 0.9375 (0.5)"
+    )
+    saved.add_argument(
+        "--size", type=_size, default=(32, 32), metavar="WIDTHxHEIGHT", help="default: 32x32"
+    )
     saved.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
     saved.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
-    saved.add_argument("--out", type=Path, default=Path("out/demo.png"), help="default: out/demo.png")
+    saved.add_argument(
+        "--out", type=Path, default=Path("out/demo.png"), help="default: out/demo.png"
+    )
     return parser
 
 
@@ -76,7 +93,11 @@ def _serve(host: Host, options: argparse.Namespace) -> int:
     host.load_page(page.build(host, options.theme))
     try:
         app, address, _ = host.demo.queue().launch(
-            server_name="127.0.0.1", server_port=options.port, prevent_thread_lock=True, quiet=True, show_api=False
+            server_name="127.0.0.1",
+            server_port=options.port,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_api=False,
         )
     except OSError as error:
         raise SystemExit(f"The page can't be served: {error}") from error
@@ -96,9 +117,17 @@ def _serve(host: Host, options: argparse.Namespace) -> int:
 
 def _save(host: Host, options: argparse.Namespace) -> int:
     tome = {"ratio": options.ratio, "schedule": "constant", "map_step": max(options.steps // 2, 1)}
-    fields = {"steps": options.steps, "seed": options.seed, "width": options.size[0], "height": options.size[1]}
+    fields = {
+        "steps": options.steps,
+        "seed": options.seed,
+        "width": options.size[0],
+        "height": options.size[1],
+    }
     pictures, merged = page.compare(host, host.script_args([tome]), prompt=options.prompt, **fields)
-    unknown = [f"The model does not know the word {word!r}." for word in host.sd_model.unknown_words(options.prompt)]
+    unknown = [
+        f"The model does not know the word {word!r}."
+        for word in host.sd_model.unknown_words(options.prompt)
+    ]
     print(*unknown, merged.comments.strip(), sep="\n")
     if "ToMe error" in merged.extra_generation_params:
         return 2

@@ -1,4 +1,5 @@
-"""Two small pictures made fit to be compared: enlarged, their difference amplified, on one sheet under their labels."""
+"""Two small pictures made fit to be compared: enlarged, their difference amplified, on one sheet
+under their labels."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def enlarged(picture: Image.Image, size: tuple[int, int] | None = None) -> Image
 
 
 def difference(one: Image.Image, other: Image.Image) -> Image.Image:
-    """How far two RGB pictures of one size differ in each channel, times `AMPLIFIED`: black where they are equal."""
+    """How far two RGB pictures of one size differ in each channel, times `AMPLIFIED`: black where
+    they are equal."""
     return ImageChops.difference(one, other).point(lambda value: min(value * AMPLIFIED, 255))
 
 

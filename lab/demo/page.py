@@ -1,4 +1,5 @@
-"""The demo's page: a prompt and the extension's very panel, and what merging makes of a picture and of the time."""
+"""The demo's page: a prompt and the extension's very panel, and what merging makes of a picture and
+of the time."""
 
 from __future__ import annotations
 
@@ -27,15 +28,23 @@ Pictures = list[tuple[Image.Image, str]]
 def compare(
     host: Host, args: Sequence[Any], on_step: Callable[[int], None] | None = None, **fields: Any
 ) -> tuple[Pictures, Any]:
-    """Makes a picture without merging and then as `args`, all scripts' arguments, say; each with its time.
+    """Makes a picture without merging and then as `args`, all scripts' arguments, say; each with
+    its time.
 
-    Gives both, their difference and the merge map, as far as there are any, and what was merged, as `Processed`. In
-    this order: what the panel tells of the last generation is of the merged one. `on_step` gets the number of the
-    model's runs so far.
+    Gives both, their difference and the merge map, as far as there are any, and what was merged, as
+    `Processed`. In this order: what the panel tells of the last generation is of the merged one.
+    `on_step` gets the number of the model's runs so far.
     """
     from modules import processing, script_callbacks
 
-    request = {"steps": STEPS, "seed": SEED, "width": 32, "height": 32, "cfg_scale": CFG, "sampler_name": SAMPLER}
+    request = {
+        "steps": STEPS,
+        "seed": SEED,
+        "width": 32,
+        "height": 32,
+        "cfg_scale": CFG,
+        "sampler_name": SAMPLER,
+    }
     runs = 0
 
     def count(_: Any) -> None:
@@ -64,7 +73,9 @@ def compare(
         (enlarged(after), f"with merging: {with_merging:.2f} s"),
         (enlarged(difference(before, after)), f"difference, {AMPLIFIED} times"),
     ]
-    return pictures + [(enlarged(merge_map, pictures[0][0].size), "merge map") for merge_map in maps], merged
+    return pictures + [
+        (enlarged(merge_map, pictures[0][0].size), "merge map") for merge_map in maps
+    ], merged
 
 
 def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
@@ -75,7 +86,9 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
 
         _serve_head(theme)
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-        with gr.Blocks(gr.themes.Default(**fonts), analytics_enabled=False, title="ToMe: the demo") as blocks:
+        with gr.Blocks(
+            gr.themes.Default(**fonts), analytics_enabled=False, title="ToMe: the demo"
+        ) as blocks:
             with gr.Row():
                 with gr.Column(elem_id="settings"):
                     models = sorted(sd_models.checkpoints)
@@ -89,20 +102,37 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
                     words = gr.HTML(_words(host, ""), elem_id="demo_words")
                     with gr.Row():
                         width, height = (
-                            gr.Slider(**SIDES, value=32, label=name, elem_id=f"txt2img_{name.lower()}")
+                            gr.Slider(
+                                **SIDES, value=32, label=name, elem_id=f"txt2img_{name.lower()}"
+                            )
                             for name in ("Width", "Height")
                         )
                     with gr.Row():
-                        steps = gr.Slider(1, 150, step=1, value=STEPS, label="Steps", elem_id="txt2img_steps")
+                        steps = gr.Slider(
+                            1, 150, step=1, value=STEPS, label="Steps", elem_id="txt2img_steps"
+                        )
                         names = list(sd_samplers.all_samplers_map)
-                        sampler = gr.Dropdown(names, value=SAMPLER, label="Sampler", elem_id="txt2img_sampling")
+                        sampler = gr.Dropdown(
+                            names, value=SAMPLER, label="Sampler", elem_id="txt2img_sampling"
+                        )
                     with gr.Row():
-                        seed = gr.Number(SEED, label="Seed (-1: any)", precision=0, elem_id="txt2img_seed")
-                        guidance = gr.Slider(1, 30, step=0.5, value=CFG, label="Guidance", elem_id="txt2img_cfg_scale")
+                        seed = gr.Number(
+                            SEED, label="Seed (-1: any)", precision=0, elem_id="txt2img_seed"
+                        )
+                        guidance = gr.Slider(
+                            1,
+                            30,
+                            step=0.5,
+                            value=CFG,
+                            label="Guidance",
+                            elem_id="txt2img_cfg_scale",
+                        )
                     runner.setup_ui()
                 with gr.Column(elem_id="results"):
                     button = gr.Button("Generate", variant="primary", elem_id="txt2img_generate")
-                    gallery = gr.Gallery(show_label=False, columns=2, height="auto", elem_id="txt2img_gallery")
+                    gallery = gr.Gallery(
+                        show_label=False, columns=2, height="auto", elem_id="txt2img_gallery"
+                    )
                     summary = gr.HTML(elem_id="html_info_txt2img")
             tome = runner.script("ToMe").controls
             map_step = next(control for control in tome if control.elem_id.endswith("_map_step"))
@@ -110,7 +140,13 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
                 control.value = value
             tome[0].accordion.open = True
 
-            fields = {"prompt": prompt, "width": width, "height": height, "steps": steps, "sampler_name": sampler}
+            fields = {
+                "prompt": prompt,
+                "width": width,
+                "height": height,
+                "steps": steps,
+                "sampler_name": sampler,
+            }
             fields |= {"seed": seed, "cfg_scale": guidance}
             for event in (button.click, prompt.submit):
                 event(
@@ -119,7 +155,9 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
                     outputs=[gallery, summary],
                 )
             model.change(_choose(host), [model, prompt], [words], queue=False)
-            prompt.change(lambda text: _words(host, text), [prompt], [words], show_progress=False, queue=False)
+            prompt.change(
+                lambda text: _words(host, text), [prompt], [words], show_progress=False, queue=False
+            )
         return blocks
 
     return page
@@ -136,7 +174,9 @@ def _generate(host: Host, names: list[str]) -> Callable[..., tuple[Pictures, str
         second_order = fields["sampler_name"] == "Heun"
         runs = 2 * fields["steps"] * (1 + second_order)
         with call_queue.queue_lock:
-            pictures, merged = compare(host, args, lambda run: progress((min(run, runs), runs), unit="steps"), **fields)
+            pictures, merged = compare(
+                host, args, lambda run: progress((min(run, runs), runs), unit="steps"), **fields
+            )
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in merged.comments.splitlines())
         return pictures, f"{lines}<p>{html.escape(merged.infotexts[0].splitlines()[-1])}</p>"
 
@@ -160,7 +200,9 @@ def _words(host: Host, prompt: str) -> str:
     """What the model doesn't know of a prompt, and, folded, what it does know."""
     model = host.sd_model
     unknown = ", ".join(html.escape(word) for word in model.unknown_words(prompt))
-    lines = f"<p>The model does not know: <b>{unknown}</b>. It leaves that out.</p>" if unknown else ""
+    lines = (
+        f"<p>The model does not know: <b>{unknown}</b>. It leaves that out.</p>" if unknown else ""
+    )
     words = html.escape(", ".join(model.captions or model.words))
     return f"{lines}<details><summary>What the model knows</summary><p>{words}</p></details>"
 
@@ -169,7 +211,8 @@ _template_response = gr.routes.templates.TemplateResponse
 
 
 def _serve_head(theme: str | None) -> None:
-    """Gives pages the demo's and the extension's styles and scripts, and takes what they ask of other servers."""
+    """Gives pages the demo's and the extension's styles and scripts, and takes what they ask of
+    other servers."""
     styles, scripts = [EXTENSION / "style.css", FOLDER / "page.css"], [FOLDER / "page.js"]
     scripts += sorted((EXTENSION / "javascript").glob("*.js"))
     head = "".join(f"<style>{file.read_text(encoding='utf-8')}</style>" for file in styles)

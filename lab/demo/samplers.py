@@ -1,7 +1,9 @@
-"""Samplers as flat functions, after crowsonkb/k-diffusion: what makes `x` [B, C, H, W] a picture, step by step.
+"""Samplers as flat functions, after crowsonkb/k-diffusion: what makes `x` [B, C, H, W] a picture,
+step by step.
 
-Those over sigmas take a model that returns the denoised picture, and falling `sigmas` that end in 0; DDIM and PLMS one
-that returns the predicted noise, and `timesteps` that rise: [n], of which n - 1 are evaluated.
+Those over sigmas take a model that returns the denoised picture, and falling `sigmas` that end in
+0; DDIM and PLMS one that returns the predicted noise, and `timesteps` that rise: [n], of which n -
+1 are evaluated.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 
 
 class EpsDenoiser(nn.Module):
-    """Turns a noise-predicting model into a sigma-space denoiser (Karras et al. 2022, c_skip = 1, c_out = -sigma).
+    """Turns a noise-predicting model into a sigma-space denoiser (Karras et al. 2022, c_skip = 1,
+    c_out = -sigma).
 
-    `model` has `alphas_cumprod` [T] and `apply_model(x, t, cond)`; this module is called as `(x, sigma, cond=…)`.
+    `model` has `alphas_cumprod` [T] and `apply_model(x, t, cond)`; this module is called as `(x,
+    sigma, cond=…)`.
     """
 
     def __init__(self, model: nn.Module):
@@ -39,7 +43,9 @@ class EpsDenoiser(nn.Module):
     def sigma_to_t(self, sigma: Tensor) -> Tensor:
         """The (fractional) timestep of a sigma: the inverse of `t_to_sigma`."""
         log_sigma = sigma.log()
-        low = (torch.searchsorted(self.log_sigmas, log_sigma, right=True) - 1).clamp(0, len(self.sigmas) - 2)
+        low = (torch.searchsorted(self.log_sigmas, log_sigma, right=True) - 1).clamp(
+            0, len(self.sigmas) - 2
+        )
         start, end = self.log_sigmas[low], self.log_sigmas[low + 1]
         return low + ((log_sigma - start) / (end - start)).clamp(0, 1)
 
@@ -50,7 +56,8 @@ class EpsDenoiser(nn.Module):
 
 
 Evaluate = Callable[..., Tensor]
-"""Runs the model on (x, a sigma or timestep for all of the batch); with the step's number, from 0, at its first run."""
+"""Runs the model on (x, a sigma or timestep for all of the batch); with the step's number, from 0,
+at its first run."""
 
 
 def sample_euler(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -60,7 +67,9 @@ def sample_euler(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
     return x
 
 
-def sample_euler_ancestral(model: Evaluate, x: Tensor, sigmas: Tensor, noise_sampler: Callable[[], Tensor]) -> Tensor:
+def sample_euler_ancestral(
+    model: Evaluate, x: Tensor, sigmas: Tensor, noise_sampler: Callable[[], Tensor]
+) -> Tensor:
     """Euler steps that go down further than asked and add fresh noise back up to the next sigma."""
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = model(x, sigma, i)
@@ -113,8 +122,13 @@ def sample_ddim(model: Evaluate, x: Tensor, timesteps: Tensor, alphas_cumprod: T
 
 
 def sample_plms(model: Evaluate, x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """PLMS (Liu et al. 2022): Adams-Bashforth over the last four noises; the first step takes two evaluations."""
-    weights = {1: (1.5, -0.5), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+    """PLMS (Liu et al. 2022): Adams-Bashforth over the last four noises; the first step takes two
+    evaluations."""
+    weights = {
+        1: (1.5, -0.5),
+        2: (23 / 12, -16 / 12, 5 / 12),
+        3: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+    }
     past: list[Tensor] = []
     for i, (t, following) in enumerate(pairwise(timesteps.flip(0))):
         eps, ends = model(x, t, i), (alphas_cumprod[t], alphas_cumprod[following])

@@ -1,13 +1,16 @@
-"""Trains a tiny text-to-image model on a hundred emoji or on crops of photographs, on a CPU, in an hour or two.
+"""Trains a tiny text-to-image model on a hundred emoji or on crops of photographs, on a CPU, in an
+hour or two.
 
-    python -m lab.demo.train emoji --data DIR --out DIR --steps 3000       (again with --resume, to go on)
+    python -m lab.demo.train emoji --data DIR --out DIR --steps 3000       (again with --resume, to
+    go on)
     python -m lab.demo.train photos --out DIR --steps 3000
     python -m lab.demo.train photos --out DIR --export                     (into weights/photos)
 
-The emoji are the npm package ``@lobehub/fluent-emoji-3d``, their names come from ``emoji-datasource`` (both MIT):
-``npm pack @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource@16.0.0`` in the ``--data`` folder fetches them. The
-photographs are those in scikit-image's wheel that are in the public domain; nothing is fetched. Whatever is random in a
-step is drawn from the seed and the step's number, so a run that was interrupted goes on as if it had not been.
+The emoji are the npm package ``@lobehub/fluent-emoji-3d``, their names come from
+``emoji-datasource`` (both MIT): ``npm pack @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource@16.0.0``
+in the ``--data`` folder fetches them. The photographs are those in scikit-image's wheel that are in
+the public domain; nothing is fetched. Whatever is random in a step is drawn from the seed and the
+step's number, so a run that was interrupted goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -38,8 +41,9 @@ from .model import MODELS, WEIGHTS, TinyModel, on_white, split_words
 
 PICTURES, NAMES = "lobehub-fluent-emoji-3d-1.1.0.tgz", "emoji-datasource-16.0.0.tgz"
 
-#: The pictures trained on: emoji-datasource's short names, with a caption of our own where its name is not what one
-#: would type. Things that are told apart at 32×32; no flags, no people, no signs with writing on them.
+# : The pictures trained on: emoji-datasource's short names, with a caption of our own where its
+# name is not what one : would type. Things that are told apart at 32×32; no flags, no people, no
+# signs with writing on them.
 PICKED = """
 mouse cow tiger rabbit cat horse monkey_face dog pig hamster wolf bear panda_face lion_face unicorn_face fox_face
 frog baby_chick penguin owl duck parrot turtle octopus fish tropical_fish whale=whale crab snail bee=bee
@@ -61,8 +65,8 @@ ghost alien=alien robot_face
 
 Box = tuple[int, int, int, int]
 
-#: A photograph's file, a caption, and the boxes (left, top, right, bottom) that its crops lie in. Only
-#: photographs that scikit-image says are CC0 or in the public domain; no face of a person.
+# : A photograph's file, a caption, and the boxes (left, top, right, bottom) that its crops lie in.
+# Only : photographs that scikit-image says are CC0 or in the public domain; no face of a person.
 REGIONS: tuple[tuple[str, str, tuple[Box, ...]], ...] = (
     ("astronaut.png", "american flag", ((0, 0, 95, 230),)),
     ("astronaut.png", "orange suit", ((40, 290, 140, 470),)),
@@ -96,12 +100,14 @@ REGIONS: tuple[tuple[str, str, tuple[Box, ...]], ...] = (
 )
 
 
-# --- The pictures -----------------------------------------------------------------------------------------------------
+# --- The pictures
+# -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is trained on: ``captions`` and, in the same order, ``rgb``: a uint8 tensor [N, 3, H, W] a size."""
+    """What is trained on: ``captions`` and, in the same order, ``rgb``: a uint8 tensor [N, 3, H, W]
+    a size."""
 
     captions: list[str]
     rgb: list[Tensor]
@@ -118,16 +124,22 @@ class Pictures:
 
 
 def load_emoji(folder: Path, size: int = 32, margin: int = 1, picked: str = PICKED) -> Pictures:
-    """The ``picked`` emoji on white, ``size`` pixels wide and high, ``margin`` of them white on each side.
+    """The ``picked`` emoji on white, ``size`` pixels wide and high, ``margin`` of them white on
+    each side.
 
-    Raises `FileNotFoundError` without the two packages, `ValueError` when two pictures have the same caption.
+    Raises `FileNotFoundError` without the two packages, `ValueError` when two pictures have the
+    same caption.
     """
     with tarfile.open(folder / NAMES) as tar:
         entries = json.load(tar.extractfile("package/emoji.json"))  # type: ignore[arg-type]
     by_name = {name: emoji for emoji in entries for name in emoji["short_names"]}
     captions, tensors = [], []
     with tarfile.open(folder / PICTURES) as tar:
-        files = {Path(member.name).stem: member for member in tar.getmembers() if "/assets/" in member.name}
+        files = {
+            Path(member.name).stem: member
+            for member in tar.getmembers()
+            if "/assets/" in member.name
+        }
         for entry in picked.split():
             name, _, caption = entry.partition("=")
             emoji = by_name[name]
@@ -135,19 +147,25 @@ def load_emoji(folder: Path, size: int = 32, margin: int = 1, picked: str = PICK
             member = next(files[code.lower()] for code in codes if code.lower() in files)
             picture = on_white(Image.open(BytesIO(tar.extractfile(member).read())))  # type: ignore[union-attr]
             small = Image.new("RGB", (size, size), "white")
-            small.paste(picture.resize((size - 2 * margin,) * 2, Image.Resampling.LANCZOS), (margin, margin))
+            small.paste(
+                picture.resize((size - 2 * margin,) * 2, Image.Resampling.LANCZOS), (margin, margin)
+            )
             captions.append(" ".join(split_words(caption.replace("~", " ") or emoji["name"])))
             tensors.append(_bytes(small))
     if len(set(captions)) < len(captions):
-        raise ValueError(f"two pictures share a caption: {sorted({c for c in captions if captions.count(c) > 1})}")
+        raise ValueError(
+            f"two pictures share a caption: {sorted({c for c in captions if captions.count(c) > 1})}"
+        )
     return Pictures(captions, [torch.stack(tensors)])
 
 
-def load_photographs(folder: Path | None = None, crops: int = 64, sizes: Sequence[int] = (32, 64)) -> Pictures:
+def load_photographs(
+    folder: Path | None = None, crops: int = 64, sizes: Sequence[int] = (32, 64)
+) -> Pictures:
     """So many ``crops`` of each of the `REGIONS`, each one in all ``sizes``.
 
-    A crop's side is half of its box's shorter side to all of it. ``folder`` holds the photographs: by default
-    scikit-image's. Raises `FileNotFoundError` where one is missing.
+    A crop's side is half of its box's shorter side to all of it. ``folder`` holds the photographs:
+    by default scikit-image's. Raises `FileNotFoundError` where one is missing.
     """
     if folder is None:
         found = importlib.util.find_spec("skimage")
@@ -200,16 +218,20 @@ SOURCES = {
 }
 
 
-# --- One step ---------------------------------------------------------------------------------------------------------
+# --- One step
+# ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run's result depends on, besides the pictures. A resumed run keeps the one it was started with."""
+    """All that a run's result depends on, besides the pictures. A resumed run keeps the one it was
+    started with."""
 
     seed: int = 0
     batch: int = 16
-    shards: int = 2  # each on a thread of its own; part of the recipe because sums round differently
+    shards: int = (
+        2  # each on a thread of its own; part of the recipe because sums round differently
+    )
     lr: float = 1e-3
     warmup: int = 200
     decay_part: float = 0.35  # the last part of the run, in which the learning rate falls to 0
@@ -229,10 +251,14 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def draw_batch(pictures: Pictures, model: TinyModel, recipe: Recipe, step: int) -> tuple[Tensor, ...]:
-    """What step ``step`` trains on: pictures, word numbers, diffusion steps, noise. A function of seed and step.
+def draw_batch(
+    pictures: Pictures, model: TinyModel, recipe: Recipe, step: int
+) -> tuple[Tensor, ...]:
+    """What step ``step`` trains on: pictures, word numbers, diffusion steps, noise. A function of
+    seed and step.
 
-    The sizes take turns; of larger pictures there are fewer, so that each step is of as many pixels.
+    The sizes take turns; of larger pictures there are fewer, so that each step is of as many
+    pixels.
     """
     turn, which = divmod(step, len(pictures.rgb))
     rgb = pictures.rgb[which]
@@ -249,8 +275,8 @@ def draw_batch(pictures: Pictures, model: TinyModel, recipe: Recipe, step: int) 
             )
         numbers.append(int(epochs[i // count][i % count]))
 
-    # As they are, neither mirrored nor shifted: a model this small, trained this briefly, learns few pictures well
-    # rather than many in part.
+    # As they are, neither mirrored nor shifted: a model this small, trained this briefly, learns
+    # few pictures well rather than many in part.
     prompts = []
     for i in numbers:
         words = split_words(pictures.captions[i])
@@ -262,16 +288,22 @@ def draw_batch(pictures: Pictures, model: TinyModel, recipe: Recipe, step: int) 
             words = [word for word in words if chance.random() < 0.5] or [chance.choice(words)]
         prompts.append(" ".join(words))
     x = (rgb[numbers].float() / 255 - model.shape["pixel_offset"]) / model.shape["pixel_scale"]
-    # Spread evenly over all diffusion steps, not drawn one by one: the loss, and so the gradient, is much less noisy.
+    # Spread evenly over all diffusion steps, not drawn one by one: the loss, and so the gradient,
+    # is much less noisy.
     spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
     t = (spread * model.num_timesteps).long().clamp(max=model.num_timesteps - 1)
     return x, model.tokenize(prompts), t, torch.randn(x.shape, generator=generator)
 
 
 def shard_gradients(
-    model: TinyModel, parameters: Sequence[nn.Parameter], shard: Sequence[Tensor], recipe: Recipe, share: float
+    model: TinyModel,
+    parameters: Sequence[nn.Parameter],
+    shard: Sequence[Tensor],
+    recipe: Recipe,
+    share: float,
 ) -> tuple[float, tuple[Tensor, ...]]:
-    """Error of the predicted noise, and the gradients, of one part of a batch; ``share`` is its part of the whole."""
+    """Error of the predicted noise, and the gradients, of one part of a batch; ``share`` is its
+    part of the whole."""
     x, ids, t, noise = shard
     alpha = model.alphas_cumprod[t]
     # Min-SNR weighting (arXiv 2303.09556) for a model that predicts the velocity.
@@ -287,41 +319,57 @@ def shard_gradients(
     return float((each.detach() * alpha).mean()) * share, gradients
 
 
-# --- The run ----------------------------------------------------------------------------------------------------------
+# --- The run
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Training:
     """A run: model, its moving average, optimiser and step; what is saved and resumed."""
 
-    def __init__(self, pictures: Pictures, recipe: Recipe, shape: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, pictures: Pictures, recipe: Recipe, shape: dict[str, Any] | None = None
+    ) -> None:
         self.pictures = pictures
         self.recipe = recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.model = TinyModel(pictures.words, pictures.names, shape)
         self.parameters = list(self.model.parameters())
-        self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.average = {
+            name: value.detach().clone() for name, value in self.model.state_dict().items()
+        }
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
         )
-        # One thread a shard, not each operation on all threads: on a busy machine, threads that wait for each other at
-        # every operation take many times as long. (torch's number of threads belongs to the thread that sets it.)
-        self.pool = ThreadPoolExecutor(recipe.shards, initializer=torch.set_num_threads, initargs=(1,))
+        # One thread a shard, not each operation on all threads: on a busy machine, threads that
+        # wait for each other at every operation take many times as long. (torch's number of threads
+        # belongs to the thread that sets it.)
+        self.pool = ThreadPoolExecutor(
+            recipe.shards, initializer=torch.set_num_threads, initargs=(1,)
+        )
         self.step = 0
 
     def train_step(self, lr: float) -> float:
-        """One optimiser step at learning rate ``lr``; returns the mean squared error of the predicted noise."""
+        """One optimiser step at learning rate ``lr``; returns the mean squared error of the
+        predicted noise."""
         self.model.train()
         batch = draw_batch(self.pictures, self.model, self.recipe, self.step)
         shards = list(zip(*(part.chunk(self.recipe.shards) for part in batch), strict=True))
         jobs = [
             self.pool.submit(
-                shard_gradients, self.model, self.parameters, shard, self.recipe, len(shard[0]) / len(batch[0])
+                shard_gradients,
+                self.model,
+                self.parameters,
+                shard,
+                self.recipe,
+                len(shard[0]) / len(batch[0]),
             )
             for shard in shards
         ]
         results = [job.result() for job in jobs]
-        for parameter, *gradients in zip(self.parameters, *(gradients for _, gradients in results), strict=True):
+        for parameter, *gradients in zip(
+            self.parameters, *(gradients for _, gradients in results), strict=True
+        ):
             parameter.grad = sum(gradients[1:], gradients[0])
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
@@ -342,8 +390,13 @@ class Training:
         return model.eval().requires_grad_(False)
 
     def save(self, path: Path) -> None:
-        """Everything that resuming needs, to ``path``, which is replaced only once the whole is written."""
-        state = {"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
+        """Everything that resuming needs, to ``path``, which is replaced only once the whole is
+        written."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
         state |= {"step": self.step, "recipe": vars(self.recipe), "shape": self.model.shape}
         state["captions"] = self.pictures.captions
         torch.save(state, path.with_suffix(".partial"))
@@ -365,10 +418,14 @@ class Training:
 def run(training: Training, out: Path, steps: int, every: float = 300.0) -> bool:
     """Trains until ``steps`` is reached, and saves to ``out``, on the way every so many seconds.
 
-    Returns whether the run has come to its end; not so after SIGTERM or SIGINT, which end it after the step in hand.
+    Returns whether the run has come to its end; not so after SIGTERM or SIGINT, which end it after
+    the step in hand.
     """
     stopped: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    previous = {
+        s: signal.signal(s, lambda number, _: stopped.append(number))
+        for s in (signal.SIGTERM, signal.SIGINT)
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     losses: list[float] = []
@@ -381,7 +438,10 @@ def run(training: Training, out: Path, steps: int, every: float = 300.0) -> bool
                 if training.step % 50 == 0 or training.step == steps:
                     mean, losses = sum(losses) / len(losses), []
                     minutes = (time.monotonic() - began) / 60
-                    print(f"step {training.step}/{steps}  loss {mean:.4f}  lr {lr:.2e}  {minutes:.1f} min", file=log)
+                    print(
+                        f"step {training.step}/{steps}  loss {mean:.4f}  lr {lr:.2e}  {minutes:.1f} min",
+                        file=log,
+                    )
                 if time.monotonic() - saved > every:
                     training.save(out / "checkpoint.pt")
                     saved = time.monotonic()
@@ -393,7 +453,8 @@ def run(training: Training, out: Path, steps: int, every: float = 300.0) -> bool
     return training.step >= steps
 
 
-# --- What is shipped --------------------------------------------------------------------------------------------------
+# --- What is shipped
+# --------------------------------------------------------------------------------------------------
 
 
 def export(training: Training, folder: Path, log: Path, **remarks: Any) -> None:
@@ -410,14 +471,26 @@ def export(training: Training, folder: Path, log: Path, **remarks: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lab.demo.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.demo.train", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("model", choices=MODELS, help="by what it is trained on")
-    parser.add_argument("--data", type=Path, help="folder of the two npm packages, or of the photographs")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps in all (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, help="folder of the two npm packages, or of the photographs"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the checkpoint and the log"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3000, help="optimiser steps in all (default: %(default)s)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--export", action="store_true", help="train nothing; write the averaged weights to weights/")
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="train nothing; write the averaged weights to weights/",
+    )
     args = parser.parse_args(arguments)
 
     args.out.mkdir(parents=True, exist_ok=True)

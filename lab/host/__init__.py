@@ -1,11 +1,13 @@
-"""A stand-in for AUTOMATIC1111 WebUI (1.10.1) at the seam: what the extension imports, and a generation around it.
+"""A stand-in for AUTOMATIC1111 WebUI (1.10.1) at the seam: what the extension imports, and a
+generation around it.
 
     with Host({"tiny": TinyModel.load}) as host:
         p = host.make_p([True, 0.5], prompt="red apple", steps=20, width=32, height=32)
         process_images(p).images[0].save("apple.png")
 
-There is one host a process, as there is one WebUI: its package `modules` is imported once, and a second host sets it
-back. What each module stands in for, and what of it is left out, is said at its top.
+There is one host a process, as there is one WebUI: its package `modules` is imported once, and a
+second host sets it back. What each module stands in for, and what of it is left out, is said at its
+top.
 """
 
 from __future__ import annotations
@@ -27,15 +29,20 @@ class Host:
     """A running host. Also a context manager that closes itself."""
 
     def __init__(
-        self, models: Mapping[str, Callable[[], nn.Module]], extensions: Sequence[str | os.PathLike] = (EXTENSION,)
+        self,
+        models: Mapping[str, Callable[[], nn.Module]],
+        extensions: Sequence[str | os.PathLike] = (EXTENSION,),
     ) -> None:
-        """Loads the first of `models` (functions by a checkpoint's name, called for each load) and the extensions.
+        """Loads the first of `models` (functions by a checkpoint's name, called for each load) and
+        the extensions.
 
         Raises RuntimeError where WebUI's own `modules` are imported already.
         """
         present = sys.modules.get("modules")
         if present is not None and Path(present.__file__ or "").parent != FOLDER / "modules":
-            raise RuntimeError(f"the host stands in for WebUI's package `modules`, but another is imported: {present}")
+            raise RuntimeError(
+                f"the host stands in for WebUI's package `modules`, but another is imported: {present}"
+            )
         if str(FOLDER) not in sys.path:
             sys.path.insert(0, str(FOLDER))
         from modules import processing, scripts, sd_models, sd_unet, shared
@@ -69,11 +76,13 @@ class Host:
             for runner in runners:
                 runner.setup_ui()
         self.default_args = {
-            tab: scripts.init_default_script_args(getattr(scripts, f"scripts_{tab}")) for tab in ("txt2img", "img2img")
+            tab: scripts.init_default_script_args(getattr(scripts, f"scripts_{tab}"))
+            for tab in ("txt2img", "img2img")
         }
 
     def load_page(self, build: Callable[[Any], gr.Blocks]) -> None:
-        """Takes another page than a bare one: `build` makes it around what txt2img's runner builds by `setup_ui`."""
+        """Takes another page than a bare one: `build` makes it around what txt2img's runner builds
+        by `setup_ui`."""
         from modules import scripts
 
         self.demo = build(scripts.scripts_txt2img)
@@ -85,7 +94,8 @@ class Host:
         script_callbacks.app_started_callback(self.demo, app)
 
     def reload_ui(self) -> None:
-        """Does what "Reload UI" does: callbacks are told, scripts are executed anew, and imported packages stay."""
+        """Does what "Reload UI" does: callbacks are told, scripts are executed anew, and imported
+        packages stay."""
         from modules import script_callbacks
 
         script_callbacks.script_unloaded_callback()
@@ -98,11 +108,14 @@ class Host:
         scripts.reload_script_body_only()
 
     def make_p(self, tome: Sequence[Any] | None = None, tab: str = "txt2img", **fields: Any) -> Any:
-        """What `process_images` takes, as a request to the API makes it: `tome` are the arguments of the first script
-        titled so, missing and other scripts' ones are the defaults."""
+        """What `process_images` takes, as a request to the API makes it: `tome` are the arguments
+        of the first script titled so, missing and other scripts' ones are the defaults."""
         from modules import processing, scripts, shared
 
-        kinds = processing.StableDiffusionProcessingTxt2Img, processing.StableDiffusionProcessingImg2Img
+        kinds = (
+            processing.StableDiffusionProcessingTxt2Img,
+            processing.StableDiffusionProcessingImg2Img,
+        )
         p = kinds[tab == "img2img"](**fields)
         p.is_api = True
         shared.state.begin()

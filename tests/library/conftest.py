@@ -48,7 +48,11 @@ def make_unet() -> Callable[..., Any]:
             "norm_num_groups": 8,
         }
         torch.manual_seed(0)
-        return diffusers.UNet2DConditionModel(**{**config, **SHAPES[shape], **changes}).eval().requires_grad_(False)
+        return (
+            diffusers.UNet2DConditionModel(**{**config, **SHAPES[shape], **changes})
+            .eval()
+            .requires_grad_(False)
+        )
 
     return make
 
@@ -65,7 +69,10 @@ def run() -> Callable[..., Tensor]:
         context = torch.randn(2, 7, CONTEXT, generator=generator)
         more = {}
         if unet.config.addition_embed_type:
-            more["added_cond_kwargs"] = {"text_embeds": context[:, 0], "time_ids": torch.zeros(2, 6)}
+            more["added_cond_kwargs"] = {
+                "text_embeds": context[:, 0],
+                "time_ids": torch.zeros(2, 6),
+            }
         with torch.no_grad():
             return unet(latent, torch.tensor(5), encoder_hidden_states=context, **more).sample
 
@@ -85,16 +92,26 @@ def make_pipeline(make_unet) -> Callable[..., Any]:
             up_block_types=("UpDecoderBlock2D",) * 2,
             norm_num_groups=4,
         )
-        scheduler = diffusers.DDIMScheduler(num_train_timesteps=100, clip_sample=False, steps_offset=1)
+        scheduler = diffusers.DDIMScheduler(
+            num_train_timesteps=100, clip_sample=False, steps_offset=1
+        )
         text = {"text_encoder": None, "tokenizer": None}
         if "XL" in kind:
             text |= {"text_encoder_2": None, "tokenizer_2": None}
         else:
-            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            parts |= {
+                "safety_checker": None,
+                "feature_extractor": None,
+                "requires_safety_checker": False,
+            }
         unet = make_unet(shape)
         if "ControlNet" in kind:
-            parts["controlnet"] = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8))
-        pipeline = getattr(diffusers, kind)(vae=vae, unet=unet, scheduler=scheduler, **text, **parts)
+            parts["controlnet"] = diffusers.ControlNetModel.from_unet(
+                unet, conditioning_embedding_out_channels=(8, 8)
+            )
+        pipeline = getattr(diffusers, kind)(
+            vae=vae, unet=unet, scheduler=scheduler, **text, **parts
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -117,7 +134,10 @@ def picture() -> Callable[..., Tensor]:
             **inputs,
         }
         if "XL" in type(pipeline).__name__:
-            given |= {"pooled_prompt_embeds": embeds[:1, 0], "negative_pooled_prompt_embeds": embeds[1:, 0]}
+            given |= {
+                "pooled_prompt_embeds": embeds[:1, 0],
+                "negative_pooled_prompt_embeds": embeds[1:, 0],
+            }
         return pipeline(**given).images
 
     return picture

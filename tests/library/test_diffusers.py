@@ -1,4 +1,5 @@
-"""UNets and pipelines of diffusers: merged by the same hooks, with tomesd's results where the method is tomesd's."""
+"""UNets and pipelines of diffusers: merged by the same hooks, with tomesd's results where the
+method is tomesd's."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ pytest.importorskip("diffusers", reason="nox -s diffusers_pins installs it")
 
 import diffusers
 import tomesd
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 
 import tomesd_core as tome
 from tomesd_core import proportional
@@ -25,7 +30,9 @@ SHAPES = ("sd15", "sd2", "sdxl", "inpainting")
 
 def settings(method="keys", ratio=0.5, **values):
     return tome.MergeSettings(
-        **{"schedule": "constant", "full_steps": 1, "skip_unprofitable": False, **values}, method=method, ratio=ratio
+        **{"schedule": "constant", "full_steps": 1, "skip_unprofitable": False, **values},
+        method=method,
+        ratio=ratio,
     )
 
 
@@ -44,7 +51,9 @@ def test_every_layer_is_found_with_its_level_and_heads(make_unet, shape):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_off_and_after_detach_outputs_are_bitwise_the_same(make_unet, run, processor, method, shape):
+def test_off_and_after_detach_outputs_are_bitwise_the_same(
+    make_unet, run, processor, method, shape
+):
     unet = make_unet(shape)
     unet.set_attn_processor(processor)
     off = run(unet)
@@ -110,7 +119,9 @@ def test_a_pipeline_merges_and_makes_the_same_picture_afterwards(make_pipeline, 
     elif name == "ControlNet":
         inputs = {"image": image}
     off = picture(pipeline, **inputs)
-    with tome.attach(pipeline, settings("keys", 0.9375, late_ratio=0.5, schedule="linear")) as merging:
+    with tome.attach(
+        pipeline, settings("keys", 0.9375, late_ratio=0.5, schedule="linear")
+    ) as merging:
         on = picture(pipeline, callback_on_step_end=merging.on_step_end, **inputs)
     report = merging.report()
     assert report.merged_steps == report.steps == 4 and not torch.equal(on, off)
@@ -125,12 +136,18 @@ def test_a_pipeline_of_few_steps_keeps_more_tokens(make_pipeline, picture):
         merging.set_step(0, 4)
         picture(pipeline, callback_on_step_end=merging.on_step_end)
     change = merging.report().merged_layers[0]
-    assert change.fewest_tokens == change.most_tokens == pytest.approx(change.tokens / 16 * 5 ** (2 / 3), abs=16)
+    assert (
+        change.fewest_tokens
+        == change.most_tokens
+        == pytest.approx(change.tokens / 16 * 5 ** (2 / 3), abs=16)
+    )
 
 
 def test_the_next_picture_of_a_pipeline_begins_at_the_first_step(make_pipeline, picture):
     pipeline = make_pipeline()
-    with tome.attach(pipeline, settings("keys", 0.75, late_ratio=0.0, schedule="linear")) as merging:
+    with tome.attach(
+        pipeline, settings("keys", 0.75, late_ratio=0.0, schedule="linear")
+    ) as merging:
         pictures = [picture(pipeline, callback_on_step_end=merging.on_step_end) for _ in range(2)]
     assert torch.equal(*pictures)
 
@@ -144,10 +161,16 @@ def test_patching_a_pipeline(make_pipeline, picture):
     assert torch.equal(picture(pipeline), off)
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: Pipeline(model)], ids=["model", "pipeline"])
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, lambda model: Pipeline(model)], ids=["model", "pipeline"]
+)
 def test_a_transformer_model_is_refused(wrap):
     model = diffusers.SD3Transformer2DModel(
-        sample_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8, caption_projection_dim=16
+        sample_size=8,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        caption_projection_dim=16,
     )
     with pytest.raises(TypeError, match="has no UNet: transformers"):
         tome.attach(wrap(model))
@@ -186,7 +209,9 @@ def test_a_processor_that_is_changed_while_attached(make_unet, run):
 class Twice:
     """A processor of its own: the keys of both items of the batch."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
+    ):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         k, v = (torch.cat([one, one.flip(0)], dim=1) for one in (k, v))
@@ -209,7 +234,9 @@ def test_a_processor_of_its_own_that_uses_the_projections_is_merged(make_unet, r
 class NoProjections:
     """A processor whose output doesn't come of the projections."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
+    ):
         return hidden_states
 
 
@@ -228,7 +255,9 @@ def test_an_ip_adapter_s_cross_attention_is_none_of_ours(make_unet, run):
     kinds = diffusers.models.attention_processor
     for name, module in unet.named_modules():
         if name.endswith("attn2"):
-            module.set_processor(kinds.IPAdapterAttnProcessor2_0(module.to_q.out_features, 24, num_tokens=(4,)))
+            module.set_processor(
+                kinds.IPAdapterAttnProcessor2_0(module.to_q.out_features, 24, num_tokens=(4,))
+            )
     unet.encoder_hid_proj = nn.Module()
     unet.encoder_hid_proj.forward = lambda image: [image]
     unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
@@ -237,7 +266,9 @@ def test_an_ip_adapter_s_cross_attention_is_none_of_ours(make_unet, run):
         x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
         context, image = torch.ones(2, 7, 24), [torch.ones(2, 1, 4, 24)]
         with torch.no_grad():
-            return unet(x, torch.tensor(5), context, added_cond_kwargs={"image_embeds": image[0]}).sample
+            return unet(
+                x, torch.tensor(5), context, added_cond_kwargs={"image_embeds": image[0]}
+            ).sample
 
     off = with_image()
     with tome.attach(unet, settings()) as merging:
@@ -261,7 +292,9 @@ def test_fused_projections_merge_with_paper_and_are_left_by_the_others(make_unet
 @pytest.mark.parametrize("method", ["keys", "tokens"])
 def test_lora_of_peft_before_and_after_a_merged_pass(make_unet, run, method, attached_first):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian")
+    config = peft.LoraConfig(
+        r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian"
+    )
 
     def add_lora(unet):
         torch.manual_seed(1)

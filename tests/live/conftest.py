@@ -1,7 +1,8 @@
-"""The WebUI that WEBUI_URL names, started with --api; without one, the panel alone is tried, on the demo's page.
+"""The WebUI that WEBUI_URL names, started with --api; without one, the panel alone is tried, on the
+demo's page.
 
-WEBUI_SIDE sets the width and height of the pictures in WebUI, 512 by default; a smaller one is quicker where merging
-still pays.
+WEBUI_SIDE sets the width and height of the pictures in WebUI, 512 by default; a smaller one is
+quicker where merging still pays.
 """
 
 from __future__ import annotations
@@ -34,9 +35,16 @@ PATIENCE_MS = 180_000
 """A busy machine is waited for; a server that has ended isn't: see `browser`."""
 SIDE = int(os.environ.get("WEBUI_SIDE", "512")) if URL else 32
 MAP_PLACE = 10
-"""Of the merge map's two arguments; those of later versions come behind them, `full_steps` first."""
+"""Of the merge map's two arguments; those of later versions come behind them, `full_steps` first.
+"""
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
 
 
 class Picture:
@@ -48,7 +56,9 @@ class Picture:
         info = json.loads(answer["info"])
         self.infotext: str = info["infotexts"][0]
         self.parameters: dict[str, Any] = info["extra_generation_params"]
-        self.images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in answer["images"]]
+        self.images = [
+            Image.open(io.BytesIO(base64.b64decode(image))) for image in answer["images"]
+        ]
         self.png: str = answer["images"][0]
         self.pixels = self.images[0].convert("RGB").tobytes()
 
@@ -70,12 +80,14 @@ class WebUI:
 
     @property
     def is_forge(self) -> bool:
-        """Whether it is Forge, whose hires fix may load other modules of a model for its second pass."""
+        """Whether it is Forge, whose hires fix may load other modules of a model for its second
+        pass."""
         return "hr_additional_modules" in self.fields
 
     @functools.cached_property
     def checks_for_nan(self) -> bool:
-        """Whether it refuses a picture of NaN. Forge and its kin, which can be told to run on a CPU, don't."""
+        """Whether it refuses a picture of NaN. Forge and its kin, which can be told to run on a
+        CPU, don't."""
         flags = self.get("/sdapi/v1/cmd-flags").text
         return '"always_cpu"' not in flags and '"cpu"' not in flags
 
@@ -98,7 +110,8 @@ class WebUI:
         return requests.get(f"{self.url}{path}", timeout=60)
 
     def request(self, arguments: list[Any] | None = None, **settings: Any) -> dict[str, Any]:
-        """A request for a picture of three steps; `arguments` are the script's, and merge as if it had twenty."""
+        """A request for a picture of three steps; `arguments` are the script's, and merge as if it
+        had twenty."""
         body: dict[str, Any] = {
             "prompt": "cat",
             "seed": 1,
@@ -120,7 +133,9 @@ class WebUI:
             body["alwayson_scripts"] = {"ToMe": {"args": arguments}}
         return body
 
-    def make(self, arguments: list[Any] | None = None, path: str = "txt2img", **settings: Any) -> Picture:
+    def make(
+        self, arguments: list[Any] | None = None, path: str = "txt2img", **settings: Any
+    ) -> Picture:
         """The picture of such a request."""
         answer = self.post(path, self.request(arguments, **settings))
         assert answer.status_code == 200, answer.text[:500]
@@ -136,11 +151,14 @@ def webui() -> WebUI:
 
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
-    """A page with the panel: WebUI's, or the demo's, which is started and ended as a person does it."""
+    """A page with the panel: WebUI's, or the demo's, which is started and ended as a person does
+    it."""
     if URL:
         yield URL
         return
-    missing = [name for name in ("torch", "gradio", "ldm") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("torch", "gradio", "ldm") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         pytest.skip(f"WEBUI_URL names no running WebUI, and the demo needs {', '.join(missing)}")
     # One of its own: of two demos that start at once both may find the first one free.
@@ -215,14 +233,20 @@ def loaded_model(request: pytest.FixtureRequest) -> None:
 def browser(address: str) -> Iterator[Any]:
     """Headless Chromium, where that and Playwright are installed; it ends when the server has."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if chromium is None:
         pytest.skip("Chromium is not installed")
     with sync_api.sync_playwright() as playwright:
         before = set(_descendants())
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         is_done = threading.Event()
-        watch = threading.Thread(target=_end_with_server, args=(address, set(_descendants()) - before, is_done))
+        watch = threading.Thread(
+            target=_end_with_server, args=(address, set(_descendants()) - before, is_done)
+        )
         watch.start()
         yield browser
         is_done.set()
@@ -236,7 +260,8 @@ def _descendants() -> list[Any]:
 
 
 def _end_with_server(address: str, browsers: set[Any], is_done: threading.Event) -> None:
-    """Ends the browser as soon as nobody listens at the address: a slow server is waited for, a dead one is not."""
+    """Ends the browser as soon as nobody listens at the address: a slow server is waited for, a
+    dead one is not."""
     host, port = re.search(r"//([^/:]+):?(\d*)", address).groups()
     refusals = 0
     while not is_done.wait(2):
@@ -256,7 +281,8 @@ def _end_with_server(address: str, browsers: set[Any], is_done: threading.Event)
 
 @pytest.fixture
 def open_page(browser: Any, address: str, tabs: list[str]) -> Iterator[Callable[..., Any]]:
-    """Opens the page; the extension's scripts must report no error. WebUI's own may: 1.6.1's do, without it too."""
+    """Opens the page; the extension's scripts must report no error. WebUI's own may: 1.6.1's do,
+    without it too."""
     errors: list[str] = []
     pages = []
     questions: list[Any] = []
@@ -270,12 +296,14 @@ def open_page(browser: Any, address: str, tabs: list[str]) -> Iterator[Callable[
         page.goto(f"{address}/{query}")
         # The panels' titles can be reached by keyboard once their scripts have run.
         for tab in tabs:
-            page.locator(f"#script_{tab}_tome_enabled .label-wrap[aria-expanded]").wait_for(state="attached")
+            page.locator(f"#script_{tab}_tome_enabled .label-wrap[aria-expanded]").wait_for(
+                state="attached"
+            )
         return page
 
     yield open_it
-    # A page that leaves before its question was taken up stays open on gradio's side for ever, and WebUI's Reload UI
-    # waits for it, with or without this extension.
+    # A page that leaves before its question was taken up stays open on gradio's side for ever, and
+    # WebUI's Reload UI waits for it, with or without this extension.
     quiet, deadline = 0, time.monotonic() + 30
     while pages and quiet < 6 and time.monotonic() < deadline:
         pages[0].wait_for_timeout(50)
@@ -299,8 +327,11 @@ def panel(page: Any) -> Any:
 
 
 @pytest.fixture
-def own_name(names_of_presets: Callable[[], list[str]], open_page: Callable[..., Any]) -> Iterator[str]:
-    """A name for a preset that nobody else has; nothing of it is left afterwards, whatever is made of it."""
+def own_name(
+    names_of_presets: Callable[[], list[str]], open_page: Callable[..., Any]
+) -> Iterator[str]:
+    """A name for a preset that nobody else has; nothing of it is left afterwards, whatever is made
+    of it."""
     from on_page import Panel
 
     name = f"test {uuid.uuid4().hex[:8]}"

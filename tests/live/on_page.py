@@ -56,7 +56,8 @@ class Panel:
         self.preset = self.element("preset").locator("input")
 
     def element(self, name: str) -> Any:
-        """An element by its field's name; gradio gives the name of a piece of HTML to two, one in the other."""
+        """An element by its field's name; gradio gives the name of a piece of HTML to two, one in
+        the other."""
         return self.page.locator(f"#script_{self.tab}_tome_{name}").first
 
     def unfold(self) -> Panel:
@@ -111,7 +112,9 @@ class Panel:
 
 def go_to(page: Any, tab: str) -> None:
     # Forge writes its tabs' names with capitals.
-    page.locator("#tabs > .tab-nav > button").get_by_text(re.compile(f"^\\s*{tab}\\s*$", re.IGNORECASE)).click()
+    page.locator("#tabs > .tab-nav > button").get_by_text(
+        re.compile(f"^\\s*{tab}\\s*$", re.IGNORECASE)
+    ).click()
 
 
 def choose(dropdown: Any, option: str | re.Pattern[str]) -> None:
@@ -129,7 +132,8 @@ def options_of(dropdown: Any) -> list[str]:
 
 
 def await_option(dropdown: Any, option: str, is_there: bool = True) -> None:
-    """Waits until a dropdown has an option, or hasn't: the page asks for the presets after it is there."""
+    """Waits until a dropdown has an option, or hasn't: the page asks for the presets after it is
+    there."""
     deadline = time.monotonic() + PATIENCE_MS / 1000
     while (option in options_of(dropdown)) != is_there:
         assert time.monotonic() < deadline, f"the option {option!r} is there: {not is_there}"

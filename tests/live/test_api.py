@@ -25,8 +25,14 @@ def off_is_still_the_baseline(webui, baseline):
 def test_the_script_is_listed_for_both_tabs(webui):
     answer = webui.get("/sdapi/v1/script-info")
     if answer.status_code == 500 and "ValidationError" in answer.text:
-        pytest.skip("WebUI 1.6 can't list scripts with gradio 3.41: its own scripts' choices aren't texts for it")
-    tabs = {script["is_img2img"] for script in answer.json() if script["name"] == "tome" and script["is_alwayson"]}
+        pytest.skip(
+            "WebUI 1.6 can't list scripts with gradio 3.41: its own scripts' choices aren't texts for it"
+        )
+    tabs = {
+        script["is_img2img"]
+        for script in answer.json()
+        if script["name"] == "tome" and script["is_alwayson"]
+    }
     assert tabs == {False, True}
 
 
@@ -77,7 +83,9 @@ def test_hires_fix_merges_in_the_chosen_pass_only(webui):
     def make(apply_to):
         return webui.make([True, 0.6, 0.2, "constant", 0.5, 1, 0, apply_to], steps=2, **HIRES)
 
-    pictures = {apply_to: make(apply_to) for apply_to in ("both passes", "first pass", "hires pass")}
+    pictures = {
+        apply_to: make(apply_to) for apply_to in ("both passes", "first pass", "hires pass")
+    }
     plain = webui.make(steps=2, **HIRES)
     assert len({plain.pixels, *(picture.pixels for picture in pictures.values())}) == 4
     for apply_to, picture in pictures.items():
@@ -105,8 +113,14 @@ def test_a_preset_can_be_asked_for_by_name(webui):
 def test_the_client_webuiapi(webui):
     webuiapi = pytest.importorskip("webuiapi")
     address = urlsplit(webui.url)
-    api = webuiapi.WebUIApi(host=address.hostname, port=address.port, use_https=address.scheme == "https")
-    for arguments in ([{"ratio": 0.6, "late_ratio": 0.3}], [{"preset": "Fast", "late_ratio": 0.3}], [True, 0.6]):
+    api = webuiapi.WebUIApi(
+        host=address.hostname, port=address.port, use_https=address.scheme == "https"
+    )
+    for arguments in (
+        [{"ratio": 0.6, "late_ratio": 0.3}],
+        [{"preset": "Fast", "late_ratio": 0.3}],
+        [True, 0.6],
+    ):
         answer = api.txt2img(**webui.request(arguments))
         assert answer.image.convert("RGB").tobytes() == webui.make(arguments).pixels
         assert "ToMe ratio" in answer.info["extra_generation_params"]
@@ -114,7 +128,9 @@ def test_the_client_webuiapi(webui):
 
 
 def test_the_requests_of_the_documentation(webui):
-    bodies = re.findall(r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", PAGE, re.DOTALL)
+    bodies = re.findall(
+        r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", PAGE, re.DOTALL
+    )
     assert len(bodies) == 2
     for body in bodies:
         arguments = json.loads(body)["alwayson_scripts"]["ToMe"]["args"]
@@ -157,7 +173,8 @@ def test_a_batch_holds_the_pictures_that_are_made_alone(webui):
 def test_a_request_that_fails_while_sampling_leaves_nothing_behind(webui):
     if not webui.checks_for_nan:
         pytest.skip("this host makes a picture of NaN")
-    # The second step gets what such a guidance made of the first: WebUI's check for NaN raises in the middle.
+    # The second step gets what such a guidance made of the first: WebUI's check for NaN raises in
+    # the middle.
     answer = webui.post("txt2img", webui.request([True], cfg_scale=1e38))
     assert answer.status_code >= 400, answer.text[:300]
 

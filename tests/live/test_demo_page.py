@@ -21,9 +21,17 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     page.set_default_timeout(PATIENCE_MS)
     complaints = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console",
+        lambda message: complaints.append(message.text) if message.type == "error" else None,
+    )
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else complaints.append(r.url))
+    page.on(
+        "request",
+        lambda r: (
+            None if r.url.startswith((address, "data:", "blob:")) else complaints.append(r.url)
+        ),
+    )
     page.goto(address)
     page.wait_for_selector("#script_txt2img_tome_enabled-visible-checkbox")
     yield page
@@ -32,7 +40,11 @@ def page(browser: Any, address: str) -> Iterator[Any]:
 
 
 def value(page: Any, name: str) -> str:
-    return page.locator(f"#txt2img_{name}").locator("textarea, input:not([type=range])").first.input_value()
+    return (
+        page.locator(f"#txt2img_{name}")
+        .locator("textarea, input:not([type=range])")
+        .first.input_value()
+    )
 
 
 def generate(page: Any, says: str, **values: Any) -> str:
@@ -51,7 +63,15 @@ def labels(page: Any) -> list[str]:
 
 def test_the_page_starts_with_what_the_model_is_made_for_and_the_panel_on(page, panel):
     controls = ["prompt", "sampling", "steps", "width", "height", "cfg_scale", "seed"]
-    assert [value(page, name) for name in controls] == ["cat face", "Euler", "20", "32", "32", "3", "1"]
+    assert [value(page, name) for name in controls] == [
+        "cat face",
+        "Euler",
+        "20",
+        "32",
+        "32",
+        "3",
+        "1",
+    ]
     expect(panel.switch).to_be_checked()
     expect(panel.title).to_contain_text("ToMe: 80 % of keys, level 1")
     expect(panel.number("map_step")).to_have_value("10")
@@ -69,9 +89,14 @@ def test_generate_shows_progress_both_pictures_their_difference_the_map_and_the_
     expect(info).to_contain_text("merge map of step 10, layer 1")
     expect(info).to_contain_text("Seed: 1, Size: 32x32")
     times, rest = labels(page)[:2], labels(page)[2:]
-    assert [re.sub(r"\d+\.\d\d", "0.00", time) for time in times] == ["without merging: 0.00 s", "with merging: 0.00 s"]
+    assert [re.sub(r"\d+\.\d\d", "0.00", time) for time in times] == [
+        "without merging: 0.00 s",
+        "with merging: 0.00 s",
+    ]
     assert rest == ["difference, 10 times", "merge map"]
-    sides = page.locator("#txt2img_gallery img").first.evaluate("image => [image.naturalWidth, image.naturalHeight]")
+    sides = page.locator("#txt2img_gallery img").first.evaluate(
+        "image => [image.naturalWidth, image.naturalHeight]"
+    )
     assert sides == [256, 256]
     expect(panel.preview).to_contain_text("Last: 3 of 10")
 
@@ -89,7 +114,10 @@ def test_any_seed(page, seed):
 
 
 def test_unknown_words_are_said_under_the_prompt_at_once(page):
-    words, prompt = page.locator("#demo_words").first, page.locator("#txt2img_prompt textarea, #txt2img_prompt input")
+    words, prompt = (
+        page.locator("#demo_words").first,
+        page.locator("#txt2img_prompt textarea, #txt2img_prompt input"),
+    )
     prompt.fill("qwxyz cat <b>")
     expect(words).to_contain_text("The model does not know: qwxyz, b.")
     prompt.fill("cat")
@@ -113,6 +141,8 @@ def test_another_model_is_chosen_and_says_what_it_knows(page):
 def test_on_a_narrow_window_nothing_is_cut_off_and_the_pictures_come_first(page):
     page.set_viewport_size({"width": 400, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    results, settings = (page.locator(f"#{name}").bounding_box() for name in ("results", "settings"))
+    results, settings = (
+        page.locator(f"#{name}").bounding_box() for name in ("results", "settings")
+    )
     assert results["y"] < settings["y"]
     assert results["x"] >= 0 and results["x"] + results["width"] <= 400

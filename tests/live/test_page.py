@@ -1,4 +1,5 @@
-"""What a person clicks in the WebUI that WEBUI_URL names, in headless Chromium; settings are put back."""
+"""What a person clicks in the WebUI that WEBUI_URL names, in headless Chromium; settings are put
+back."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def test_a_generation_says_what_was_merged(webui, page, panel):
 
 
 @pytest.mark.parametrize("tab", TABS)
-def test_png_info_sends_every_field_and_switches_off_without_them(webui, baseline, page, tab, tmp_path):
+def test_png_info_sends_every_field_and_switches_off_without_them(
+    webui, baseline, page, tab, tmp_path
+):
     pictures = {"merged": webui.make([OTHERS], **HIRES), "plain": baseline}
     panel = Panel(page, tab)
     for name, picture in pictures.items():
@@ -69,7 +72,8 @@ def test_png_info_sends_every_field_and_switches_off_without_them(webui, baselin
             go_to(page, "PNG Info")
             image = page.locator("#pnginfo_image")
             image.locator("[aria-label=Clear], [title=Clear], [title='Remove Image']").first.click()
-            # Gradio drops a change while it still answers the one before: the next picture has to wait for this.
+            # Gradio drops a change while it still answers the one before: the next picture has to
+            # wait for this.
             expect(pnginfo).not_to_contain_text("Sampler")
         else:
             expect(panel.title).not_to_contain_text("%")
@@ -77,7 +81,10 @@ def test_png_info_sends_every_field_and_switches_off_without_them(webui, baselin
 
 def xyz(page: Any, tab: str) -> Any:
     """The X/Y/Z plot's first axis, after choosing the script."""
-    choose(page.locator(f"#{tab}_script_container #script_list"), re.compile("^X/Y/Z plot$", re.IGNORECASE))
+    choose(
+        page.locator(f"#{tab}_script_container #script_list"),
+        re.compile("^X/Y/Z plot$", re.IGNORECASE),
+    )
     return page.locator(f"#script_{tab}_xyz_plot_x_type")
 
 
@@ -88,7 +95,9 @@ def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page, panel):
     webui.make([True, 0.6])
     before = webui.get("/tome/status").json()["summary"]
     axis = xyz(page, "txt2img")
-    values = page.locator("#script_txt2img_xyz_plot_x_values textarea, #script_txt2img_xyz_plot_x_values input").first
+    values = page.locator(
+        "#script_txt2img_xyz_plot_x_values textarea, #script_txt2img_xyz_plot_x_values input"
+    ).first
     # Before the axis: WebUI's answer to that choice writes the values back as they were then.
     values.fill("0.6, 2")
     choose(axis, "[ToMe] Ratio")
@@ -96,7 +105,9 @@ def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page, panel):
     message = re.compile(r"\[0, 0\.9375\]|'NoneType' object is not iterable")
     results = generate(page, webui.side, steps=1)
     expect(results.locator(".error")).to_contain_text(message)
-    assert webui.get("/tome/status").json()["summary"] == before, "it is refused before its first picture"
+    assert webui.get("/tome/status").json()["summary"] == before, (
+        "it is refused before its first picture"
+    )
     page.locator("#html_log_txt2img .performance").evaluate("element => element.remove()")
     values.fill("0.6, 0.7")
     results = generate(page, webui.side, steps=1)
@@ -123,23 +134,40 @@ def test_the_settings_page_has_a_section(webui, page):
         webui.post("options", {"tome_log_layers": before})
 
 
-SHOWN = {"Ratio": 0.5, "Late ratio": 0.25, "Schedule": "step", "Switch at": 0.25, "Max downsample": "4"}
-SHOWN |= {"Min tokens": 512, "Apply to": "first pass", "Reuse matching (steps)": 3, "Method": "tokens"}
+SHOWN = {
+    "Ratio": 0.5,
+    "Late ratio": 0.25,
+    "Schedule": "step",
+    "Switch at": 0.25,
+    "Max downsample": "4",
+}
+SHOWN |= {
+    "Min tokens": 512,
+    "Apply to": "first pass",
+    "Reuse matching (steps)": 3,
+    "Method": "tokens",
+}
 SHOWN |= {"Steps for full ratio": 5}
 """By its label in ui-config.json, a default for each of the panel's controls."""
 
 
 def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel):
-    """Settings, Defaults: of an untouched panel there is nothing to write, and of each control what it shows."""
+    """Settings, Defaults: of an untouched panel there is nothing to write, and of each control what
+    it shows."""
     go_to(page, "Settings")
     page.locator("#settings > .tab-nav > button").get_by_text("Defaults", exact=True).click()
 
     def changes() -> dict[str, str]:
-        page.evaluate("document.querySelectorAll('#settings table').forEach(table => table.remove())")
+        page.evaluate(
+            "document.querySelectorAll('#settings table').forEach(table => table.remove())"
+        )
         page.locator("#ui_defaults_view").click()
         table = page.locator("#settings table", has_text="Path").last
         table.wait_for()
-        rows = [[cell.inner_text() for cell in row.locator("td").all()] for row in table.locator("tr").all()]
+        rows = [
+            [cell.inner_text() for cell in row.locator("td").all()]
+            for row in table.locator("tr").all()
+        ]
         ours = [row for row in rows if len(row) == 3 and "tome.py/txt2img/" in row[0]]
         return {path.split("tome.py/txt2img/")[1]: new for path, _, new in ours}
 
@@ -164,9 +192,13 @@ def test_axes_and_panels_are_there_once_also_after_reload_ui(webui, page):
             go_to(page, "Settings")
             page.evaluate("window.isBeforeReload = true")
             page.locator("#settings_restart_gradio").click()
-            page.wait_for_function("() => !window.isBeforeReload && document.querySelector('#tabs')")
+            page.wait_for_function(
+                "() => !window.isBeforeReload && document.querySelector('#tabs')"
+            )
             for tab in TABS:
-                page.locator(f"#script_{tab}_tome_enabled .label-wrap[aria-expanded]").wait_for(state="attached")
+                page.locator(f"#script_{tab}_tome_enabled .label-wrap[aria-expanded]").wait_for(
+                    state="attached"
+                )
         for tab in TABS:
             go_to(page, tab)
             ours = [label for label in options_of(xyz(page, tab)) if label.startswith("[ToMe]")]

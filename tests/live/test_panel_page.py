@@ -1,7 +1,8 @@
-"""The panel, as a person sees and uses it: in the WebUI that WEBUI_URL names, or else on the demo's page.
+"""The panel, as a person sees and uses it: in the WebUI that WEBUI_URL names, or else on the demo's
+page.
 
-Run against a WebUI of one's own, these tests leave it as it was: presets that they save have names of their own and are
-deleted again.
+Run against a WebUI of one's own, these tests leave it as it was: presets that they save have names
+of their own and are deleted again.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def test_the_preview_follows_the_tabs_size_and_steps(side, page, tab, loaded_mod
         expect(bars).to_have_count(steps)
     line = panel.preview.locator("p").first
     expect(line).to_contain_text("keys each")
-    # One at a time, and to another number whatever the tab begins with: what is shown next is of both.
+    # One at a time, and to another number whatever the tab begins with: what is shown next is of
+    # both.
     for name in ("height", "width"):
         before = line.inner_text()
         set_tab(page, tab, **{name: 3 * side})
@@ -96,7 +98,11 @@ def test_folding_the_panel_switches_merging_off_and_the_title_says_so(panel):
 
 def test_controls_without_effect_are_hidden(panel):
     late_ratio, switch_at = panel.element("late_ratio"), panel.element("switch_at")
-    for schedule, useful in (("constant", ()), ("linear", (late_ratio,)), ("step", (late_ratio, switch_at))):
+    for schedule, useful in (
+        ("constant", ()),
+        ("linear", (late_ratio,)),
+        ("step", (late_ratio, switch_at)),
+    ):
         panel.set(schedule=schedule)
         for control in (late_ratio, switch_at):
             expect(control).to_be_visible(visible=control in useful)
@@ -110,7 +116,9 @@ def test_help_is_shown_on_hover(panel):
 def test_no_server_call_while_a_slider_is_moving(panel):
     calls = []
     expect(panel.title).to_contain_text("80 %")
-    panel.page.on("request", lambda request: calls.append(request.url) if request.method == "POST" else None)
+    panel.page.on(
+        "request", lambda request: calls.append(request.url) if request.method == "POST" else None
+    )
     box = panel.element("ratio").locator("input[type=range]").bounding_box()
     panel.page.mouse.move(box["x"] + box["width"] * 0.66, box["y"] + box["height"] / 2)
     panel.page.mouse.down()
@@ -156,7 +164,9 @@ def test_measure_gives_a_line_and_a_second_press_interrupts_it(side, panel):
         expect(button).to_have_text("Measure")
 
 
-@pytest.mark.parametrize("text", ["{}", "<img src=x onerror=\"document.title='run'\"> {}", "🐈 {}", "../../{}"])
+@pytest.mark.parametrize(
+    "text", ["{}", "<img src=x onerror=\"document.title='run'\"> {}", "🐈 {}", "../../{}"]
+)
 def test_a_preset_is_saved_found_again_and_deleted(names_of_presets, open_page, own_name, text):
     name = text.format(own_name)
     page = open_page()

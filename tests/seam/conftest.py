@@ -1,4 +1,5 @@
-"""The script on a page of gradio alone, with as little of `modules.*` as it names: runs with gradio 3.41 and 4.40."""
+"""The script on a page of gradio alone, with as little of `modules.*` as it names: runs with gradio
+3.41 and 4.40."""
 
 from __future__ import annotations
 
@@ -49,9 +50,17 @@ def host_modules() -> dict[str, ModuleType]:
     def on(name: str) -> Callable[[Callable], None]:
         return lambda callback: callbacks.setdefault(name, []).append(callback)
 
-    names = ("on_before_ui", "on_ui_settings", "on_app_started", "on_cfg_denoiser", "on_script_unloaded")
+    names = (
+        "on_before_ui",
+        "on_ui_settings",
+        "on_app_started",
+        "on_cfg_denoiser",
+        "on_script_unloaded",
+    )
     runner = SimpleNamespace(scripts=[])
-    options = SimpleNamespace(add_option=lambda key, info: None, onchange=lambda *args, **kwargs: None)
+    options = SimpleNamespace(
+        add_option=lambda key, info: None, onchange=lambda *args, **kwargs: None
+    )
     parts = {
         "scripts": {
             "Script": Script,
@@ -72,23 +81,37 @@ def host_modules() -> dict[str, ModuleType]:
             "cmd_opts": SimpleNamespace(api_auth=None),
             "data_path": "",
         },
-        "ui_components": {"FormRow": gr.Row, "ToolButton": gr.Button, "InputAccordion": input_accordion},
+        "ui_components": {
+            "FormRow": gr.Row,
+            "ToolButton": gr.Button,
+            "InputAccordion": input_accordion,
+        },
         "sd_models": {"model_data": SimpleNamespace(sd_model=None)},
         "sd_unet": {"current_unet": None},
         "processing": {"opt_f": 8},
         "call_queue": {"queue_lock": contextlib.nullcontext()},
         "progress": {},
-        "sd_samplers_common": {"InterruptedException": type("InterruptedException", (BaseException,), {})},
+        "sd_samplers_common": {
+            "InterruptedException": type("InterruptedException", (BaseException,), {})
+        },
         "devices": {"device": torch.device("cpu")},
     }
     modules = {f"modules.{name}": module(f"modules.{name}", **parts[name]) for name in parts}
-    return {"modules": module("modules", **{name: modules[f"modules.{name}"] for name in parts}), **modules}
+    return {
+        "modules": module("modules", **{name: modules[f"modules.{name}"] for name in parts}),
+        **modules,
+    }
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The modules, imported; everything of another host and of the extension in it is out of the way meanwhile."""
-    others = {name: module for name, module in sys.modules.items() if name.startswith(("modules", "tomesd_core_"))}
+    """The modules, imported; everything of another host and of the extension in it is out of the
+    way meanwhile."""
+    others = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.startswith(("modules", "tomesd_core_"))
+    }
     for name in others:
         del sys.modules[name]
     new = host_modules()

@@ -20,7 +20,9 @@ def fail(*_, **__):
 
 def assert_said_once(lines, what):
     (line,) = [line for line in lines if what in line]
-    assert "LookupError: on purpose" in line and "everything else goes on" in line and ADVICE in line
+    assert (
+        "LookupError: on purpose" in line and "everything else goes on" in line and ADVICE in line
+    )
 
 
 def components_of(block):
@@ -32,7 +34,8 @@ def components_of(block):
 
 @pytest.fixture
 def make_page(load):
-    """The page with both tabs' panels after some part of the extension was made to fail; and what `ui` gave."""
+    """The page with both tabs' panels after some part of the extension was made to fail; and what
+    `ui` gave."""
 
     def make(*broken):
         script = load()
@@ -68,11 +71,21 @@ def make_page(load):
 )
 def test_without_a_part_the_panel_is_its_controls_alone(make_page, log_lines, broken):
     _, page, given = make_page(broken)
-    names = ["enabled", *(name for name in PANEL_FIELDS if name != "full_steps"), "map_step", "map_layer", "full_steps"]
+    names = [
+        "enabled",
+        *(name for name in PANEL_FIELDS if name != "full_steps"),
+        "map_step",
+        "map_layer",
+        "full_steps",
+    ]
     for tab, controls in zip(("txt2img", "img2img"), given, strict=True):
         ids = [f"script_{tab}_tome_{name}" for name in names]
         assert [control.elem_id for control in controls] == ids
-        on_page = [child.elem_id for child in components_of(page) if (child.elem_id or "").startswith(f"script_{tab}")]
+        on_page = [
+            child.elem_id
+            for child in components_of(page)
+            if (child.elem_id or "").startswith(f"script_{tab}")
+        ]
         assert on_page == ids, "nothing is left of the whole panel"
         assert [control.value for control in controls[1:3]] == [0.8, 0.75]
     assert_said_once(log_lines, "making the panel failed")
@@ -97,9 +110,14 @@ def test_without_any_control_there_is_nothing_and_merging_is_off(make_page, log_
 def answers(page, name):
     """What the functions give that an event of the element calls, with whatever inputs."""
     functions = page.fns.values() if isinstance(page.fns, dict) else page.fns
-    element = next(block for block in page.blocks.values() if block.elem_id == f"script_txt2img_tome_{name}")
+    element = next(
+        block for block in page.blocks.values() if block.elem_id == f"script_txt2img_tome_{name}"
+    )
     for number, dependency in enumerate(page.get_config_file()["dependencies"]):
-        targets = [target[0] if isinstance(target, (list, tuple)) else target for target in dependency["targets"]]
+        targets = [
+            target[0] if isinstance(target, (list, tuple)) else target
+            for target in dependency["targets"]
+        ]
         function = list(functions)[number].fn
         if element._id in targets and function is not None:
             answer = function(*[page.blocks[number].value for number in dependency["inputs"]])
@@ -121,8 +139,12 @@ def test_a_failing_button_changes_nothing_and_says_so(make_page, log_lines, brok
     script, page, _ = make_page()
     module, attribute = broken
     setattr(script._module(module), attribute, fail)
-    script.panel.presets.save("mine", script.generation.MergeSettings()) if attribute != "save" else None
-    preset = next(block for block in page.blocks.values() if block.elem_id == "script_txt2img_tome_preset")
+    script.panel.presets.save(
+        "mine", script.generation.MergeSettings()
+    ) if attribute != "save" else None
+    preset = next(
+        block for block in page.blocks.values() if block.elem_id == "script_txt2img_tome_preset"
+    )
     preset.value = "mine"
     for _ in range(2):
         ((answer, outputs),) = answers(page, name)
@@ -147,7 +169,9 @@ def test_what_is_wrong_is_shown_as_text_and_not_logged(make_page, log_lines, mon
 
 
 @pytest.mark.parametrize(
-    ("broken", "name"), [("preview", "refresh"), ("useful_fields", "schedule")], ids=["preview", "schedule"]
+    ("broken", "name"),
+    [("preview", "refresh"), ("useful_fields", "schedule")],
+    ids=["preview", "schedule"],
 )
 def test_a_failing_preview_changes_nothing(make_page, log_lines, broken, name):
     script, page, _ = make_page()
@@ -155,7 +179,11 @@ def test_a_failing_preview_changes_nothing(make_page, log_lines, broken, name):
     for _ in range(2):
         ((answer, outputs),) = answers(page, name)
         assert list(answer) == [gr.update()] * outputs
-    assert len(log_lines) == 1 and "a part of the panel failed" in log_lines[0] and ADVICE in log_lines[0]
+    assert (
+        len(log_lines) == 1
+        and "a part of the panel failed" in log_lines[0]
+        and ADVICE in log_lines[0]
+    )
 
 
 @pytest.mark.parametrize("path", ["/tome/presets", "/tome/status"])
@@ -168,7 +196,9 @@ def test_a_failing_route_is_an_error_of_its_own(load, modules, log_lines, path):
     client = TestClient(app)
     for _ in range(2):
         reply = client.get(path)
-        assert reply.status_code == 500 and f"GET {path} failed (LookupError" in reply.json()["detail"]
+        assert (
+            reply.status_code == 500 and f"GET {path} failed (LookupError" in reply.json()["detail"]
+        )
     assert client.get("/others").json() == "fine"
     assert_said_once(log_lines, f"GET {path} failed")
 
@@ -179,7 +209,12 @@ def test_a_failing_route_is_an_error_of_its_own(load, modules, log_lines, path):
         ("on_before_ui", 0, ("webui.axes", "_axes"), "adding the plot's axes"),
         ("on_ui_settings", 0, ("shared", "OptionInfo"), "adding the settings"),
         ("on_app_started", 0, ("webui.routes", "_logins"), "adding the routes"),
-        ("on_app_started", 1, ("webui.duplicate_scripts", "_of_title"), "looking for scripts of the same title"),
+        (
+            "on_app_started",
+            1,
+            ("webui.duplicate_scripts", "_of_title"),
+            "looking for scripts of the same title",
+        ),
     ],
 )
 def test_a_failing_callback_is_said_once(load, modules, log_lines, category, number, broken, what):
@@ -188,9 +223,13 @@ def test_a_failing_callback_is_said_once(load, modules, log_lines, category, num
     setattr(modules.shared if name == "shared" else script._module(name), attribute, fail)
     if category == "on_before_ui":
         grid = type("Grid", (), {"AxisOption": None, "axis_options": []})
-        modules.scripts.scripts_data.append(type("Data", (), {"module": grid, "path": "xyz_grid.py"}))
+        modules.scripts.scripts_data.append(
+            type("Data", (), {"module": grid, "path": "xyz_grid.py"})
+        )
     for _ in range(2):
-        modules.script_callbacks.registered[category][number](*((None, FastAPI()) if "app" in category else ()))
+        modules.script_callbacks.registered[category][number](
+            *((None, FastAPI()) if "app" in category else ())
+        )
     assert_said_once(log_lines, f"{what} failed")
 
 

@@ -1,4 +1,5 @@
-"""What differs from host to host: where the UNet is, whose part of the batch is prompted, what gradio calls things."""
+"""What differs from host to host: where the UNet is, whose part of the batch is prompted, what
+gradio calls things."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def in_webui(inner):
 
 
 def in_forge(inner):
-    return SimpleNamespace(forge_objects=SimpleNamespace(unet=SimpleNamespace(model=in_webui(inner).model)))
+    return SimpleNamespace(
+        forge_objects=SimpleNamespace(unet=SimpleNamespace(model=in_webui(inner).model))
+    )
 
 
 @pytest.mark.parametrize("place", [in_webui, in_forge], ids=["WebUI", "Forge"])
@@ -45,7 +48,9 @@ def test_the_unet_is_found_where_a_host_has_it(host, modules, place):
     assert len(host.loaded_layers()) == 2
 
 
-@pytest.mark.parametrize("model", [None, SimpleNamespace(cond_stage_model=None), in_forge(None), in_webui("replaced")])
+@pytest.mark.parametrize(
+    "model", [None, SimpleNamespace(cond_stage_model=None), in_forge(None), in_webui("replaced")]
+)
 def test_before_a_model_is_loaded_there_is_none(host, modules, model):
     modules.sd_models.model_data.sd_model = model
     assert host.loaded_unet() is None and host.loaded_layers() is None
@@ -77,7 +82,8 @@ def test_a_map_is_of_the_prompted_part_whichever_half_comes_first(load):
         options.clear()
         options.update({} if parts is None else {"cond_or_uncond": parts})
         recorder = sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: ((2, 2), options))
-        # Each item's first slot tells whose it is: 0 and 1 the prompted pictures', 2 and 3 the others.
+        # Each item's first slot tells whose it is: 0 and 1 the prompted pictures', 2 and 3 the
+        # others.
         owners = [2, 3, 0, 1] if parts == [1, 0] else [0, 1, 2, 3]
         slots = torch.tensor([[owner, 0, 1, 2] for owner in owners])
         recorder("layer", 0, (2, 2), TokenMap(slots, 4))
@@ -90,13 +96,18 @@ def test_halves_that_come_as_passes_of_their_own(load):
     recorder = load().sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: ((2, 2), options))
     for parts, owners in (([0], [0, 1]), ([1], [2, 3])):
         options["cond_or_uncond"] = parts
-        recorder("layer", 0, (2, 2), TokenMap(torch.tensor([[owner, 0, 1, 2] for owner in owners]), 4))
+        recorder(
+            "layer", 0, (2, 2), TokenMap(torch.tensor([[owner, 0, 1, 2] for owner in owners]), 4)
+        )
     assert [int(one.slots[0]) for one in recorder.maps(recorder.pictures)] == [0, 1]
 
 
 def test_attention_that_others_compute_is_no_replaced_unet(host, modules):
     assert host.why_layers_did_not_run({}) is None
-    assert host.why_layers_did_not_run({"patches_replace": {"attn2": {("input", 1): 1}, "attn1": {}}}) is None
+    assert (
+        host.why_layers_did_not_run({"patches_replace": {"attn2": {("input", 1): 1}, "attn1": {}}})
+        is None
+    )
     patched = host.why_layers_did_not_run({"patches_replace": {"attn1": {("input", 1): print}}})
     assert patched == "another extension computes their attention in their place"
     modules.sd_unet.current_unet = object()
@@ -128,7 +139,9 @@ class Picture:
         return "sampled"
 
 
-@pytest.mark.parametrize("model", [None, in_forge(nn.Linear(2, 2))], ids=["no model", "no such layers"])
+@pytest.mark.parametrize(
+    "model", [None, in_forge(nn.Linear(2, 2))], ids=["no model", "no such layers"]
+)
 def test_what_cant_be_merged_is_said_and_not_claimed(load, modules, log_lines, model):
     modules.sd_models.model_data.sd_model = model
     script, p = load(), Picture()
@@ -149,5 +162,12 @@ def test_events_are_those_of_this_gradio(load):
         controls = script.panel.build("txt2img", script.ToMe().elem_id)
     assert list(controls) == list(script._module("webui.arguments").CONTROLS)
     scripts = [dependency["js"] for dependency in page.get_config_file()["dependencies"]]
-    assert len([code for code in scripts if code and "toMeChanged('txt2img')" in code]) == 1 + len(controls)
-    assert len([code for code in scripts if code and ("toMeTabSize" in code or "toMeAnswered" in code)]) == 2
+    assert len([code for code in scripts if code and "toMeChanged('txt2img')" in code]) == 1 + len(
+        controls
+    )
+    assert (
+        len(
+            [code for code in scripts if code and ("toMeTabSize" in code or "toMeAnswered" in code)]
+        )
+        == 2
+    )

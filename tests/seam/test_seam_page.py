@@ -1,4 +1,5 @@
-"""The panel in a browser, under whichever gradio is installed: its preview, its presets and its script."""
+"""The panel in a browser, under whichever gradio is installed: its preview, its presets and its
+script."""
 
 from __future__ import annotations
 
@@ -15,8 +16,11 @@ SCRIPT = Path(__file__).parents[2] / "javascript" / "tome.js"
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
-    # Two browsers of Playwright's can't be driven in one process, and tests/live has the page under gradio 3.
-    pytest.mark.skipif(gr.__version__.startswith("3."), reason="tests/live opens the page under gradio 3"),
+    # Two browsers of Playwright's can't be driven in one process, and tests/live has the page under
+    # gradio 3.
+    pytest.mark.skipif(
+        gr.__version__.startswith("3."), reason="tests/live opens the page under gradio 3"
+    ),
 ]
 
 HOST = """
@@ -35,7 +39,9 @@ window.onUiLoaded = then => {
 def browser():
     api = pytest.importorskip("playwright.sync_api")
     with api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        launched = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield launched
         launched.close()
 
@@ -54,7 +60,9 @@ def panel(load, browser):
 
     def add_script(route):
         reply = route.fetch()
-        route.fulfill(response=reply, body=reply.text().replace("<head>", f"<head><script>{code}</script>", 1))
+        route.fulfill(
+            response=reply, body=reply.text().replace("<head>", f"<head><script>{code}</script>", 1)
+        )
 
     page = browser.new_page()
     page.set_default_timeout(180_000)

@@ -1,4 +1,5 @@
-"""The extension in the stand-in for WebUI, with small random models; after every test nothing of it may be left."""
+"""The extension in the stand-in for WebUI, with small random models; after every test nothing of it
+may be left."""
 
 from __future__ import annotations
 
@@ -40,12 +41,18 @@ class Joint(nn.Module):
 
 @pytest.fixture(scope="session")
 def checkpoints(one_thread) -> dict[str, nn.Module]:
-    """Two checkpoints of one shape, which share a module in memory; one of another shape; one without transformers."""
+    """Two checkpoints of one shape, which share a module in memory; one of another shape; one
+    without transformers."""
     joint = small_model(3)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         joint.model.diffusion_model = Joint().requires_grad_(False)
-    return {"base": small_model(0), "twin": small_model(1), "other": small_model(2, num_res_blocks=2), "joint": joint}
+    return {
+        "base": small_model(0),
+        "twin": small_model(1),
+        "other": small_model(2, num_res_blocks=2),
+        "joint": joint,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +63,8 @@ def loaded() -> weakref.WeakSet:
 
 @pytest.fixture(scope="module")
 def host(checkpoints, loaded) -> Iterator[Host]:
-    """The host with this extension. One a module: there is one host a process, and other tests start theirs."""
+    """The host with this extension. One a module: there is one host a process, and other tests
+    start theirs."""
 
     def load(name: str) -> nn.Module:
         model = copy.deepcopy(checkpoints[name])
@@ -133,7 +141,8 @@ def add_script(host) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def on_denoised(host) -> Iterator[Callable[[Callable], None]]:
-    """Registers a function that is called after every evaluation of the model, until the test's end."""
+    """Registers a function that is called after every evaluation of the model, until the test's
+    end."""
     from modules import script_callbacks
 
     registered = []
@@ -149,7 +158,8 @@ def on_denoised(host) -> Iterator[Callable[[Callable], None]]:
 
 @pytest.fixture
 def attention(host) -> Iterator[SimpleNamespace]:
-    """What reaches self-attention, whoever calls it: the UNet of each call, and how many keys its first layer sees."""
+    """What reaches self-attention, whoever calls it: the UNet of each call, and how many keys its
+    first layer sees."""
     record = SimpleNamespace(tokens=[], unets=[], layer=None)
     keys: set[nn.Module] = set()
 
@@ -177,7 +187,8 @@ def one_step(make, plain) -> list[bytes]:
 
 @pytest.fixture(autouse=True)
 def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After every test in the host: no exception of ours, no hook on any model, no wrapped `sample`, off as it was."""
+    """After every test in the host: no exception of ours, no hook on any model, no wrapped
+    `sample`, off as it was."""
     if "host" not in request.fixturenames:
         yield
         return
@@ -191,8 +202,14 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     ps: list[Any] = []
     with other_script(first=True, before_process=ps.append):
         yield
-    files = [frame.filename for error in errors.exceptions for frame in traceback.extract_tb(error.__traceback__)]
-    assert [file for file in files if "tome.py" in file or f"tomesd_core{os.sep}webui" in file] == []
+    files = [
+        frame.filename
+        for error in errors.exceptions
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    assert [
+        file for file in files if "tome.py" in file or f"tomesd_core{os.sep}webui" in file
+    ] == []
     assert {name for model in loaded for name in hooked(model)} == set()
     assert [p.sample for p in ps if "sample" in vars(p)] == []
     shared.opts.reset()

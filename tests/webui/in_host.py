@@ -21,9 +21,17 @@ from tomesd_core.settings import FIELDS
 ROOT = Path(__file__).parents[2]
 
 SIDE = 32
-"""Of the pictures: 1024 tokens at level 1, 256 at level 2; fewer than 1024 would not be worth merging."""
+"""Of the pictures: 1024 tokens at level 1, 256 at level 2; fewer than 1024 would not be worth
+merging."""
 
-REQUEST = {"prompt": "cat", "steps": 2, "width": SIDE, "height": SIDE, "seed": 1, "sampler_name": "Euler"}
+REQUEST = {
+    "prompt": "cat",
+    "steps": 2,
+    "width": SIDE,
+    "height": SIDE,
+    "seed": 1,
+    "sampler_name": "Euler",
+}
 HALVED = [True, 0.5, 0.2, "constant", 0.5, 1, 0, "both passes", 1, "paper"]
 """The script's arguments that merge half of the tokens, matched anew in every step."""
 HIRES = {"enable_hr": True, "hr_scale": 1.125, "denoising_strength": 0.6}
@@ -36,7 +44,11 @@ def script_module() -> ModuleType:
     """The script file of this project as the host has executed it."""
     from modules import scripts
 
-    return next(data.module for data in scripts.scripts_data if Path(data.path) == ROOT / "scripts" / "tome.py")
+    return next(
+        data.module
+        for data in scripts.scripts_data
+        if Path(data.path) == ROOT / "scripts" / "tome.py"
+    )
 
 
 def running(name: str) -> ModuleType:
@@ -55,7 +67,11 @@ def left(ratio: float, tokens: int = SIDE * SIDE) -> int:
 
 def run(code, *arguments, cwd=ROOT, **env):
     """Runs Python code in a process of its own, with this project's folder first on its path."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONIOENCODING")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONIOENCODING")
+    }
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=cwd,
@@ -96,10 +112,13 @@ def hooked(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def other_script(first: bool = False, **methods: Callable) -> Iterator[None]:
-    """Another extension's script on both tabs: functions by the callback's name; `first` puts it before all others."""
+    """Another extension's script on both tabs: functions by the callback's name; `first` puts it
+    before all others."""
     from modules import scripts
 
-    kind = type("Other", (scripts.Script,), {name: staticmethod(method) for name, method in methods.items()})
+    kind = type(
+        "Other", (scripts.Script,), {name: staticmethod(method) for name, method in methods.items()}
+    )
     runners = scripts.scripts_txt2img, scripts.scripts_img2img
     added = [kind() for _ in runners]
     for runner, script in zip(runners, added, strict=True):

@@ -1,4 +1,5 @@
-"""The axes in WebUI's X/Y/Z plot: there in every version of WebUI, and what they do to a cell's picture."""
+"""The axes in WebUI's X/Y/Z plot: there in every version of WebUI, and what they do to a cell's
+picture."""
 
 from __future__ import annotations
 
@@ -28,22 +29,32 @@ def plot(monkeypatch):
     from modules import scripts
 
     def put(*modules):
-        data = [scripts.ScriptClassData(None, f"scripts/{file}", "", module) for file, module in modules]
+        data = [
+            scripts.ScriptClassData(None, f"scripts/{file}", "", module) for file, module in modules
+        ]
         monkeypatch.setattr(scripts, "scripts_data", [*data, *scripts.scripts_data[1:]])
 
     return put
 
 
-@pytest.mark.parametrize("name", ["xyz_grid.py", "scripts.xyz_grid"], ids=["as usual", "1.9.0 and 1.9.1"])
+@pytest.mark.parametrize(
+    "name", ["xyz_grid.py", "scripts.xyz_grid"], ids=["as usual", "1.9.0 and 1.9.1"]
+)
 def test_axes_are_there_once_whatever_webui_calls_the_plots_module(host, log_lines, plot, name):
     from modules import scripts
 
     module = ModuleType(name)
-    module.AxisOption, module.axis_options = scripts.AxisOption, [scripts.AxisOption("Steps", int, None)]
+    module.AxisOption, module.axis_options = (
+        scripts.AxisOption,
+        [scripts.AxisOption("Steps", int, None)],
+    )
     plot(("other.py", ModuleType("other.py")), ("xyz_grid.py", module))
     for _ in range(2):
         running("webui.axes").add_axes()
-    assert [option.label for option in module.axis_options] == ["Steps", *(f"[ToMe] {label}" for label in LABELS)]
+    assert [option.label for option in module.axis_options] == [
+        "Steps",
+        *(f"[ToMe] {label}" for label in LABELS),
+    ]
     assert log_lines == []
 
 
@@ -52,10 +63,14 @@ def test_a_reload_of_the_page_has_them_once(host, axes):
     host.reload_ui()
     from modules import scripts
 
-    assert [option.label for option in scripts.scripts_data[0].module.axis_options] == [f"[ToMe] {x}" for x in LABELS]
+    assert [option.label for option in scripts.scripts_data[0].module.axis_options] == [
+        f"[ToMe] {x}" for x in LABELS
+    ]
 
 
-@pytest.mark.parametrize("modules", [[], [("xyz_grid.py", ModuleType("xyz_grid.py"))]], ids=["none", "another shape"])
+@pytest.mark.parametrize(
+    "modules", [[], [("xyz_grid.py", ModuleType("xyz_grid.py"))]], ids=["none", "another shape"]
+)
 def test_where_there_is_no_plot_this_is_logged(host, log_lines, plot, modules):
     """Another program's WebUI, or a fork, may have a file of this name without a list of axes."""
     plot(*modules)
@@ -89,7 +104,9 @@ def test_a_setting_is_swept_with_the_panel_off_and_on(cells, axes, attention):
     assert attention.tokens == [left(ratio) for ratio in (0.55, 0.55, 0.6, 0.6)] * 2
 
 
-def test_the_switch_and_the_presets_have_axes_and_the_switch_wins(cells, axes, plain, merged, attention):
+def test_the_switch_and_the_presets_have_axes_and_the_switch_wins(
+    cells, axes, plain, merged, attention
+):
     off, on, preset, neither = cells(
         HALVED,
         [(axes["Enabled"], "False"), (axes["Ratio"], "0.6")],

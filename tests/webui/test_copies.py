@@ -1,4 +1,5 @@
-"""Two copies of the extension and an installed `tomesd_core`: each uses its own files and knows its own things."""
+"""Two copies of the extension and an installed `tomesd_core`: each uses its own files and knows its
+own things."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__")
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What a host with two copies answers, the first of a newer version; in a process of its own, which imported this
-    project's `tomesd_core` before."""
+    """What a host with two copies answers, the first of a newer version; in a process of its own,
+    which imported this project's `tomesd_core` before."""
     extensions = tmp_path_factory.mktemp("host") / "extensions"
     for copy in ("first", "second"):
         for name in ("scripts", "tomesd_core"):
@@ -25,7 +26,9 @@ def answers(tmp_path_factory):
     settings.write_text(text.replace('"Ratio",', '"Share",'), encoding="utf-8")
     done = run(CODE, str(extensions), json.dumps(REQUEST), json.dumps(HALVED))
     answers = json.loads(done.stdout.splitlines()[-1])
-    answers["log"] = [line for line in done.stderr.decode().splitlines() if "more than one script" in line]
+    answers["log"] = [
+        line for line in done.stderr.decode().splitlines() if "more than one script" in line
+    ]
     return answers
 
 
@@ -140,9 +143,13 @@ def test_the_one_that_is_asked_merges_and_the_other_takes_nothing_away(answers, 
 
 def test_both_merge_once(answers):
     assert answers["both"]["picture"] == answers["first"]["picture"]
-    assert answers["both"]["keys"] == answers["first"]["keys"], "the second merges nothing, and claims nothing"
+    assert answers["both"]["keys"] == answers["first"]["keys"], (
+        "the second merges nothing, and claims nothing"
+    )
     assert len(answers["both"]["said"]) == 2
-    assert answers["both"]["said"][1].startswith("ToMe: nothing merged: its 512 tokens are not the grid's")
+    assert answers["both"]["said"][1].startswith(
+        "ToMe: nothing merged: its 512 tokens are not the grid's"
+    )
 
 
 def test_the_second_is_named_at_the_start(answers):

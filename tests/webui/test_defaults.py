@@ -1,4 +1,5 @@
-"""What WebUI keeps in ui-config.json: no range of ours, no default that nobody chose, and all that somebody did."""
+"""What WebUI keeps in ui-config.json: no range of ours, no default that nobody chose, and all that
+somebody did."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ import pytest
 from in_host import running
 
 TABS = "txt2img", "img2img"
-CHOSEN = {"Ratio": 0.5, "Late ratio": 0.25, "Schedule": "step", "Switch at": 0.25, "Min tokens": 1024.0}
+CHOSEN = {
+    "Ratio": 0.5,
+    "Late ratio": 0.25,
+    "Schedule": "step",
+    "Switch at": 0.25,
+    "Min tokens": 1024.0,
+}
 CHOSEN |= {"Apply to": "hires pass", "Max downsample": 4, "Merge map: step": 3.0, "ToMe": True}
 
 
@@ -23,12 +30,20 @@ def written(highest, **values):
     for tab in TABS:
         content |= {key(label, "value", tab): value for label, value in values.items()}
         content |= {
-            key(label, field, tab): value for label in ("Ratio", "Late ratio") for field, value in ranges.items()
+            key(label, field, tab): value
+            for label in ("Ratio", "Late ratio")
+            for field, value in ranges.items()
         }
     return content
 
 
-OF_0_1_0 = {"Ratio": 0.6, "Late ratio": 0.4, "Schedule": "linear", "Switch at": 0.5, "Max downsample": 1}
+OF_0_1_0 = {
+    "Ratio": 0.6,
+    "Late ratio": 0.4,
+    "Schedule": "linear",
+    "Switch at": 0.5,
+    "Max downsample": 1,
+}
 OF_0_1_0 |= {"Min tokens": 0.0, "Apply to": "both passes", "Rematch every": 4.0, "ToMe": False}
 OF_1_0_0 = {**OF_0_1_0, "Ratio": 0.9375, "Late ratio": 0.75, "Rematch every": 1.0, "Method": "keys"}
 FILES = {
@@ -53,7 +68,9 @@ def update(host, tmp_path, monkeypatch):
 
     def start(content=None):
         if content is not None:
-            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+            path.write_text(
+                content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+            )
         running("webui.defaults").update_file()
         return path
 
@@ -61,14 +78,23 @@ def update(host, tmp_path, monkeypatch):
 
 
 def ours(content):
-    return {name.split("/", 2)[2]: value for name, value in content.items() if "tome.py/" in name and "/value" in name}
+    return {
+        name.split("/", 2)[2]: value
+        for name, value in content.items()
+        if "tome.py/" in name and "/value" in name
+    }
 
 
 @pytest.mark.parametrize("version", FILES)
 def test_ranges_and_defaults_that_nobody_chose_are_those_of_today(updated, version):
     after = updated(FILES[version])
-    assert ours(after) == {} and not any(field in name for name in after for field in ("minimum", "maximum", "step"))
-    assert after["txt2img/Steps/value"] == 20 and after["customscript/tome.py/txt2img/Ratio/visible"] is True
+    assert ours(after) == {} and not any(
+        field in name for name in after for field in ("minimum", "maximum", "step")
+    )
+    assert (
+        after["txt2img/Steps/value"] == 20
+        and after["customscript/tome.py/txt2img/Ratio/visible"] is True
+    )
     assert updated(after) == after
 
 
@@ -86,13 +112,20 @@ def test_a_default_that_somebody_chose_stays(updated, version, label):
 
 
 def test_a_later_version_takes_its_own_defaults_and_leaves_what_was_chosen(updated, monkeypatch):
-    chosen = updated(FILES["1.0.0"] | {key("Schedule", "value"): "step", key("Ratio", "value"): 0.775})
+    chosen = updated(
+        FILES["1.0.0"] | {key("Schedule", "value"): "step", key("Ratio", "value"): 0.775}
+    )
     # WebUI writes the rest.
     later = chosen | {key("Late ratio", "value"): 0.75, key("Rematch every", "value"): 1.0}
-    later[running("webui.defaults").COPY] = {**later[running("webui.defaults").COPY], "reuse_steps": 1}
+    later[running("webui.defaults").COPY] = {
+        **later[running("webui.defaults").COPY],
+        "reuse_steps": 1,
+    }
     assert ours(updated(later)) == {"txt2img/Schedule/value": "step", "txt2img/Ratio/value": 0.775}
     later[running("webui.defaults").COPY]["reuse_steps"] = 2
-    assert ours(updated(later))["txt2img/Reuse matching (steps)/value"] == 1.0, "it was chosen where 2 was the default"
+    assert ours(updated(later))["txt2img/Reuse matching (steps)/value"] == 1.0, (
+        "it was chosen where 2 was the default"
+    )
 
 
 def test_what_apply_made_of_max_downsample_is_undone(updated):
@@ -105,12 +138,18 @@ def test_what_apply_made_of_max_downsample_is_undone(updated):
 
 
 @pytest.mark.parametrize(
-    ("label", "value"), [("Ratio", 7), ("Ratio", "much"), ("Max downsample", "3"), ("Min tokens", None), ("ToMe", 1)]
+    ("label", "value"),
+    [("Ratio", 7), ("Ratio", "much"), ("Max downsample", "3"), ("Min tokens", None), ("ToMe", 1)],
 )
-def test_a_value_that_cant_be_used_gives_the_default_and_is_logged_once(updated, log_lines, label, value):
+def test_a_value_that_cant_be_used_gives_the_default_and_is_logged_once(
+    updated, log_lines, label, value
+):
     after = updated(FILES["1.0.0"] | {key(label, "value"): value})
     assert ours(after) == {} and len(log_lines) == 1
-    assert "a default in ui-config.json (txt2img) can't be used" in log_lines[0] and repr(value) in log_lines[0]
+    assert (
+        "a default in ui-config.json (txt2img) can't be used" in log_lines[0]
+        and repr(value) in log_lines[0]
+    )
     updated(after)
     assert len(log_lines) == 1
 
@@ -129,7 +168,10 @@ def test_the_file_is_written_before_webui_reads_it_and_only_where_it_changes(upd
 
 def test_a_file_that_is_not_there_yet_gets_the_copy_of_the_defaults(update):
     content = json.loads(update().read_text(encoding="utf-8"))
-    assert list(content) == [running("webui.defaults").COPY] and content[running("webui.defaults").COPY]["ratio"] > 0
+    assert (
+        list(content) == [running("webui.defaults").COPY]
+        and content[running("webui.defaults").COPY]["ratio"] > 0
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5"])

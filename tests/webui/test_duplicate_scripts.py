@@ -1,4 +1,5 @@
-"""Beside another extension's script of the same title: it is named, and neither takes anything from the other."""
+"""Beside another extension's script of the same title: it is named, and neither takes anything from
+the other."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def is_first(request):
 
 @pytest.fixture
 def other(host, tmp_path, is_first, log_lines):
-    """Starts the host anew beside such an extension, whose switch is off by default or on; gives its file."""
+    """Starts the host anew beside such an extension, whose switch is off by default or on; gives
+    its file."""
     from modules import scripts
 
     before = list(scripts.folders)
@@ -80,5 +82,9 @@ def test_each_has_its_own_section_of_the_settings_page(other):
     from modules import shared
 
     other(default=False)
-    sections = {info.section for info in shared.opts.data_labels.values() if info.section and "ToMe" in info.section[1]}
+    sections = {
+        info.section
+        for info in shared.opts.data_labels.values()
+        if info.section and "ToMe" in info.section[1]
+    }
     assert len({key for key, _ in sections}) == len(sections) == 2

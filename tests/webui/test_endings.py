@@ -1,4 +1,5 @@
-"""However merging ends in a generation, the picture is made, and nothing that is said of it is untrue."""
+"""However merging ends in a generation, the picture is made, and nothing that is said of it is
+untrue."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ def in_first_pass(host):
     with contextlib.ExitStack() as handles:
 
         def call(function):
-            block = [module for module in host.sd_model.model.diffusion_model.modules() if hasattr(module, "attn1")][1]
+            block = [
+                module
+                for module in host.sd_model.model.diffusion_model.modules()
+                if hasattr(module, "attn1")
+            ][1]
             calls = []
 
             def once(*_):
@@ -48,7 +53,9 @@ def in_a_thread(function):
     thread.join()
 
 
-def test_reload_ui_in_the_middle_of_a_pass_lets_it_end_as_it_began(make, in_first_pass, sampling, attention):
+def test_reload_ui_in_the_middle_of_a_pass_lets_it_end_as_it_began(
+    make, in_first_pass, sampling, attention
+):
     in_first_pass(lambda: in_a_thread(sampling.stop))
     processed = make(WEIGHTED, steps=3)
     assert attention.tokens == [HALF, FULL, FULL]
@@ -62,10 +69,17 @@ def test_a_copy_of_the_model_made_while_a_generation_runs_works(host, make, in_f
     make(WEIGHTED)
     assert len(copies) == 1
     # What the test itself has put there calls nothing any more.
-    assert copies[0](torch.zeros(1, 3, 8, 8), torch.tensor([1]), torch.zeros(1, 4, 96)).shape == (1, 3, 8, 8)
+    assert copies[0](torch.zeros(1, 3, 8, 8), torch.tensor([1]), torch.zeros(1, 4, 96)).shape == (
+        1,
+        3,
+        8,
+        8,
+    )
 
 
-def test_a_failure_midway_is_in_the_summary_and_the_parameters_claim_no_ratio(make, sampling, monkeypatch, log_lines):
+def test_a_failure_midway_is_in_the_summary_and_the_parameters_claim_no_ratio(
+    make, sampling, monkeypatch, log_lines
+):
     set_step = sampling.Merging.set_step
 
     def fail(self, step, *total):
@@ -83,7 +97,9 @@ def test_a_failure_midway_is_in_the_summary_and_the_parameters_claim_no_ratio(ma
     assert "ToMe ratio" in claims(make(HALVED))
 
 
-def test_a_batch_in_which_nothing_merged_claims_nothing_and_the_next_one_does(make, host, monkeypatch):
+def test_a_batch_in_which_nothing_merged_claims_nothing_and_the_next_one_does(
+    make, host, monkeypatch
+):
     """As in generations of several batches, of which one fails."""
     layers = running("layer_hooks")
     merge, passes = layers.LayerHooks._merge, []
@@ -94,7 +110,9 @@ def test_a_batch_in_which_nothing_merged_claims_nothing_and_the_next_one_does(ma
         return merge(self, attention, inputs)
 
     monkeypatch.setattr(layers.LayerHooks, "_merge", fail_in_the_first_batch)
-    handle = host.sd_model.model.diffusion_model.register_forward_hook(lambda *_: passes.append(None))
+    handle = host.sd_model.model.diffusion_model.register_forward_hook(
+        lambda *_: passes.append(None)
+    )
     processed = make(HALVED, n_iter=2)
     handle.remove()
     first, second = processed.infotexts[-2:]
@@ -105,13 +123,20 @@ def full(message="CUDA out of memory. Tried to allocate 960.00 MiB"):
     raise RuntimeError(message)
 
 
-def test_memory_that_a_hook_on_the_projections_lacks_costs_no_picture(make, plain, merged, monkeypatch):
+def test_memory_that_a_hook_on_the_projections_lacks_costs_no_picture(
+    make, plain, merged, monkeypatch
+):
     heads = running("proportional").Heads
     pad = heads.pad
-    monkeypatch.setattr(heads, "pad", lambda self, x, *rest: full() if x.shape[1] >= FULL else pad(self, x, *rest))
+    monkeypatch.setattr(
+        heads, "pad", lambda self, x, *rest: full() if x.shape[1] >= FULL else pad(self, x, *rest)
+    )
     processed = make(WEIGHTED)
     assert pixels(processed) == plain
-    assert "nothing merged" in processed.comments and "merging failed: RuntimeError: CUDA out of" in processed.comments
+    assert (
+        "nothing merged" in processed.comments
+        and "merging failed: RuntimeError: CUDA out of" in processed.comments
+    )
     assert claims(processed) == ["ToMe error"]
     monkeypatch.undo()
     assert "ToMe ratio" in claims(make(WEIGHTED))
@@ -120,7 +145,9 @@ def test_memory_that_a_hook_on_the_projections_lacks_costs_no_picture(make, plai
 @pytest.fixture
 def lacking(host, monkeypatch):
     """An attention that lacks memory over merged keys."""
-    kind = type(next(m for m in host.sd_model.model.diffusion_model.modules() if hasattr(m, "attn1")).attn1)
+    kind = type(
+        next(m for m in host.sd_model.model.diffusion_model.modules() if hasattr(m, "attn1")).attn1
+    )
     usual = kind.forward
 
     def forward(self, x, context=None, mask=None):
@@ -160,20 +187,30 @@ def alternative(p, *_):
     def sample_extra(conditioning, unconditional_conditioning):
         p.sampler = sd_samplers.Sampler(p)
         own = sd_samplers.Sampler(p)
-        return own.sample_img2img(p, p.init_latent, p.rng.next(), conditioning, unconditional_conditioning)
+        return own.sample_img2img(
+            p, p.init_latent, p.rng.next(), conditioning, unconditional_conditioning
+        )
 
     p.sample = sample_extra
 
 
 @pytest.mark.parametrize("says_whose", [True, False], ids=["1.8", "before 1.8"])
-def test_a_script_with_a_sampler_of_its_own_merges(make, add_script, attention, monkeypatch, says_whose):
+def test_a_script_with_a_sampler_of_its_own_merges(
+    make, add_script, attention, monkeypatch, says_whose
+):
     from modules import script_callbacks
 
     if not says_whose:
         kind = script_callbacks.CFGDenoiserParams
-        monkeypatch.setattr(script_callbacks, "CFGDenoiserParams", lambda denoiser, **others: kind(**others))
+        monkeypatch.setattr(
+            script_callbacks, "CFGDenoiserParams", lambda denoiser, **others: kind(**others)
+        )
     add_script(before_process=alternative, postprocess=lambda p, *_: vars(p).pop("sample"))
-    fields = {"init_images": [Image.new("RGB", (SIDE, SIDE), "red")], "denoising_strength": 0.9, "steps": 4}
+    fields = {
+        "init_images": [Image.new("RGB", (SIDE, SIDE), "red")],
+        "denoising_strength": 0.9,
+        "steps": 4,
+    }
     processed = make([True, 0.5, 0.3, "linear", *HALVED[4:]], "img2img", **fields)
     assert attention.tokens[0] == HALF and attention.tokens[-1] == left(0.3)
     assert "ToMe ratio" in claims(processed) and "1024 → " in processed.comments
@@ -189,7 +226,9 @@ def test_a_script_with_a_sampler_of_its_own_merges(make, add_script, attention, 
         ("tome_overrule_built_in", 1, "true or false"),
     ],
 )
-def test_an_option_of_a_wrong_kind_is_its_default_and_is_said_once(make, merged, log_lines, name, value, allowed):
+def test_an_option_of_a_wrong_kind_is_its_default_and_is_said_once(
+    make, merged, log_lines, name, value, allowed
+):
     from modules import shared
 
     options = running("webui.options")
@@ -218,9 +257,15 @@ def test_a_module_in_the_place_of_attention_is_left_whole(host, make, plain):
             self.heads, self.inner = inner.heads, [inner]
 
         def forward(self, x, context=None, mask=None):
-            return self.inner[0](x + {FULL: 0.0, FULL // 4: 0.0}[x.shape[1]], context=context, mask=mask)
+            return self.inner[0](
+                x + {FULL: 0.0, FULL // 4: 0.0}[x.shape[1]], context=context, mask=mask
+            )
 
-    blocks = [module for module in host.sd_model.model.diffusion_model.modules() if hasattr(module, "attn1")]
+    blocks = [
+        module
+        for module in host.sd_model.model.diffusion_model.modules()
+        if hasattr(module, "attn1")
+    ]
     usual = [block.attn1 for block in blocks]
     for block in blocks:
         block.attn1 = Sharing(block.attn1)

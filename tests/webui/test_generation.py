@@ -1,4 +1,5 @@
-"""A generation with merging: what it merges, what it says, and that it leaves nothing, however it ends."""
+"""A generation with merging: what it merges, what it says, and that it leaves nothing, however it
+ends."""
 
 from __future__ import annotations
 
@@ -20,7 +21,15 @@ HALF = left(0.5)
 FULL = left(0.0)
 
 
-def arguments(ratio=0.5, late=0.2, schedule="constant", switch_at=0.5, level=1, least=0, apply_to="both passes"):
+def arguments(
+    ratio=0.5,
+    late=0.2,
+    schedule="constant",
+    switch_at=0.5,
+    level=1,
+    least=0,
+    apply_to="both passes",
+):
     return [True, ratio, late, schedule, switch_at, level, least, apply_to, 1, "paper"]
 
 
@@ -28,10 +37,16 @@ def keys_of(processed):
     """The picture's own keys, as they are written and as they are read back from the text."""
     from modules import infotext_utils
 
-    keys = {key: value for key, value in processed.extra_generation_params.items() if key.startswith("ToMe")}
+    keys = {
+        key: value
+        for key, value in processed.extra_generation_params.items()
+        if key.startswith("ToMe")
+    }
     for text in processed.infotexts:
         parameters = infotext_utils.parse_generation_parameters(text)
-        assert {key: str(value) for key, value in keys.items()} == {k: v for k, v in parameters.items() if "ToMe" in k}
+        assert {key: str(value) for key, value in keys.items()} == {
+            k: v for k, v in parameters.items() if "ToMe" in k
+        }
     return keys
 
 
@@ -73,7 +88,10 @@ def test_summary_under_the_picture_and_once_in_the_log(make, log_lines):
 def test_max_downsample_and_min_tokens(make):
     request = {"steps": 1, "width": 64, "height": 64}
     assert "3 of 4 self-attention layers, 4096 → 2048 tokens" in make(ON, **request).comments
-    assert "4 of 4 self-attention layers, 4096 → 2048 tokens, 1024" in make(arguments(level=2), **request).comments
+    assert (
+        "4 of 4 self-attention layers, 4096 → 2048 tokens, 1024"
+        in make(arguments(level=2), **request).comments
+    )
     assert "nothing merged: " in make(arguments(least=2048)).comments
 
 
@@ -82,7 +100,10 @@ def test_max_downsample_and_min_tokens(make):
     [
         (ON, "3 of 4 self-attention layers, 1024 → 512 tokens, 2 of 2 steps"),
         ([True, 1.5], "nothing merged: ratio must lie in [0, 0.9375], got 1.5"),
-        (arguments(apply_to="hires pass"), "nothing merged: apply to is 'hires pass', and a picture without hires fix"),
+        (
+            arguments(apply_to="hires pass"),
+            "nothing merged: apply to is 'hires pass', and a picture without hires fix",
+        ),
         ([False], None),
     ],
     ids=["on", "wrong", "no such pass", "off"],
@@ -134,15 +155,27 @@ def test_halves_of_guidance_in_two_calls(make, merged, attention):
     ("tome", "hires", "effective"),
     [
         (arguments(), False, {"ratio": 0.5, "schedule": "constant"}),
-        (arguments(schedule="linear"), False, {"ratio": 0.5, "late ratio": 0.2, "schedule": "linear"}),
+        (
+            arguments(schedule="linear"),
+            False,
+            {"ratio": 0.5, "late ratio": 0.2, "schedule": "linear"},
+        ),
         (
             arguments(schedule="step", switch_at=0.25),
             False,
             {"ratio": 0.5, "late ratio": 0.2, "schedule": "step", "switch at": 0.25},
         ),
         (arguments(least=1024), False, {"ratio": 0.5, "schedule": "constant", "min tokens": 1024}),
-        (arguments(level=4), True, {"ratio": 0.5, "schedule": "constant", "apply to": "both passes"}),
-        (arguments(apply_to="hires pass"), True, {"ratio": 0.5, "schedule": "constant", "apply to": "hires pass"}),
+        (
+            arguments(level=4),
+            True,
+            {"ratio": 0.5, "schedule": "constant", "apply to": "both passes"},
+        ),
+        (
+            arguments(apply_to="hires pass"),
+            True,
+            {"ratio": 0.5, "schedule": "constant", "apply to": "hires pass"},
+        ),
         (arguments(apply_to="first pass"), False, {"ratio": 0.5, "schedule": "constant"}),
     ],
 )
@@ -160,7 +193,9 @@ def test_keys_are_such_as_every_webui_reads_back():
 
 
 @pytest.mark.parametrize("apply_to", ["both passes", "first pass", "hires pass"])
-def test_apply_to_chooses_the_passes_of_hires_fix_and_each_has_its_own_schedule(make, attention, apply_to):
+def test_apply_to_chooses_the_passes_of_hires_fix_and_each_has_its_own_schedule(
+    make, attention, apply_to
+):
     linear = arguments(0.7, 0.2, "linear", apply_to=apply_to)
     processed = make(linear, hr_second_pass_steps=3, sampler_name="Euler a", **HIRES)
     first = [0.7, 0.2] if apply_to != "hires pass" else [0.0] * 2
@@ -172,7 +207,9 @@ def test_apply_to_chooses_the_passes_of_hires_fix_and_each_has_its_own_schedule(
 
 def test_a_hires_pass_without_a_first_one(make_p, host, attention, process):
     """The Upscale button's way."""
-    p = make_p(arguments(apply_to="hires pass"), firstpass_image=Image.new("RGB", (32, 32), "red"), **HIRES)
+    p = make_p(
+        arguments(apply_to="hires pass"), firstpass_image=Image.new("RGB", (32, 32), "red"), **HIRES
+    )
     processed = process(p)
     assert attention.tokens == [left(0.5, HIRES_TOKENS)] * 2
     assert "hires pass: 3 of 4" in processed.comments
@@ -200,13 +237,19 @@ def test_hires_pass_without_hires_fix_merges_nothing_and_says_so(make, attention
 
 
 @pytest.mark.parametrize(
-    ("sampler_name", "evaluations"), [("Euler", 4), ("Euler a", 4), ("Heun", 7), ("DPM++ 2M", 4), ("PLMS", 4)]
+    ("sampler_name", "evaluations"),
+    [("Euler", 4), ("Euler a", 4), ("Heun", 7), ("DPM++ 2M", 4), ("PLMS", 4)],
 )
-def test_linear_goes_from_the_first_evaluation_to_the_last(make, attention, sampler_name, evaluations):
+def test_linear_goes_from_the_first_evaluation_to_the_last(
+    make, attention, sampler_name, evaluations
+):
     processed = make(arguments(0.7, 0.2, "linear"), steps=4, sampler_name=sampler_name)
     tokens = attention.tokens
     assert len(tokens) == evaluations
-    assert f"1024 → {left(0.7)} to {left(0.2)} tokens, {evaluations} of {evaluations} steps" in processed.comments
+    assert (
+        f"1024 → {left(0.7)} to {left(0.2)} tokens, {evaluations} of {evaluations} steps"
+        in processed.comments
+    )
     assert (tokens[0], tokens[-1]) == (left(0.7), left(0.2))
     assert tokens == sorted(tokens)
 
@@ -221,7 +264,11 @@ def test_samplers_that_do_not_keep_to_their_total(make, attention, sampler_name,
 
 
 def test_a_shortened_run_has_the_whole_schedule(make, attention):
-    request = {"init_images": [Image.new("RGB", (32, 32), "red")], "denoising_strength": 0.5, "steps": 6}
+    request = {
+        "init_images": [Image.new("RGB", (32, 32), "red")],
+        "denoising_strength": 0.5,
+        "steps": 6,
+    }
     make(arguments(0.6, 0.3, "linear"), "img2img", **request)
     assert attention.tokens == [left(ratio) for ratio in (0.6, 0.5, 0.4, 0.3)]
 
@@ -263,7 +310,13 @@ def test_between_generations_nothing_is_attached(host, make, add_script):
     add_script(
         **{
             name: lambda *args, **kwargs: hooks.append(hooked(host.sd_model))
-            for name in ("process_batch", "post_sample", "postprocess_batch", "postprocess_image", "postprocess")
+            for name in (
+                "process_batch",
+                "post_sample",
+                "postprocess_batch",
+                "postprocess_image",
+                "postprocess",
+            )
         }
     )
     make(ON, n_iter=2)
@@ -282,7 +335,9 @@ def test_unloading_scripts_ends_merging_at_once(make, on_denoised, attention):
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", ["before_process", "process", "process_batch", "before_hr", "postprocess"])
+@pytest.mark.parametrize(
+    "name", ["before_process", "process", "process_batch", "before_hr", "postprocess"]
+)
 def test_an_exception_in_another_script_changes_nothing(make, add_script, merged, first, name):
     hires = HIRES if name == "before_hr" else {}
     expected = pixels(make(ON, **hires)) if hires else merged
@@ -321,7 +376,8 @@ def test_another_script_may_wrap_sample_before(make, add_script, merged):
 
 
 def test_another_script_may_wrap_sample_after(host, make_p, add_script, attention, process):
-    """It puts back what was there: ours, which is spent by then, does nothing, and does not pile up."""
+    """It puts back what was there: ours, which is spent by then, does nothing, and does not pile
+    up."""
     log = []
     add_script(process_batch=wrapper(log))
     p = make_p(ON, n_iter=3, steps=1)
@@ -344,14 +400,17 @@ def test_a_wrapper_that_is_put_on_before_and_stays_survives(make, add_script, me
         p.sample = lambda *args, **kwargs: log.append("sampled") or before(*args, **kwargs)
 
     names = []
-    add_script(before_process=wrap, postprocess=lambda p, *_: names.append(vars(p).pop("sample").__name__))
+    add_script(
+        before_process=wrap, postprocess=lambda p, *_: names.append(vars(p).pop("sample").__name__)
+    )
     assert make(ON, n_iter=2).images[1].tobytes() == merged[0]
     assert log == ["sampled"] * 2
     assert names == ["<lambda>"]
 
 
 def test_sampling_twice_in_one_batch_merges_what_it_was_bound_to(make, add_script, attention):
-    """Whoever wrapped ours and samples once more gets an unmerged second run, never one that is half taken off."""
+    """Whoever wrapped ours and samples once more gets an unmerged second run, never one that is
+    half taken off."""
 
     def wrap(p, *_, **__):
         before = p.sample
@@ -368,7 +427,9 @@ def test_sampling_twice_in_one_batch_merges_what_it_was_bound_to(make, add_scrip
     assert attention.tokens == [HALF] * 2 + [FULL] * 2
 
 
-def test_a_batch_that_fails_before_sampling_leaves_no_wrapped_sample(host, make_p, attention, process):
+def test_a_batch_that_fails_before_sampling_leaves_no_wrapped_sample(
+    host, make_p, attention, process
+):
     """Loops reuse `p`: switched off, the next run of it does not merge."""
     p = make_p(ON)
     p.setup_conds = fail
@@ -411,10 +472,15 @@ def inside(once):
     return generate
 
 
-@pytest.mark.parametrize("inner", [None, [False], [{"ratio": 0.7}]], ids=["without scripts", "off", "on"])
+@pytest.mark.parametrize(
+    "inner", [None, [False], [{"ratio": 0.7}]], ids=["without scripts", "off", "on"]
+)
 @pytest.mark.parametrize("ends", ["made", "interrupted", "failed"])
-def test_a_generation_inside_another(host, make, make_p, once, inside, attention, merged, inner, ends, process):
-    """As ADetailer's and others': the inner one merges as it says itself, and the outer one goes on."""
+def test_a_generation_inside_another(
+    host, make, make_p, once, inside, attention, merged, inner, ends, process
+):
+    """As ADetailer's and others': the inner one merges as it says itself, and the outer one goes
+    on."""
     from modules import shared
 
     def generate():
@@ -436,7 +502,9 @@ def test_a_generation_inside_another(host, make, make_p, once, inside, attention
     assert "1024 → 512 tokens" in processed.comments
 
 
-def test_a_generation_inside_another_where_webui_does_not_say_whose_a_step_is(make, make_p, inside, attention, process):
+def test_a_generation_inside_another_where_webui_does_not_say_whose_a_step_is(
+    make, make_p, inside, attention, process
+):
     """Before 1.8."""
     from modules import script_callbacks
 
@@ -459,7 +527,8 @@ def test_a_generation_inside_another_where_webui_does_not_say_whose_a_step_is(ma
 
 @pytest.fixture
 def copying(add_script, inside):
-    """Lets another extension make a small picture from a copy of p, once, at some point of every batch."""
+    """Lets another extension make a small picture from a copy of p, once, at some point of every
+    batch."""
     from modules import processing
 
     def copy_when(when, scripts=lambda p: None):
@@ -488,7 +557,9 @@ def copying(add_script, inside):
     return copy_when
 
 
-@pytest.mark.parametrize("when", ["before it is sampled", "with a wrapper of its own", "while it is sampled"])
+@pytest.mark.parametrize(
+    "when", ["before it is sampled", "with a wrapper of its own", "while it is sampled"]
+)
 def test_a_copy_of_p_makes_its_own_picture_unmerged(make, copying, attention, merged, when):
     pictures = copying(when)
     make()
@@ -505,8 +576,11 @@ def test_a_copy_of_p_makes_its_own_picture_unmerged(make, copying, attention, me
 
 @pytest.mark.parametrize("when", ["before_process", "process", "postprocess_image"])
 @pytest.mark.parametrize("own_merging", [0.0, 0.4])
-def test_a_copy_of_p_made_at_any_time_claims_no_merging(make, add_script, attention, merged, when, own_merging):
-    """Before ours is bound to a batch and after it was; WebUI's own merging is on for the copy as for any picture."""
+def test_a_copy_of_p_made_at_any_time_claims_no_merging(
+    make, add_script, attention, merged, when, own_merging
+):
+    """Before ours is bound to a batch and after it was; WebUI's own merging is on for the copy as
+    for any picture."""
     from modules import processing, shared
 
     if own_merging:
@@ -534,7 +608,8 @@ def test_a_copy_of_p_made_at_any_time_claims_no_merging(make, add_script, attent
 
 @pytest.mark.parametrize("when", ["before it is sampled", "while it is sampled"])
 def test_a_copy_of_a_p_with_a_wrong_value_has_nothing_of_it(make, copying, when):
-    """WebUI's own merging goes on in both: ours, which leaves it out elsewhere, has nothing to merge here."""
+    """WebUI's own merging goes on in both: ours, which leaves it out elsewhere, has nothing to
+    merge here."""
     from modules import shared
 
     pytest.importorskip("tomesd")
@@ -547,11 +622,15 @@ def test_a_copy_of_a_p_with_a_wrong_value_has_nothing_of_it(make, copying, when)
     assert pixels(inner) == pixels(own_of_without)
     assert list(keys_of(processed)) == ["ToMe error"]
     assert pixels(processed) == pixels(without)
-    assert all("Token merging ratio: 0.4" in one.infotexts[0] for one in (without, processed, inner))
+    assert all(
+        "Token merging ratio: 0.4" in one.infotexts[0] for one in (without, processed, inner)
+    )
 
 
 @pytest.mark.parametrize("when", ["before it is sampled", "while it is sampled"])
-def test_a_copy_of_p_for_which_the_script_runs_merges_as_that_says(make, copying, attention, merged, when):
+def test_a_copy_of_p_for_which_the_script_runs_merges_as_that_says(
+    make, copying, attention, merged, when
+):
     pictures = copying(when, scripts=lambda p: p.scripts)
     processed = make(ON)
     (inner,) = pictures
@@ -643,13 +722,19 @@ def test_hires_fix_with_a_checkpoint_of_its_own(make, attention):
 
 
 def test_a_hires_pass_merges_whose_first_pass_has_no_such_layers(make, attention):
-    joint = {"override_settings": {"sd_model_checkpoint": "joint"}, "hr_checkpoint_name": "base", **HIRES}
+    joint = {
+        "override_settings": {"sd_model_checkpoint": "joint"},
+        "hr_checkpoint_name": "base",
+        **HIRES,
+    }
     expected = make(None, **joint)
     attention.tokens.clear()
     processed = make(ON, **joint)
     assert attention.tokens == [left(0.5, HIRES_TOKENS)] * 2
     assert pixels(processed) != pixels(expected)
-    why_not = "first pass: nothing merged: this model has no self-attention layers that can be merged; "
+    why_not = (
+        "first pass: nothing merged: this model has no self-attention layers that can be merged; "
+    )
     assert f"ToMe: {why_not}hires pass: " in processed.comments
     assert keys_of(processed)["ToMe ratio"] == 0.5
 
@@ -690,11 +775,16 @@ def test_a_model_without_such_layers(make, log_lines):
 def test_another_unet_in_its_place(make, monkeypatch):
     from modules import sd_unet
 
-    monkeypatch.setattr(sd_unet, "current_unet", SimpleNamespace(forward=lambda x, *_, **__: torch.zeros_like(x)))
+    monkeypatch.setattr(
+        sd_unet, "current_unet", SimpleNamespace(forward=lambda x, *_, **__: torch.zeros_like(x))
+    )
     expected = make()
     processed = make(ON)
     assert pixels(processed) == pixels(expected)
-    assert "nothing merged: the model's own attention layers did not run: the UNet was replaced" in processed.comments
+    assert (
+        "nothing merged: the model's own attention layers did not run: the UNet was replaced"
+        in processed.comments
+    )
 
 
 def test_layers_that_hypertile_tiles_are_left_to_it_and_this_is_said(host, make, log_lines):
@@ -712,7 +802,10 @@ def test_layers_that_hypertile_tiles_are_left_to_it_and_this_is_said(host, make,
         for attention in attentions:
             delattr(attention, "__webui_hypertile_params")
     some, nothing, off = map(untimed, log_lines)
-    assert some == "2 of 4 self-attention layers, 1024 → 512 tokens, 2 of 2 steps; 1 left out: tiled by Hypertile"
+    assert (
+        some
+        == "2 of 4 self-attention layers, 1024 → 512 tokens, 2 of 2 steps; 1 left out: tiled by Hypertile"
+    )
     assert nothing.startswith("nothing merged: ") and "tiled by Hypertile" in nothing
     assert off == "3 of 4 self-attention layers, 1024 → 512 tokens, 2 of 2 steps"
 
@@ -724,7 +817,11 @@ def test_layers_that_hypertile_tiles_are_left_to_it_and_this_is_said(host, make,
 def blocks(host, on_denoised):
     """The classes of the transformer blocks in each evaluation."""
     kinds = []
-    on_denoised(lambda _: kinds.append({type(m).__name__ for m in host.sd_model.modules() if hasattr(m, "attn1")}))
+    on_denoised(
+        lambda _: kinds.append(
+            {type(m).__name__ for m in host.sd_model.modules() if hasattr(m, "attn1")}
+        )
+    )
     return kinds
 
 
@@ -741,15 +838,23 @@ def own_merging():
 
 @pytest.mark.parametrize(
     ("tab", "fields"),
-    [("txt2img", {}), ("txt2img", HIRES), ("img2img", {"init_images": [Image.new("RGB", (32, 32))]})],
+    [
+        ("txt2img", {}),
+        ("txt2img", HIRES),
+        ("img2img", {"init_images": [Image.new("RGB", (32, 32))]}),
+    ],
     ids=["one pass", "hires", "img2img"],
 )
-def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, add_script, sampling, tab, fields):
+def test_webuis_own_merging_is_left_out(
+    make, own_merging, blocks, attention, add_script, sampling, tab, fields
+):
     from modules import shared
 
     ratios = []
     add_script(
-        process_batch=lambda p, **_: ratios.append([p.get_token_merging_ratio(for_hr=hr) for hr in (False, True)])
+        process_batch=lambda p, **_: ratios.append(
+            [p.get_token_merging_ratio(for_hr=hr) for hr in (False, True)]
+        )
     )
     processed = make(ON, tab, **fields)
     assert ratios == [[0, 0]]
@@ -757,7 +862,9 @@ def test_webuis_own_merging_is_left_out(make, own_merging, blocks, attention, ad
     assert attention.tokens[0] == HALF
     assert "Token merging ratio" not in processed.infotexts[0]
     assert "WebUI's own token merging is left out" in processed.comments
-    assert untimed(sampling.generation.last.summary).endswith("WebUI's own token merging is left out")
+    assert untimed(sampling.generation.last.summary).endswith(
+        "WebUI's own token merging is left out"
+    )
     assert shared.opts.data == own_merging
 
 
@@ -809,7 +916,10 @@ def test_webuis_own_merging_is_as_it_was_after_a_failure(host, make, own_merging
         (arguments(switch_at=-1), ["switch_at", "-1", "[0, 1]"]),
         (arguments(level=3), ["max_downsample", "3", "1, 2, 4, 8"]),
         (arguments(least=-1), ["min_tokens", "-1", "[0, 65536]"]),
-        (arguments(apply_to="no pass"), ["apply_to", "'no pass'", "both passes, first pass, hires pass"]),
+        (
+            arguments(apply_to="no pass"),
+            ["apply_to", "'no pass'", "both passes, first pass, hires pass"],
+        ),
         (["yes"], ["enabled", "'yes'", "true or false"]),
         ([1, 0.5], ["enabled", "1", "true or false"]),
         ([{"ratio": 2}], ["ratio", "2", "[0, 0.9375]"]),
@@ -821,7 +931,9 @@ def test_webuis_own_merging_is_as_it_was_after_a_failure(host, make, own_merging
     ],
     ids=lambda value: ascii(value)[:40] if isinstance(value, list) else None,
 )
-def test_a_wrong_value_leaves_the_picture_unmerged_and_is_said(make, one_step, log_lines, attention, tome, words):
+def test_a_wrong_value_leaves_the_picture_unmerged_and_is_said(
+    make, one_step, log_lines, attention, tome, words
+):
     processed = make(tome, steps=1)
     assert pixels(processed) == one_step
     assert set(attention.tokens) == {FULL}
@@ -848,7 +960,9 @@ def test_what_means_the_same_makes_the_same_picture(make, merged, tome):
 OF_0_1_0 = [True, 0.6, 0.4, "linear", 0.5, 1, 0, "both passes", 4]
 
 
-@pytest.mark.parametrize("args", [OF_0_1_0, [*OF_0_1_0, 0, 1], [*OF_0_1_0, 1, 1]], ids=["9", "11", "a map"])
+@pytest.mark.parametrize(
+    "args", [OF_0_1_0, [*OF_0_1_0, 0, 1], [*OF_0_1_0, 1, 1]], ids=["9", "11", "a map"]
+)
 def test_a_list_of_version_0_1_0_means_what_it_meant(make, args):
     """It had one method, which is `paper`, and the map's two numbers behind the others."""
     processed, today = make(args), make([*OF_0_1_0, "paper"])
@@ -868,7 +982,9 @@ def test_choices_may_be_texts(make, merged):
 
 def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
     assert "ToMe error" in keys_of(make([True, 9], **HIRES))
-    assert "ToMe error" in keys_of(make([True, 9], "img2img", init_images=[Image.new("RGB", (32, 32))]))
+    assert "ToMe error" in keys_of(
+        make([True, 9], "img2img", init_images=[Image.new("RGB", (32, 32))])
+    )
 
 
 # One object instead of positions
@@ -887,7 +1003,15 @@ def test_wrong_values_do_not_stop_hires_fix_or_img2img(make):
     ids=str,
 )
 def test_an_object_switches_on_and_missing_keys_are_defaults(make, given):
-    names = ["ratio", "late_ratio", "schedule", "max_downsample", "reuse_steps", "method", *(given.keys() & FIELDS)]
+    names = [
+        "ratio",
+        "late_ratio",
+        "schedule",
+        "max_downsample",
+        "reuse_steps",
+        "method",
+        *(given.keys() & FIELDS),
+    ]
     values = {FIELDS[name].infotext: given.get(name, FIELDS[name].default) for name in names}
     # Who gives a late ratio wants it reached.
     if "late_ratio" in given and "schedule" not in given:
@@ -918,7 +1042,9 @@ class Untouchable:
 
 def test_off_registers_no_hook_and_reads_nothing(host, make, sampling, monkeypatch, add_script):
     registered = []
-    for name in [name for name in dir(nn.Module) if name.startswith("register_") and "hook" in name]:
+    for name in [
+        name for name in dir(nn.Module) if name.startswith("register_") and "hook" in name
+    ]:
         before = getattr(nn.Module, name)
 
         def register(*args, before=before, **kwargs):

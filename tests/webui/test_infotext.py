@@ -29,7 +29,8 @@ VALUES = {
 def pasted(host):
     """What each field becomes on a tab, from a dict of texts as WebUI's parser makes it.
 
-    WebUI casts it by the type of the control's value, and doesn't catch what that raises: no cast may change it.
+    WebUI casts it by the type of the control's value, and doesn't catch what that raises: no cast
+    may change it.
     """
     from modules import scripts
 
@@ -53,7 +54,9 @@ def text(**values):
 
     pairs = {"Steps": 1, "Sampler": "Euler", "CFG scale": 7.0, "Seed": 1}
     pairs |= {PANEL[name].infotext: value for name, value in values.items()}
-    return "cat\n" + ", ".join(f"{key}: {infotext_utils.quote(value)}" for key, value in pairs.items())
+    return "cat\n" + ", ".join(
+        f"{key}: {infotext_utils.quote(value)}" for key, value in pairs.items()
+    )
 
 
 def parsed(**values):
@@ -69,7 +72,10 @@ def test_the_values_of_this_test_are_no_defaults():
 
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 def test_an_absent_key_is_the_default_and_switches_off(pasted, tab):
-    expected = {"enabled": False, **{name: shown(name, setting.default) for name, setting in PANEL.items()}}
+    expected = {
+        "enabled": False,
+        **{name: shown(name, setting.default) for name, setting in PANEL.items()},
+    }
     assert pasted({}, tab) == pasted(parsed(), tab) == expected
 
 
@@ -139,13 +145,19 @@ def test_a_picture_made_anew_from_its_infotext_is_the_same(make, pasted):
     from modules import infotext_utils
 
     first = make([True, 0.6, 0.1, "linear"], steps=3)
-    again = make([*pasted(infotext_utils.parse_generation_parameters(first.infotexts[0])).values()], steps=3)
+    again = make(
+        [*pasted(infotext_utils.parse_generation_parameters(first.infotexts[0])).values()], steps=3
+    )
     assert again.images[0].tobytes() == first.images[0].tobytes()
     assert again.infotexts == first.infotexts
 
 
-@pytest.mark.parametrize("values", [{"ratio": "abc"}, {"ratio": 0.6, "min_tokens": "0.5"}, {"ratio": "False"}])
+@pytest.mark.parametrize(
+    "values", [{"ratio": "abc"}, {"ratio": 0.6, "min_tokens": "0.5"}, {"ratio": "False"}]
+)
 def test_a_wrong_infotext_still_makes_a_merged_picture(make, pasted, attention, values):
     processed = make([*pasted(parsed(**values)).values()], steps=1)
-    assert attention.tokens == [left(values["ratio"] if "min_tokens" in values else PANEL["ratio"].default)]
+    assert attention.tokens == [
+        left(values["ratio"] if "min_tokens" in values else PANEL["ratio"].default)
+    ]
     assert "ToMe error" not in processed.extra_generation_params

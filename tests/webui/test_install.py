@@ -50,12 +50,15 @@ sys.addaudithook(watch)
 runpy.run_path(sys.argv[1], run_name="__main__")
 assert "torch" not in sys.modules and "gradio" not in sys.modules, "importing them delays every start"
 """
-    done = subprocess.run([sys.executable, "-c", code, str(INSTALL)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(INSTALL)], capture_output=True, text=True, timeout=60
+    )
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
 @pytest.mark.parametrize(
-    ("torch", "gradio"), [("2.0.0", "3.41.2"), ("2.1.2+cu121", "4.0"), ("3", "3.50.2"), ("2.1.0a0+git123", "3.41.0")]
+    ("torch", "gradio"),
+    [("2.0.0", "3.41.2"), ("2.1.2+cu121", "4.0"), ("3", "3.50.2"), ("2.1.0a0+git123", "3.41.0")],
 )
 def test_what_is_new_enough_is_no_problem(install, monkeypatch, torch, gradio):
     assert with_versions(install, monkeypatch, torch=torch, gradio=gradio) == []
@@ -80,7 +83,9 @@ def test_versions_that_say_nothing_are_no_problem(install, monkeypatch):
 
 
 def test_an_old_python_is_named(install, monkeypatch):
-    monkeypatch.setattr(install, "sys", SimpleNamespace(version_info=(3, 9, 1), version="3.9.1 (main)"))
+    monkeypatch.setattr(
+        install, "sys", SimpleNamespace(version_info=(3, 9, 1), version="3.9.1 (main)")
+    )
     problems = with_versions(install, monkeypatch, torch="2.0", gradio="3.41")
     assert problems == ["Python 3.10 or newer is needed, this is 3.9.1"]
 

@@ -1,4 +1,5 @@
-"""The panel's words in Korean and Japanese: labels, tooltips, choices, messages, and parts of lines with numbers."""
+"""The panel's words in Korean and Japanese: labels, tooltips, choices, messages, and parts of lines
+with numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ def texts(host):
     start, words = "script_txt2img_tome_", set()
     for block in host.demo.blocks.values():
         name = str(getattr(block, "elem_id", None))
-        if name.startswith(start) and name.removeprefix(start) not in (*NOT_SHOWN, "enabled", "enabled-checkbox"):
+        if name.startswith(start) and name.removeprefix(start) not in (
+            *NOT_SHOWN,
+            "enabled",
+            "enabled-checkbox",
+        ):
             words |= {getattr(block, "label", None), getattr(block, "webui_tooltip", None)}
             words |= {block.value} if type(block).__name__ == "Button" else set()
     section = running("webui.options").SECTION
@@ -32,8 +37,11 @@ def texts(host):
     settings, describe = running("settings").MergeSettings(), running("webui.preview").describe
     words |= {describe(settings, layers, (8, 8), "cpu") for layers in (None, [])}
     words |= {"Interrupt", "interrupted", *running("webui.presets").BUILT_IN}
-    words |= {choice for field in running("settings").PANEL_FIELDS.values() for choice in field.choices}
-    # A sign is no word, and the hidden numbers, which the page's script reads off the tab, keep gradio's own label.
+    words |= {
+        choice for field in running("settings").PANEL_FIELDS.values() for choice in field.choices
+    }
+    # A sign is no word, and the hidden numbers, which the page's script reads off the tab, keep
+    # gradio's own label.
     return {text for text in words - {None, "Number"} if any(map(str.isalpha, str(text)))}
 
 
@@ -47,23 +55,43 @@ def parts_of(line):
 @pytest.fixture
 def lines(host, make):
     """Titles, previews, summaries and results of measurements, as they are made."""
-    settings, preview, measure = (running(name) for name in ("settings", "webui.preview", "webui.measure"))
+    settings, preview, measure = (
+        running(name) for name in ("settings", "webui.preview", "webui.measure")
+    )
     lines, kinds = ["Last: x"], [{"ratio": 0.75, "late_ratio": 0.6}, {"ratio": 0.75}]
     layers = running("webui.host").loaded_layers()
     for method, kind in itertools.product(("keys", "tokens"), kinds):
-        for values in ({}, {"max_downsample": 2}, {"apply_to": "hires pass"}, {"apply_to": "first pass"}):
-            asked = settings.MergeSettings(**{**kind, **values}, method=method, skip_unprofitable=False)
+        for values in (
+            {},
+            {"max_downsample": 2},
+            {"apply_to": "hires pass"},
+            {"apply_to": "first pass"},
+        ):
+            asked = settings.MergeSettings(
+                **{**kind, **values}, method=method, skip_unprofitable=False
+            )
             lines += [preview.title(asked), preview.describe(asked, layers, (64, 64), "cpu")]
             if "apply_to" in values:
                 lines.append(preview.describe(asked, [layers[1]], (64, 64), "cpu"))
             lines.append(make([{**kind, **values, "method": method}], **HIRES).comments.strip())
-    lines.append(preview.describe(settings.MergeSettings(skip_unprofitable=False), layers, (64, 64), "cuda"))
+    lines.append(
+        preview.describe(settings.MergeSettings(skip_unprofitable=False), layers, (64, 64), "cuda")
+    )
     lines.append("loaded at the first picture")
-    lines.append(preview.of_loaded_model(settings.MergeSettings(apply_to="hires pass"), 512, 512, has_hires_pass=False))
-    lines.append(preview.describe(settings.MergeSettings(min_tokens=65536), layers, (64, 64), "cpu"))
+    lines.append(
+        preview.of_loaded_model(
+            settings.MergeSettings(apply_to="hires pass"), 512, 512, has_hires_pass=False
+        )
+    )
+    lines.append(
+        preview.describe(settings.MergeSettings(min_tokens=65536), layers, (64, 64), "cpu")
+    )
     for values in ({"min_tokens": 65536}, {"ratio": 0, "schedule": "constant"}, {"ratio": 0.3}):
         lines.append(make([values]).comments.strip())
-    lines += [measure.line_of("64x64", *result, 0.5, 0.5) for result in ((2.0, 0.01), (0.5, 0.01), (2.0, 0.5))]
+    lines += [
+        measure.line_of("64x64", *result, 0.5, 0.5)
+        for result in ((2.0, 0.01), (0.5, 0.01), (2.0, 0.5))
+    ]
     return lines
 
 
@@ -72,12 +100,22 @@ def test_a_language_has_every_text_and_no_other(texts, lines, language):
     words = json.loads((ROOT / "localizations" / f"{language}.json").read_text(encoding="utf-8"))
     assert len(texts) > 50
     assert texts <= set(words)
-    parts = {part for line in lines for part in parts_of(line) if line not in texts} - {"ToMe", "x", "paper"}
+    parts = {part for line in lines for part in parts_of(line) if line not in texts} - {
+        "ToMe",
+        "x",
+        "paper",
+    }
     assert parts <= set(words)
-    rare = {part for part in set(words) - texts - parts if "{0}" in part or part.startswith("WebUI's own")}
+    rare = {
+        part
+        for part in set(words) - texts - parts
+        if "{0}" in part or part.startswith("WebUI's own")
+    }
     assert set(words) == texts | parts | rare
     # What no generation of these tests says: a reason that stands in the code.
-    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tomesd_core").rglob("*.py"))
+    code = "".join(
+        file.read_text(encoding="utf-8") for file in (ROOT / "tomesd_core").rglob("*.py")
+    )
     assert [part for part in rare if max(re.split(r"\{\d\}", part), key=len) not in code] == []
     # Another alphabet's: none was left in English.
     assert all(not translation.isascii() for translation in words.values())
@@ -87,12 +125,21 @@ def test_before_1_7_another_extensions_file_of_a_language_is_the_one_that_counts
     from modules import scripts
 
     leave = running("webui.host").leave_languages_to_others
-    ours, theirs = str(ROOT / "localizations" / "ko_KR.json"), "/webui/extensions/korean/localizations/ko_KR.json"
+    ours, theirs = (
+        str(ROOT / "localizations" / "ko_KR.json"),
+        "/webui/extensions/korean/localizations/ko_KR.json",
+    )
     files = [SimpleNamespace(path=path, filename="ko_KR.json") for path in (theirs, ours)]
     monkeypatch.setattr(scripts, "list_scripts", lambda folder, ending: files, raising=False)
-    languages = {"ko_KR": ours, "ja_JP": str(ROOT / "localizations" / "ja_JP.json"), "de_DE": "/webui/de_DE.json"}
+    languages = {
+        "ko_KR": ours,
+        "ja_JP": str(ROOT / "localizations" / "ja_JP.json"),
+        "de_DE": "/webui/de_DE.json",
+    }
     before = dict(languages)
-    monkeypatch.setitem(sys.modules, "modules.localization", SimpleNamespace(localizations=languages))
+    monkeypatch.setitem(
+        sys.modules, "modules.localization", SimpleNamespace(localizations=languages)
+    )
     leave()
     assert languages == {**before, "ko_KR": theirs}
     # Later ones take words from each file.

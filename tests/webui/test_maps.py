@@ -1,4 +1,5 @@
-"""The merge map as an extra picture: of which picture, step and layer, and that nothing of it stays."""
+"""The merge map as an extra picture: of which picture, step and layer, and that nothing of it
+stays."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ CONSTANT = {"ratio": 0.5, "schedule": "constant", "reuse_steps": 1, "method": "p
 
 def with_map(step=1, layer=1, **values):
     """The script's arguments with a merge map."""
-    settings = {name: values.get(name, CONSTANT.get(name, field.default)) for name, field in PANEL_FIELDS.items()}
+    settings = {
+        name: values.get(name, CONSTANT.get(name, field.default))
+        for name, field in PANEL_FIELDS.items()
+    }
     settings.pop("full_steps")
     return [True, *settings.values(), step, layer]
 
@@ -76,10 +80,14 @@ def test_an_extra_picture_that_leaves_the_others_as_they_are(make, merged):
     assert processed.infotexts[0] == processed.infotexts[1] == image.info["parameters"]
     assert "ToMe ratio: 0.5" in image.info["parameters"] and "map" not in image.info["parameters"]
     assert "3 of 4" in processed.comments
-    assert line(processed).startswith("ToMe: merge map of step 1, layer 1 (") and "32x32 tokens)" in line(processed)
+    assert line(processed).startswith(
+        "ToMe: merge map of step 1, layer 1 ("
+    ) and "32x32 tokens)" in line(processed)
 
 
-@pytest.mark.parametrize(("step", "layer", "says"), [(1, 2, (0, 1)), (2, 1, (1, 0)), (9, 70, (1, 2))])
+@pytest.mark.parametrize(
+    ("step", "layer", "says"), [(1, 2, (0, 1)), (2, 1, (1, 0)), (9, 70, (1, 2))]
+)
 def test_the_step_and_the_layer_that_were_asked_for(make, merged_calls, step, layer, says):
     processed = make(with_map(step, layer))
     (picture,), (image,) = pictures_and_maps(processed)
@@ -109,7 +117,9 @@ def test_halves_in_two_calls(make, merged_calls):
     prompted = [slots for step, _, _, slots in merged_calls if step == 0][2]
     assert len(prompted) == 2
     for number in (0, 1):
-        assert images[number].tobytes() == drawn_over(pictures[number], prompted[number], (SIDE, SIDE))
+        assert images[number].tobytes() == drawn_over(
+            pictures[number], prompted[number], (SIDE, SIDE)
+        )
 
 
 def test_prompts_of_several_parts(make, merged_calls):
@@ -129,18 +139,25 @@ def test_hires_fix_shows_the_last_pass_that_merged(make):
         assert picture.size == (36, 36)
         assert image.size == (288, 288)
         tokens[apply_to] = line(processed).split(", ")[-1]
-    assert tokens == {"both passes": "36x36 tokens)", "first pass": "32x32 tokens)", "hires pass": "36x36 tokens)"}
+    assert tokens == {
+        "both passes": "36x36 tokens)",
+        "first pass": "32x32 tokens)",
+        "hires pass": "36x36 tokens)",
+    }
 
 
 def test_img2img_and_a_picture_that_is_not_square(make):
-    processed = make(with_map(), "img2img", init_images=[Image.new("RGB", (48, 32), "red")], width=48, height=32)
+    processed = make(
+        with_map(), "img2img", init_images=[Image.new("RGB", (48, 32), "red")], width=48, height=32
+    )
     assert pictures_and_maps(processed)[1][0].size == (384, 256)
     assert "48x32 tokens)" in line(processed)
 
 
 @pytest.fixture
 def tile(host, monkeypatch):
-    """Lets the UNet see the latent in two tiles of its longer side, as Tiled Diffusion does: halves, or overlapping."""
+    """Lets the UNet see the latent in two tiles of its longer side, as Tiled Diffusion does:
+    halves, or overlapping."""
     whole = host.sd_model.apply_model
 
     def start(overlap=0):
@@ -149,7 +166,9 @@ def tile(host, monkeypatch):
             half, length = x.shape[side] // 2, x.shape[side]
             first = whole(x.narrow(side, 0, half + overlap), t, cond)
             second = whole(x.narrow(side, half - overlap, length - half + overlap), t, cond)
-            return torch.cat([first.narrow(side, 0, half), second.narrow(side, overlap, length - half)], dim=side)
+            return torch.cat(
+                [first.narrow(side, 0, half), second.narrow(side, overlap, length - half)], dim=side
+            )
 
         monkeypatch.setattr(host.sd_model, "apply_model", apply_model)
 
@@ -159,23 +178,32 @@ def tile(host, monkeypatch):
 @pytest.mark.parametrize(("width", "height"), [(64, 128), (128, 64)])
 def test_a_map_of_one_tile_says_so(make, tile, width, height):
     tile()
-    lines = [line(make(with_map(1, layer, max_downsample=2), width=width, height=height)) for layer in range(1, 5)]
-    assert [text.partition("64x64 tokens")[2] or text.partition("32x32 tokens")[2] for text in lines] == [
-        "), of one tile"
-    ] * 4
+    lines = [
+        line(make(with_map(1, layer, max_downsample=2), width=width, height=height))
+        for layer in range(1, 5)
+    ]
+    assert [
+        text.partition("64x64 tokens")[2] or text.partition("32x32 tokens")[2] for text in lines
+    ] == ["), of one tile"] * 4
     assert len([text for text in lines if "32x32 tokens" in text]) == 1, "a layer of level 2 too"
 
 
 def test_a_tile_that_is_hardly_smaller_than_the_picture_is_one(make, tile):
     """Its grid at level 2 is the whole picture's: 65 and 66 tokens both give 33."""
     tile(overlap=32)
-    lines = [line(make(with_map(1, layer, max_downsample=2), width=64, height=66)) for layer in range(1, 5)]
+    lines = [
+        line(make(with_map(1, layer, max_downsample=2), width=64, height=66))
+        for layer in range(1, 5)
+    ]
     assert [text.split(", ")[-1] for text in lines] == ["of one tile"] * 4
     assert len([text for text in lines if "32x33 tokens" in text]) == 1
 
 
 def test_a_map_of_the_whole_picture_says_nothing_of_tiles(make):
-    lines = [line(make(with_map(1, layer, max_downsample=2), width=65, height=67)) for layer in range(1, 5)]
+    lines = [
+        line(make(with_map(1, layer, max_downsample=2), width=65, height=67))
+        for layer in range(1, 5)
+    ]
     assert [text.split(", ")[-1] for text in lines].count("33x34 tokens)") == 1
     assert [text.split(", ")[-1] for text in lines].count("65x67 tokens)") == 3
 
@@ -230,17 +258,22 @@ def test_an_object_takes_them_and_presets_do_not_have_them(make):
 # Life beside others
 
 
-def test_the_map_is_drawn_over_what_other_scripts_made_of_the_picture(make, add_script, merged_calls):
+def test_the_map_is_drawn_over_what_other_scripts_made_of_the_picture(
+    make, add_script, merged_calls
+):
     def paint(p, pp):
         pp.image = Image.new("RGB", pp.image.size, "white")
 
     add_script(first=True, postprocess_image=paint)
     (picture,), (image,) = pictures_and_maps(make(with_map()))
-    assert image.tobytes() == drawn_over(Image.new("RGB", picture.size, "white"), merged_calls[0][3][0], (SIDE, SIDE))
+    assert image.tobytes() == drawn_over(
+        Image.new("RGB", picture.size, "white"), merged_calls[0][3][0], (SIDE, SIDE)
+    )
 
 
 def test_a_detailers_postprocess_on_a_copy_takes_nothing_away(make, add_script, merged_calls):
-    """It tells scripts that a generation ended, with a copy of p, makes one of its own, and begins anew."""
+    """It tells scripts that a generation ended, with a copy of p, makes one of its own, and begins
+    anew."""
     from modules import processing
 
     def detail(p, pp):
@@ -253,7 +286,9 @@ def test_a_detailers_postprocess_on_a_copy_takes_nothing_away(make, add_script, 
     processed = make(with_map(), batch_size=2)
     pictures, images = pictures_and_maps(processed)
     for number in (0, 1):
-        assert images[number].tobytes() == drawn_over(pictures[number], merged_calls[0][3][number], (SIDE, SIDE))
+        assert images[number].tobytes() == drawn_over(
+            pictures[number], merged_calls[0][3][number], (SIDE, SIDE)
+        )
 
 
 def test_a_p_that_is_used_again_has_its_own_maps(make_p, process):
@@ -279,6 +314,10 @@ def test_without_a_map_nothing_is_recorded(make, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("called")
 
-    for module, name in (("sampling", "PictureRecorder"), ("maps", "draw"), ("host", "first_items")):
+    for module, name in (
+        ("sampling", "PictureRecorder"),
+        ("maps", "draw"),
+        ("host", "first_items"),
+    ):
         monkeypatch.setattr(running(f"webui.{module}"), name, never)
     assert len(make([True, 0.5]).images) == 1

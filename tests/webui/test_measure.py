@@ -28,7 +28,8 @@ MERGES = [False, True, False] + 2 * [False, True, True, False]
 
 @pytest.fixture
 def measure(host, monkeypatch):
-    """The module, which measures as few rounds as it may; no task waits, no lock is held and no task is left."""
+    """The module, which measures as few rounds as it may; no task waits, no lock is held and no
+    task is left."""
     from modules import call_queue, progress, shared
 
     module = running("webui.measure")
@@ -55,7 +56,16 @@ def test_unmerged_and_merged_steps_in_turn_after_a_warm_up(measure, attention):
 def test_the_schedule_is_walked_and_a_matching_is_kept_as_long_as_in_a_picture(measure, attention):
     linear = {"ratio": 0.7, "late_ratio": 0.2, "method": "paper"}
     measure.measure({**ASKED, "settings": linear})
-    assert attention.tokens[3:] == [FULL, left(0.7), left(0.7), FULL, FULL, left(0.2), left(0.2), FULL]
+    assert attention.tokens[3:] == [
+        FULL,
+        left(0.7),
+        left(0.7),
+        FULL,
+        FULL,
+        left(0.2),
+        left(0.2),
+        FULL,
+    ]
     attention.tokens.clear()
     measure.measure({**ASKED, "settings": {**SETTINGS, "reuse_steps": 2}})
     assert attention.tokens == WARM_UP + [FULL, HALF, HALF, HALF, HALF, FULL] * 2
@@ -81,7 +91,10 @@ def test_a_host_that_halves_every_other_step_changes_nothing(measure, host):
     seconds = {}
     for halves in (False, True):
         run = measure._Run(host.make_p(**REQUEST), MergeSettings(**SETTINGS), lambda: False)
-        run._seconds = [1.0 / (1 + run_merges) / (1 + (halves and step % 2)) for step, run_merges in enumerate(MERGES)]
+        run._seconds = [
+            1.0 / (1 + run_merges) / (1 + (halves and step % 2))
+            for step, run_merges in enumerate(MERGES)
+        ]
         seconds[halves] = run._measured()
     assert seconds[True] == pytest.approx(seconds[False])
 
@@ -135,9 +148,19 @@ def test_nothing_of_it_is_in_the_next_picture(measure, make, merged, plain, tmp_
     monkeypatch.setattr(shared, "data_path", str(tmp_path))
     make(HALVED)
     last = running("webui.generation").last
-    before = (tmp_path / "params.txt").read_bytes(), last.settings, last.summary, torch.get_rng_state().tolist()
+    before = (
+        (tmp_path / "params.txt").read_bytes(),
+        last.settings,
+        last.summary,
+        torch.get_rng_state().tolist(),
+    )
     measure.measure(ASKED)
-    after = (tmp_path / "params.txt").read_bytes(), last.settings, last.summary, torch.get_rng_state().tolist()
+    after = (
+        (tmp_path / "params.txt").read_bytes(),
+        last.settings,
+        last.summary,
+        torch.get_rng_state().tolist(),
+    )
     assert before == after
     assert pixels(make(HALVED)) == merged and pixels(make()) == plain
 
@@ -171,7 +194,9 @@ def test_it_waits_for_its_turn_and_can_be_stopped_meanwhile(measure, attention, 
             measure.stop("task(one)")
         assert attention.tokens == []
     thread.join(60)
-    assert [str(error) for error in results if isinstance(error, Exception)] == (["interrupted"] if stopped else [])
+    assert [str(error) for error in results if isinstance(error, Exception)] == (
+        ["interrupted"] if stopped else []
+    )
     assert len(attention.tokens) == (0 if stopped else 11)
     assert progress.finished_tasks[-1] == "task(one)"
 
@@ -192,7 +217,10 @@ def test_it_can_be_interrupted(measure, attention, on_denoised, how):
 
 @pytest.mark.parametrize("at", [1, 4, 5])
 def test_a_failure_is_said(measure, host, log_lines, at):
-    with failing_unet(host, at), pytest.raises(measure.NoResultError, match="ValueError: on purpose"):
+    with (
+        failing_unet(host, at),
+        pytest.raises(measure.NoResultError, match="ValueError: on purpose"),
+    ):
         measure.measure(ASKED)
 
 
@@ -234,7 +262,10 @@ def test_a_model_without_such_layers(measure, host):
 
     shared.opts.sd_model_checkpoint = "joint"
     (result,) = measure.measure(ASKED)
-    assert result.line == "no faster at 32x32: this model has no self-attention layers that can be merged"
+    assert (
+        result.line
+        == "no faster at 32x32: this model has no self-attention layers that can be merged"
+    )
     shared.opts.sd_model_checkpoint = "base"
     sd_models.reload_model_weights()
 
@@ -252,7 +283,9 @@ def test_the_progress_is_that_of_the_steps(measure, on_denoised):
 
     progress_a_step = []
     on_denoised(
-        lambda _: progress_a_step.append((progress.current_task, shared.state.job_count, shared.state.sampling_steps))
+        lambda _: progress_a_step.append(
+            (progress.current_task, shared.state.job_count, shared.state.sampling_steps)
+        )
     )
     measure.measure(ASKED, "task(one)")
     # From the first step on the bar knows how many there will be.
@@ -261,7 +294,9 @@ def test_the_progress_is_that_of_the_steps(measure, on_denoised):
 
 @given(st.floats(0.01, 10), st.floats(0.2, 5), st.integers(2, 30))
 def test_pairs_of_one_quotient_give_it_without_a_spread(seconds, times, pairs):
-    quotient, spread = running("webui.measure").times_faster([([seconds] * 2, [seconds / times] * 2)] * pairs)
+    quotient, spread = running("webui.measure").times_faster(
+        [([seconds] * 2, [seconds / times] * 2)] * pairs
+    )
     assert (quotient, spread) == (pytest.approx(times), pytest.approx(0, abs=1e-9))
 
 
@@ -278,7 +313,11 @@ def test_the_spread_is_the_standard_error(seed, deviation, times):
 @given(st.integers(6, 30), st.data())
 def test_a_hiccup_changes_nothing(rounds, data):
     times = np.tile([[1.0], [0.5]], (rounds, 1, 2))
-    times[data.draw(st.integers(0, rounds - 1)), data.draw(st.integers(0, 1)), data.draw(st.integers(0, 1))] *= 50
+    times[
+        data.draw(st.integers(0, rounds - 1)),
+        data.draw(st.integers(0, 1)),
+        data.draw(st.integers(0, 1)),
+    ] *= 50
     assert running("webui.measure").times_faster(times) == pytest.approx((2.0, 0.0))
 
 
@@ -322,7 +361,10 @@ def test_the_route_says_what_is_wrong(post, attention, body, words):
 def test_the_route_says_a_failure(post, host, log_lines):
     with failing_unet(host, 1):
         answer = post(ASKED)
-    assert answer.status_code == 500 and "measuring at 32x32 failed (ValueError: on purpose)" in answer.json()["detail"]
+    assert (
+        answer.status_code == 500
+        and "measuring at 32x32 failed (ValueError: on purpose)" in answer.json()["detail"]
+    )
 
 
 def test_the_panel_shows_the_line_of_each_size(measure, host):
@@ -331,7 +373,8 @@ def test_the_panel_shows_the_line_of_each_size(measure, host):
     row = running("webui.measure_row")
     values = [control.value for control in scripts.scripts_txt2img.script("ToMe").controls]
     text = row._measure(
-        '{"task": "task(one)", "width": 32, "height": 32, "hires_width": 40, "hires_height": 40}', *values
+        '{"task": "task(one)", "width": 32, "height": 32, "hires_width": 40, "hires_height": 40}',
+        *values,
     )
     assert "32x32" in text and "<br>" in text and "40x40" in text
     with pytest.raises(measure.SettingsError, match=r"width must lie in \[16, 16384\], got 1"):
@@ -347,7 +390,9 @@ def test_the_summary_says_how_long_sampling_took_and_compares_nothing(make):
     make([False])
     for fields in ({}, {"n_iter": 2}, HIRES):
         comments = make(HALVED, **fields).comments
-        assert re.search(r"; sampled in \d+\.\d s\n", comments) and comments.count("sampled in") == 1
+        assert (
+            re.search(r"; sampled in \d+\.\d s\n", comments) and comments.count("sampled in") == 1
+        )
         assert "faster" not in comments
     assert "sampled in" not in make([True, 9]).comments
 

@@ -9,7 +9,16 @@ from tomesd_core.settings import FIELDS
 
 PANEL = {name: setting for name, setting in FIELDS.items() if setting.infotext}
 LAST = ["map_step", "map_layer"]
-FIRST = ["enabled", "ratio", "late_ratio", "schedule", "switch_at", "max_downsample", "min_tokens", "apply_to"]
+FIRST = [
+    "enabled",
+    "ratio",
+    "late_ratio",
+    "schedule",
+    "switch_at",
+    "max_downsample",
+    "min_tokens",
+    "apply_to",
+]
 
 pytestmark = pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 
@@ -21,7 +30,11 @@ def controls(host, tab):
 
     components = getattr(scripts, f"scripts_{tab}").script("ToMe").controls
     return dict(
-        zip([c.elem_id.split("_tome_")[1].removesuffix("-checkbox") for c in components], components, strict=True)
+        zip(
+            [c.elem_id.split("_tome_")[1].removesuffix("-checkbox") for c in components],
+            components,
+            strict=True,
+        )
     )
 
 
@@ -29,7 +42,11 @@ def controls(host, tab):
 def components(host, tab):
     """All that the panel puts on the page, by id."""
     start = f"script_{tab}_tome_"
-    ours = [block for block in host.demo.blocks.values() if str(getattr(block, "elem_id", None)).startswith(start)]
+    ours = [
+        block
+        for block in host.demo.blocks.values()
+        if str(getattr(block, "elem_id", None)).startswith(start)
+    ]
     by_name = {block.elem_id.removeprefix(start): block for block in ours}
     assert len(by_name) == len(ours), "each id once"
     return by_name
@@ -37,7 +54,12 @@ def components(host, tab):
 
 def test_fields_in_the_order_that_programs_rely_on(controls):
     assert list(controls)[: len(FIRST)] == FIRST
-    assert list(controls) == ["enabled", *(name for name in PANEL if name != "full_steps"), *LAST, "full_steps"]
+    assert list(controls) == [
+        "enabled",
+        *(name for name in PANEL if name != "full_steps"),
+        *LAST,
+        "full_steps",
+    ]
 
 
 def test_every_field_has_its_element(components):
@@ -61,7 +83,9 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
 
 
 def test_defaults_of_the_page_are_a_generation(controls, make):
-    processed = make([True, *[control.value for control in list(controls.values())[1:-1]], 1], steps=1)
+    processed = make(
+        [True, *[control.value for control in list(controls.values())[1:-1]], 1], steps=1
+    )
     assert "ToMe error" not in processed.extra_generation_params
     assert processed.extra_generation_params["ToMe ratio"] == 0.8
 
@@ -75,7 +99,11 @@ def test_labels_are_unique_in_the_script(controls):
 
 def test_ui_config_holds_the_scripts_controls_and_no_other(components, controls):
     """WebUI keeps what has a label and can, and what it has kept wins over the code for ever."""
-    names = {name for name, block in components.items() if not getattr(block, "do_not_save_to_config", False)}
+    names = {
+        name
+        for name, block in components.items()
+        if not getattr(block, "do_not_save_to_config", False)
+    }
     assert {name for name in names if hasattr(components[name], "value")} == {
         "enabled-checkbox",
         *list(controls)[1:],

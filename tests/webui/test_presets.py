@@ -60,11 +60,15 @@ def test_a_preset_holds_every_field_of_the_panel_and_no_other(path):
     presets.save("mine", MergeSettings(ratio=0.4, stride=(4, 4), partition="uniform"))
     assert list(on_disk(path)["presets"]["mine"]) == list(PANEL_FIELDS)
     assert presets.get("mine") == MergeSettings(ratio=0.4)
-    write(path, {"mine": {"ratio": 0.4, "stride": [4, 4], "enabled": True, "method": "keys"}, "none": {}})
+    write(
+        path,
+        {"mine": {"ratio": 0.4, "stride": [4, 4], "enabled": True, "method": "keys"}, "none": {}},
+    )
     assert presets.get("mine") == MergeSettings(ratio=0.4, full_steps=1)
     assert presets.get("none") == MergeSettings()
     assert (
-        presets.named(MergeSettings(ratio=0.4, full_steps=1)) == "mine" and presets.named(MergeSettings()) == "Balanced"
+        presets.named(MergeSettings(ratio=0.4, full_steps=1)) == "mine"
+        and presets.named(MergeSettings()) == "Balanced"
     )
     assert presets.named(MergeSettings(ratio=0.41)) is None
     assert set(FIELDS) > set(PANEL_FIELDS) and not messages()
@@ -72,7 +76,13 @@ def test_a_preset_holds_every_field_of_the_panel_and_no_other(path):
 
 def test_a_preset_of_version_0_1_0_means_what_it_meant(path):
     """It had one method, and didn't name it."""
-    former = {"ratio": 0.6, "late_ratio": 0.4, "schedule": "linear", "max_downsample": 1, "reuse_steps": 4}
+    former = {
+        "ratio": 0.6,
+        "late_ratio": 0.4,
+        "schedule": "linear",
+        "max_downsample": 1,
+        "reuse_steps": 4,
+    }
     write(path, {"mine": former})
     assert presets.get("mine") == MergeSettings(**former, method="paper", full_steps=1)
 
@@ -86,24 +96,35 @@ def test_a_ratio_that_only_an_expert_field_allows_is_refused(path):
 def test_the_built_in_presets(path):
     values, notes = presets.read()
     assert list(values) == NAMES and not notes
-    pairs = [pairs_left(values[name].ratio, values[name].method) for name in ("Quality", "Balanced", "Fast")]
+    pairs = [
+        pairs_left(values[name].ratio, values[name].method)
+        for name in ("Quality", "Balanced", "Fast")
+    ]
     assert pairs == sorted(set(pairs), reverse=True)
     assert values["Balanced"] == MergeSettings()
     assert [name for name in NAMES if values[name].apply_to != "both passes"] == ["Hires only"]
-    assert values["Paper (60 %)"] == MergeSettings(ratio=0.6, schedule="constant", method="paper", full_steps=1)
+    assert values["Paper (60 %)"] == MergeSettings(
+        ratio=0.6, schedule="constant", method="paper", full_steps=1
+    )
     lines = [line for _, line in presets.BUILT_IN.values()]
-    assert all(20 < len(line) < 120 and line.endswith(".") for line in lines) and len(set(lines)) == len(NAMES)
+    assert all(20 < len(line) < 120 and line.endswith(".") for line in lines) and len(
+        set(lines)
+    ) == len(NAMES)
     assert not list(path.parent.iterdir()), "reading leaves nothing behind"
 
 
-@pytest.mark.parametrize("name", ["Quality", " Quality ", "quality", "HIRES ONLY", "hires   Only", "paper (60 %)"])
+@pytest.mark.parametrize(
+    "name", ["Quality", " Quality ", "quality", "HIRES ONLY", "hires   Only", "paper (60 %)"]
+)
 def test_a_built_in_one_is_found_in_any_case_and_never_replaced(path, name):
     presets.save("mine", MINE)
     before = path.read_bytes()
     assert "is a built-in preset" in error_of(presets.save, name, MINE)
     assert "is a built-in preset, which can't be deleted" in error_of(presets.delete, name)
     assert on_disk(path) == json.loads(before)
-    assert presets.get(name) == presets.get(next(key for key in NAMES if key.lower() == " ".join(name.split()).lower()))
+    assert presets.get(name) == presets.get(
+        next(key for key in NAMES if key.lower() == " ".join(name.split()).lower())
+    )
 
 
 # A user's own
@@ -126,7 +147,16 @@ def test_saved_today_found_tomorrow_overwritten_and_deleted(path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../../x", "<img src=x onerror=alert(1)>", "🖼️ 👩‍🎨", "C:\\con", "__proto__", "null", "ä" * 100, "مرحبا"],
+    [
+        "../../x",
+        "<img src=x onerror=alert(1)>",
+        "🖼️ 👩‍🎨",
+        "C:\\con",
+        "__proto__",
+        "null",
+        "ä" * 100,
+        "مرحبا",
+    ],
 )
 def test_any_text_is_a_name_and_stays_text(path, name):
     name = unicodedata.normalize("NFC", name)
@@ -139,11 +169,26 @@ def test_any_text_is_a_name_and_stays_text(path, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "  \t\n", "\u200b\u2060", "x" * 101, "a\nb", "a\x00b", "a\x1b[31mb", "a\u2028b", "a\ud800b", None, 7, ["x"]],
+    [
+        "",
+        "  \t\n",
+        "\u200b\u2060",
+        "x" * 101,
+        "a\nb",
+        "a\x00b",
+        "a\x1b[31mb",
+        "a\u2028b",
+        "a\ud800b",
+        None,
+        7,
+        ["x"],
+    ],
     ids=ascii,
 )
 def test_a_name_that_cant_be_is_refused(path, name):
-    assert "a preset's name must not be empty, and can have up to 100 characters" in error_of(presets.save, name, MINE)
+    assert "a preset's name must not be empty, and can have up to 100 characters" in error_of(
+        presets.save, name, MINE
+    )
     assert "preset must be one of" in error_of(presets.get, name)
     assert not path.exists()
 
@@ -153,15 +198,29 @@ def test_a_name_that_cant_be_is_refused(path, name):
 
 def test_unknown_fields_survive(path):
     future = {"ratio": 0.2, "sharpness": {"a": [1, None, "é"]}, "note": "\ud800"}
-    own = {"mine": future, "other": future, "bad": {"ratio": 7, "x": 1}, "a": 5, "": {}, " s ": {}, "Fast": {"x": 2}}
+    own = {
+        "mine": future,
+        "other": future,
+        "bad": {"ratio": 7, "x": 1},
+        "a": 5,
+        "": {},
+        " s ": {},
+        "Fast": {"x": 2},
+    }
     write(path, own, comment="by hand")
     presets.save("mine", MINE)
     presets.save("new", MINE)
     document = on_disk(path)
     assert document["comment"] == "by hand"
     assert list(document["presets"]) == [*own, "new"]
-    assert {**document["presets"], "mine": future, "new": None} == {**own, "new": None}, "others are left as they are"
-    assert {**document["presets"]["mine"], **future} == {**document["presets"]["mine"], "ratio": 0.2, **future}
+    assert {**document["presets"], "mine": future, "new": None} == {**own, "new": None}, (
+        "others are left as they are"
+    )
+    assert {**document["presets"]["mine"], **future} == {
+        **document["presets"]["mine"],
+        "ratio": 0.2,
+        **future,
+    }
     assert presets.get("mine") == MINE
 
 
@@ -188,7 +247,11 @@ def test_one_bad_preset_is_told_and_the_others_work(path, entry, reason):
 
 def test_a_preset_that_cant_be_used_can_be_deleted(path):
     write(path, {"": {}, "Quality": {"ratio": 0.1}, "x" * 300: {}, "bad": 5})
-    assert names() == NAMES and len(messages()) == 4 and all(len(message) < 300 for message in messages())
+    assert (
+        names() == NAMES
+        and len(messages()) == 4
+        and all(len(message) < 300 for message in messages())
+    )
     for name in ("", "Quality", "x" * 300, "bad"):
         presets.delete(name)
     assert on_disk(path)["presets"] == {} and not messages()
@@ -228,7 +291,9 @@ def test_a_damaged_file_is_told_and_kept_aside_at_the_next_save(path, content, l
     assert [file.read_bytes() for file in kept_aside(path)] == [content, b"damaged again"]
 
 
-@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.integers(0, 110), st.integers(0, 255) | st.none())
 def test_of_a_good_file_with_one_byte_changed_or_cut_there_nothing_is_lost(path, position, byte):
     for file in path.parent.iterdir():
@@ -280,7 +345,9 @@ def test_a_disk_that_refuses_leaves_the_file_as_it_was(path, monkeypatch, functi
     assert path.read_bytes() == content
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert names() == NAMES and "can't be read" in messages()[0]
-    assert error_of(presets.save, "other", MINE) == messages()[0], "what can't be read isn't replaced"
+    assert error_of(presets.save, "other", MINE) == messages()[0], (
+        "what can't be read isn't replaced"
+    )
 
 
 def test_a_read_only_file_is_not_replaced(path, monkeypatch):
@@ -340,7 +407,9 @@ def go(process):
 
 def test_threads_that_save_at_once_lose_nothing(path):
     threads = [
-        threading.Thread(target=lambda who=who: [presets.save(f"{who} {number}", MINE) for number in range(12)])
+        threading.Thread(
+            target=lambda who=who: [presets.save(f"{who} {number}", MINE) for number in range(12)]
+        )
         for who in range(4)
     ]
     for thread in threads:
@@ -351,7 +420,9 @@ def test_threads_that_save_at_once_lose_nothing(path):
         counts.append(len(usable))
         assert not notes, "never half a file"
     assert counts == sorted(counts)
-    assert set(names()[len(NAMES) :]) == {f"{who} {number}" for who in range(4) for number in range(12)}
+    assert set(names()[len(NAMES) :]) == {
+        f"{who} {number}" for who in range(4) for number in range(12)
+    }
 
 
 @pytest.mark.parametrize("after", range(5))

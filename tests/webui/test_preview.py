@@ -6,10 +6,14 @@ import pytest
 from in_host import running
 
 
-@pytest.mark.parametrize(("device", "side", "is_little"), [("cuda", 64, True), ("cuda", 96, False), ("cpu", 64, False)])
+@pytest.mark.parametrize(
+    ("device", "side", "is_little"), [("cuda", 64, True), ("cuda", 96, False), ("cpu", 64, False)]
+)
 def test_the_line_tells_where_a_gpu_has_little_to_gain(host, device, side, is_little):
     settings = running("settings").MergeSettings(skip_unprofitable=False)
-    line = running("webui.preview").describe(settings, running("webui.host").loaded_layers(), (side, side), device)
+    line = running("webui.preview").describe(
+        settings, running("webui.host").loaded_layers(), (side, side), device
+    )
     assert ("little to gain at this size" in line) == is_little and "→" in line
 
 

@@ -18,7 +18,8 @@ ROUTES = ("/tome/presets", "/tome/status")
 
 @pytest.fixture
 def start(host, monkeypatch):
-    """A client of an app with logins as on WebUI's command line; without a page (`--nowebui`) it isn't gradio's."""
+    """A client of an app with logins as on WebUI's command line; without a page (`--nowebui`) it
+    isn't gradio's."""
     from modules import shared
 
     def client(api_auth=None, gradio_auth=None, has_page=True):
@@ -34,7 +35,9 @@ def start(host, monkeypatch):
 
 def answers(client, **request):
     posted = client.post("/tome/measure", json={"width": 0}, **request).status_code
-    return {client.get(route, **request).status_code for route in ROUTES} | {200 if posted == 422 else posted}
+    return {client.get(route, **request).status_code for route in ROUTES} | {
+        200 if posted == 422 else posted
+    }
 
 
 def test_without_a_login_they_are_open(start):
@@ -45,7 +48,9 @@ def test_the_apis_credentials(start):
     client = start(api_auth="user:secret,second:2")
     assert answers(client) == {401}
     assert answers(client, auth=("user", "wrong")) == answers(client, auth=("third", "2")) == {401}
-    assert answers(client, auth=("user", "secret")) == answers(client, auth=("second", "2")) == {200}
+    assert (
+        answers(client, auth=("user", "secret")) == answers(client, auth=("second", "2")) == {200}
+    )
 
 
 def test_the_pages_login(start):
@@ -87,10 +92,14 @@ def test_what_they_answer(start, make):
 
 def test_the_requests_of_the_documentation(start, make):
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    bodies = re.findall(r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", page, re.DOTALL)
+    bodies = re.findall(
+        r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", page, re.DOTALL
+    )
     bodies += re.findall(r"api\.txt2img\(.*?alwayson_scripts=(\{.*\})\)", page)
     arguments = [json.loads(re.search(r'"args": (\[.*\])\}\}', body)[1]) for body in bodies]
     assert len(arguments) == 3
     for tome in arguments:
         assert make(tome, steps=20).extra_generation_params["ToMe late ratio"] == 0.3
-    assert sorted(re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", page)) == sorted([*ROUTES, "/tome/measure"])
+    assert sorted(re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", page)) == sorted(
+        [*ROUTES, "/tome/measure"]
+    )

@@ -1,4 +1,5 @@
-"""The script file: what it registers, what it imports, and that a reload runs the files as they are."""
+"""The script file: what it registers, what it imports, and that a reload runs the files as they
+are."""
 
 from __future__ import annotations
 
@@ -30,7 +31,13 @@ def ours():
 
 def handlers():
     """How many of them write the extension's lines, this test run's own aside."""
-    return len([h for h in logging.getLogger("ToMe").handlers if not type(h).__module__.startswith("_pytest")])
+    return len(
+        [
+            h
+            for h in logging.getLogger("ToMe").handlers
+            if not type(h).__module__.startswith("_pytest")
+        ]
+    )
 
 
 # What is registered
@@ -50,7 +57,9 @@ def reloaded(host):
 
 
 @pytest.mark.parametrize("reload", ["reload_ui", "reload_script_bodies"])
-def test_after_a_reload_each_callback_is_there_once(host, make, merged, attention, reloaded, reload):
+def test_after_a_reload_each_callback_is_there_once(
+    host, make, merged, attention, reloaded, reload
+):
     before = ours()
     for _ in range(2):
         getattr(host, reload)()
@@ -66,7 +75,11 @@ def test_after_a_reload_each_callback_is_there_once(host, make, merged, attentio
 def test_unchanged_files_stay_imported(host, reloaded, reload):
     def modules():
         package = script_module().PACKAGE
-        return {name: id(module) for name, module in sys.modules.items() if name.split(".")[0] == package}
+        return {
+            name: id(module)
+            for name, module in sys.modules.items()
+            if name.split(".")[0] == package
+        }
 
     before = modules()
     assert len(before) > 20
@@ -76,12 +89,19 @@ def test_unchanged_files_stay_imported(host, reloaded, reload):
 
 @pytest.fixture(scope="module")
 def updated(tmp_path_factory):
-    """What a host said whose extension was updated while it ran; in a process of its own, on a copy of the files."""
+    """What a host said whose extension was updated while it ran; in a process of its own, on a copy
+    of the files."""
     folder = tmp_path_factory.mktemp("update")
     for name in ("scripts", "tomesd_core", "lab"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "weights", "bench"))
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("__pycache__", "weights", "bench"),
+        )
     shutil.copy(ROOT / "metadata.ini", folder)
-    return json.loads(run(UPDATE, str(folder), json.dumps(REQUEST), cwd=folder).stdout.splitlines()[-1])
+    return json.loads(
+        run(UPDATE, str(folder), json.dumps(REQUEST), cwd=folder).stdout.splitlines()[-1]
+    )
 
 
 def test_changed_files_are_run_after_reload_ui(updated):
@@ -173,7 +193,8 @@ print(json.dumps(said))
 
 
 def imports_of(file):
-    """The absolute names that a file imports, wherever in it; and by a `TYPE_CHECKING` block, which runs nowhere."""
+    """The absolute names that a file imports, wherever in it; and by a `TYPE_CHECKING` block, which
+    runs nowhere."""
     package = file.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -200,8 +221,17 @@ def test_imports_point_one_way():
     core = files("tomesd_core", without="tomesd_core/webui")
     assert len(core) > 8 and len(product) > len(core) + 5
     above = [(file, "lab") for file in product]
-    above += [(file, name) for file in core for name in ("tomesd_core.webui", "modules", "gradio", "numpy")]
-    upwards = [(file.name, name) for file, upper in above for name in imports_of(file) if starts(name, upper)]
+    above += [
+        (file, name)
+        for file in core
+        for name in ("tomesd_core.webui", "modules", "gradio", "numpy")
+    ]
+    upwards = [
+        (file.name, name)
+        for file, upper in above
+        for name in imports_of(file)
+        if starts(name, upper)
+    ]
     assert upwards == []
     assert any(starts(name, "tomesd_core") for file in files("lab") for name in imports_of(file))
 
@@ -232,7 +262,11 @@ print(json.dumps([list(merged.shape), [*sys.modules]]))
     shape, imported = json.loads(done.stdout)
     assert shape == [1, 32, 4]
     assert {"torch", "tomesd_core", "tomesd_core.hooks"} <= set(imported)
-    assert [name for name in imported if starts(name, "tomesd_core.webui", "lab", "gradio", "numpy", "modules")] == []
+    assert [
+        name
+        for name in imported
+        if starts(name, "tomesd_core.webui", "lab", "gradio", "numpy", "modules")
+    ] == []
 
 
 # The console
@@ -240,7 +274,8 @@ print(json.dumps([list(merged.shape), [*sys.modules]]))
 
 @pytest.fixture
 def console(host, monkeypatch):
-    """Sets the log up anew on a console of some encoding, as Python opens it; what was written there."""
+    """Sets the log up anew on a console of some encoding, as Python opens it; what was written
+    there."""
     log = running("webui.log")
 
     def open_console(encoding):

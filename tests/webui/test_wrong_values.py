@@ -13,13 +13,19 @@ from tomesd_core.webui import infotext, presets
 from tomesd_core.webui.arguments import CONTROLS, from_text, read_arguments, shown
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-ANYTHING = PLAIN | st.lists(PLAIN, max_size=2) | st.dictionaries(st.text(max_size=3), PLAIN, max_size=2)
-BY_NAME = st.dictionaries(st.sampled_from([*CONTROLS, "preset", "x"]), ANYTHING, min_size=1, max_size=3)
+ANYTHING = (
+    PLAIN | st.lists(PLAIN, max_size=2) | st.dictionaries(st.text(max_size=3), PLAIN, max_size=2)
+)
+BY_NAME = st.dictionaries(
+    st.sampled_from([*CONTROLS, "preset", "x"]), ANYTHING, min_size=1, max_size=3
+)
 
 
 def many(count):
     checks = [HealthCheck.function_scoped_fixture]
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=checks)
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, suppress_health_check=checks
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +35,10 @@ def path(tmp_path, monkeypatch):
 
 
 @many(400)
-@given(st.lists(ANYTHING, max_size=14).map(lambda args: [True, *args]) | BY_NAME.map(lambda named: [named]))
+@given(
+    st.lists(ANYTHING, max_size=14).map(lambda args: [True, *args])
+    | BY_NAME.map(lambda named: [named])
+)
 def test_arguments(args):
     try:
         result = read_arguments(args, None, presets.get)
@@ -46,22 +55,37 @@ def test_arguments(args):
 
 
 @many(300)
-@given(st.dictionaries(st.sampled_from([setting.infotext for setting in PANEL_FIELDS.values()]), ANYTHING, min_size=1))
+@given(
+    st.dictionaries(
+        st.sampled_from([setting.infotext for setting in PANEL_FIELDS.values()]),
+        ANYTHING,
+        min_size=1,
+    )
+)
 def test_parameters(log_lines, parameters):
     log_lines.clear()
     for name, value_of in infotext.paste_fields({name: name for name in PANEL_FIELDS}):
         setting, is_told = PANEL_FIELDS[name], len(log_lines)
         value = value_of(parameters)
         assert shown(name, setting.check(name, value)) == value
-        if value == shown(name, setting.default) and setting.infotext in parameters and len(log_lines) == is_told:
+        if (
+            value == shown(name, setting.default)
+            and setting.infotext in parameters
+            and len(log_lines) == is_told
+        ):
             text = parameters[setting.infotext]
-            assert shown(name, setting.check(name, from_text(setting, text))) == value, "its own default"
+            assert shown(name, setting.check(name, from_text(setting, text))) == value, (
+                "its own default"
+            )
 
 
 @many(150)
 @given(BY_NAME | ANYTHING, st.text(max_size=5))
 def test_a_presets_file(path, entry, name):
-    path.write_text(json.dumps({"version": 1, "presets": {name: entry, "kept": {"ratio": 0.25}}}), encoding="utf-8")
+    path.write_text(
+        json.dumps({"version": 1, "presets": {name: entry, "kept": {"ratio": 0.25}}}),
+        encoding="utf-8",
+    )
     usable, said = presets.read()
     assert {*presets.BUILT_IN, "kept"} <= set(usable)
     assert bool(said) == (len(usable) == len(presets.BUILT_IN) + 1 and name != "kept")

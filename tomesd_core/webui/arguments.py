@@ -30,7 +30,8 @@ MAP_FIELDS = {
         step=1,
     ),
 }
-"""What is shown of a generation, not what is made: in no preset, no picture's parameters and no plot."""
+"""What is shown of a generation, not what is made: in no preset, no picture's parameters and no
+plot."""
 
 NEWER_FIELDS = ("full_steps",)
 """Of `PANEL_FIELDS`, those that came after the map's: each version appends its arguments."""
@@ -62,28 +63,35 @@ def read_arguments(
 ) -> Asked:
     """What arguments ask a generation to do.
 
-    `args` are positional, in the order of `CONTROLS`, or one mapping of any of them and `preset`, a name that the
-    function of this name knows. Missing ones, and None, get their defaults, with a preset the preset's. While `enabled`
-    is false the others don't matter. `overrides` is a mapping too, and wins over the arguments. A mapping switches
-    merging on unless it says `enabled` itself.
+    `args` are positional, in the order of `CONTROLS`, or one mapping of any of them and `preset`, a
+    name that the function of this name knows. Missing ones, and None, get their defaults, with a
+    preset the preset's. While `enabled` is false the others don't matter. `overrides` is a mapping
+    too, and wins over the arguments. A mapping switches merging on unless it says `enabled` itself.
 
-    Raises `SettingsError` for a value that its field can't have, an unknown name and an unknown preset.
+    Raises `SettingsError` for a value that its field can't have, an unknown name and an unknown
+    preset.
     """
-    values = _changed({}, args[0], preset) if args and isinstance(args[0], Mapping) else _by_name(args)
+    values = (
+        _changed({}, args[0], preset) if args and isinstance(args[0], Mapping) else _by_name(args)
+    )
     if overrides is not None:
         values = _changed(values, overrides, preset)
     if not ENABLED.check("enabled", values.get("enabled", ENABLED.default)):
         return Asked(False, MergeSettings())
-    settings = MergeSettings(**{name: value for name, value in values.items() if name in PANEL_FIELDS})
-    step, layer = (field.check(name, values.get(name, field.default)) for name, field in MAP_FIELDS.items())
+    settings = MergeSettings(
+        **{name: value for name, value in values.items() if name in PANEL_FIELDS}
+    )
+    step, layer = (
+        field.check(name, values.get(name, field.default)) for name, field in MAP_FIELDS.items()
+    )
     return Asked(True, settings, (step, layer) if step else None)
 
 
 def _by_name(args: Sequence[Any]) -> dict[str, Any]:
     """Positional arguments by name, without those that weren't given.
 
-    A list of version 0.1.0 has no method, which was `paper`: it ends with `reuse_steps`, or with the map's two numbers.
-    One of version 1.0.0 names the method, and has no `full_steps`.
+    A list of version 0.1.0 has no method, which was `paper`: it ends with `reuse_steps`, or with
+    the map's two numbers. One of version 1.0.0 names the method, and has no `full_steps`.
     """
     place, args = list(CONTROLS).index("method"), list(args)
     method = args[place] if place < len(args) else None
@@ -102,7 +110,9 @@ def _changed(
     names = ("preset", *CONTROLS)
     unknown = [repr(name) for name in named if name not in names]
     if unknown:
-        raise SettingsError(f"unknown setting {', '.join(unknown)}: the settings are {', '.join(names)}")
+        raise SettingsError(
+            f"unknown setting {', '.join(unknown)}: the settings are {', '.join(names)}"
+        )
     named = {name: value for name, value in named.items() if value is not None}
     of_preset = panel_values(preset(named["preset"])) if "preset" in named else {}
     panel = {**values, **of_preset, "enabled": True, **named}
@@ -116,7 +126,8 @@ def _changed(
 
 
 def from_text(setting: Setting, text: Any) -> Any:
-    """A field's value from its text, or `text` itself where that is none of the field's; nothing is checked."""
+    """A field's value from its text, or `text` itself where that is none of the field's; nothing is
+    checked."""
     if setting.kind == "flag":
         return {"true": True, "false": False}.get(str(text).lower(), text)
     if isinstance(text, str):
@@ -132,7 +143,8 @@ def type_of_text(setting: Setting) -> type:
 
 
 def shown(name: str, value: Any) -> Any:
-    """A control's value as the page has it: choices are texts, since WebUI takes numbers for places in a list."""
+    """A control's value as the page has it: choices are texts, since WebUI takes numbers for places
+    in a list."""
     return str(value) if CONTROLS[name].kind == "choice" else value
 
 
@@ -141,8 +153,11 @@ def panel_values(settings: MergeSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in PANEL_FIELDS}
 
 
-def useful_fields(schedule: str, min_tokens: int = 1, has_hires_pass: bool = True, full_steps: int = 2) -> set[str]:
-    """The controls that have an effect; by default those that a person needs to see with this schedule."""
+def useful_fields(
+    schedule: str, min_tokens: int = 1, has_hires_pass: bool = True, full_steps: int = 2
+) -> set[str]:
+    """The controls that have an effect; by default those that a person needs to see with this
+    schedule."""
     useless = {
         "late_ratio": schedule == "constant",
         "switch_at": schedule != "step",

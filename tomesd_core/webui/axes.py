@@ -15,20 +15,30 @@ from .arguments import ENABLED, from_text, type_of_text
 from .log import log
 
 OVERRIDES = f"{__name__}.overrides"
-"""The attribute of `p` in which an axis leaves its value: a mapping as the API takes it. It is named after this module,
-so that a second copy of the extension, whose modules have other names, doesn't take it for its own."""
+"""The attribute of `p` in which an axis leaves its value: a mapping as the API takes it. It is
+named after this module, so that a second copy of the extension, whose modules have other names,
+doesn't take it for its own."""
 
 
 def add_axes() -> None:
-    """Appends the axes to the plot's list, unless they are there: Reload UI makes the list anew, but not every time."""
+    """Appends the axes to the plot's list, unless they are there: Reload UI makes the list anew,
+    but not every time."""
     # By its file: what the module is called differs between WebUI's versions.
-    files = [script.module for script in scripts.scripts_data if Path(script.path).name == "xyz_grid.py"]
-    grids = [grid for grid in files if hasattr(grid, "AxisOption") and hasattr(grid, "axis_options")]
+    files = [
+        script.module for script in scripts.scripts_data if Path(script.path).name == "xyz_grid.py"
+    ]
+    grids = [
+        grid for grid in files if hasattr(grid, "AxisOption") and hasattr(grid, "axis_options")
+    ]
     if not grids:
-        log.warning("WebUI's X/Y/Z plot is not among its scripts (xyz_grid.py): it has no ToMe axes")
+        log.warning(
+            "WebUI's X/Y/Z plot is not among its scripts (xyz_grid.py): it has no ToMe axes"
+        )
     for grid in grids:
         present = {option.label for option in grid.axis_options}
-        grid.axis_options.extend(axis for axis in _axes(grid.AxisOption) if axis.label not in present)
+        grid.axis_options.extend(
+            axis for axis in _axes(grid.AxisOption) if axis.label not in present
+        )
 
 
 def _axes(axis_option: Callable[..., Any]) -> list[Any]:
@@ -39,7 +49,9 @@ def _axes(axis_option: Callable[..., Any]) -> list[Any]:
         confirm=partial(_refuse, presets.get),
         choices=lambda: list(presets.read()[0]),
     )
-    axes = [_axis(axis_option, name, setting, setting.label) for name, setting in PANEL_FIELDS.items()]
+    axes = [
+        _axis(axis_option, name, setting, setting.label) for name, setting in PANEL_FIELDS.items()
+    ]
     return [_axis(axis_option, "enabled", ENABLED, "Enabled"), preset, *axes]
 
 

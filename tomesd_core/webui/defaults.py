@@ -1,9 +1,10 @@
-"""What WebUI keeps of the panel in `ui-config.json`, brought up to this version before WebUI reads it.
+"""What WebUI keeps of the panel in `ui-config.json`, brought up to this version before WebUI reads
+it.
 
-At its first start WebUI writes every control's default and every slider's range to that file, and from then on what is
-written there wins over the code. So each start of ours takes out the ranges, and the defaults that nobody chose: WebUI
-then writes this version's. Which those are is told by a copy of the defaults that we leave in the file; a file without
-one is of version 0.1.0 or 1.0.0.
+At its first start WebUI writes every control's default and every slider's range to that file, and
+from then on what is written there wins over the code. So each start of ours takes out the ranges,
+and the defaults that nobody chose: WebUI then writes this version's. Which those are is told by a
+copy of the defaults that we leave in the file; a file without one is of version 0.1.0 or 1.0.0.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ VERSION_0_1_0 = {**VERSION_1_0_0, "ratio": 0.6, "late_ratio": 0.4, "reuse_steps"
 HIGHEST_RATIO_0_1_0 = 0.75
 
 APPLIED = {"2": 1, "4": 2}
-"""Settings, Defaults, Apply took the numbers of version 1.0.0's Max downsample for places in the list of choices."""
+"""Settings, Defaults, Apply took the numbers of version 1.0.0's Max downsample for places in the
+list of choices."""
 
 
 def update_file() -> None:
-    """Brings WebUI's file up to this version; a file that is damaged is left to WebUI, which says so."""
+    """Brings WebUI's file up to this version; a file that is damaged is left to WebUI, which says
+    so."""
     name = getattr(shared.cmd_opts, "ui_config_file", None)
     if not name:
         return
@@ -86,7 +89,9 @@ def updated(content: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 after[key] = shown(name, setting.check(name, value))
             except SettingsError as error:
-                log.warning(f"a default in ui-config.json ({tab}) can't be used, and this version's is: {error}")
+                log.warning(
+                    f"a default in ui-config.json ({tab}) can't be used, and this version's is: {error}"
+                )
         _keep_late_ratio_low(after, tab)
     after[COPY] = {name: setting.default for name, setting in CONTROLS.items()}
     return after
@@ -103,7 +108,9 @@ def _rename(content: dict[str, Any], tab: str, setting: Setting) -> None:
     """Moves what stands under a control's former label to its present one."""
     former = f"{SCRIPT}/{tab}/{setting.former_label}/"
     for key in [key for key in content if setting.former_label and key.startswith(former)]:
-        content.setdefault(f"{SCRIPT}/{tab}/{setting.label}/{key.removeprefix(former)}", content.pop(key))
+        content.setdefault(
+            f"{SCRIPT}/{tab}/{setting.label}/{key.removeprefix(former)}", content.pop(key)
+        )
 
 
 def _key(tab: str, name: str, field: str) -> str:

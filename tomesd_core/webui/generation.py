@@ -1,4 +1,5 @@
-"""One generation: what its arguments ask for, read once and kept on its `p`, and all that is written there for it."""
+"""One generation: what its arguments ask for, read once and kept on its `p`, and all that is
+written there for it."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ COMMENT = "ToMe: "
 LEFT_TO_BUILT_IN = "WebUI's own token merging is on, and the settings say not to overrule it"
 
 ON_P = f"{__name__}.generation"
-"""The attribute of `p` that holds its `Generation`. It is named after this module, so that a second copy of the
-extension, whose modules have other names, has one of its own."""
+"""The attribute of `p` that holds its `Generation`. It is named after this module, so that a second
+copy of the extension, whose modules have other names, has one of its own."""
 
 
 @dataclasses.dataclass
@@ -49,8 +50,8 @@ class Generation:
     def token_merging_ratio(self, for_hr: bool = False) -> float:
         """In place of `p.get_token_merging_ratio`: never merge twice.
 
-        A copy of p makes a picture of its own, unmerged unless it is prepared too: what it took along is erased when
-        WebUI asks for this, before its first batch.
+        A copy of p makes a picture of its own, unmerged unless it is prepared too: what it took
+        along is erased when WebUI asks for this, before its first batch.
         """
         own = self.p()
         p = host.p_in("process_images", otherwise=own)
@@ -77,15 +78,18 @@ last = Last()
 
 
 def of(p: Any) -> Generation | None:
-    """The generation that `p` was prepared for; None where merging is off and there is nothing to say of it."""
+    """The generation that `p` was prepared for; None where merging is off and there is nothing to
+    say of it."""
     generation: Generation | None = vars(p).get(ON_P)
     return generation
 
 
 def prepare(p: Any, args: Sequence[Any]) -> None:
-    """Before WebUI applies its own token merging: writes what is asked for to the picture's parameters.
+    """Before WebUI applies its own token merging: writes what is asked for to the picture's
+    parameters.
 
-    A wrong value switches merging off for this generation, and is said there, under the picture and in the log.
+    A wrong value switches merging off for this generation, and is said there, under the picture and
+    in the log.
     """
     erase(p)
     try:
@@ -93,7 +97,8 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
     except SettingsError as error:
         leave_unmerged(p, str(error))
         claim(p, has_merged=False, failure=str(error))
-        # Copies of p are to be told; another copy of the extension may merge, and has its own there.
+        # Copies of p are to be told; another copy of the extension may merge, and has its own
+        # there.
         vars(p).setdefault("get_token_merging_ratio", _begun(p).token_merging_ratio)
     else:
         if not arguments.enabled:
@@ -102,20 +107,27 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             leave_unmerged(p, why_not)
         else:
             settings = arguments.settings
-            useful = useful_fields(settings.schedule, settings.min_tokens, has_hires_pass(p), settings.full_steps)
+            useful = useful_fields(
+                settings.schedule, settings.min_tokens, has_hires_pass(p), settings.full_steps
+            )
             values = panel_values(settings)
             generation = _begun(p)
             generation.settings, generation.map_place = arguments.settings, arguments.map_place
             named = {name: value for name, value in values.items() if name in useful}
-            generation.parameters = {str(PANEL_FIELDS[name].infotext): value for name, value in named.items()}
+            generation.parameters = {
+                str(PANEL_FIELDS[name].infotext): value for name, value in named.items()
+            }
             written = p.extra_generation_params
-            generation.overwritten = {key: written[key] for key in generation.parameters if key in written}
+            generation.overwritten = {
+                key: written[key] for key in generation.parameters if key in written
+            }
             claim(p, has_merged=True)
             p.get_token_merging_ratio = generation.token_merging_ratio
 
 
 def leave_unmerged(p: Any, why: str) -> None:
-    """Says that p's generation doesn't merge although it was asked to, and takes back what claims that it does."""
+    """Says that p's generation doesn't merge although it was asked to, and takes back what claims
+    that it does."""
     _begun(p).settings = None
     claim(p, has_merged=False)
     line = f"nothing merged: {why}"
@@ -125,7 +137,8 @@ def leave_unmerged(p: Any, why: str) -> None:
 
 
 def claim(p: Any, has_merged: bool, failure: str | None = None) -> None:
-    """Writes the parameters of p's coming pictures: ours if something merged and nothing failed, or the failure."""
+    """Writes the parameters of p's coming pictures: ours if something merged and nothing failed, or
+    the failure."""
     generation = _begun(p)
     own = {ERROR_KEY: failure} if failure else generation.parameters if has_merged else {}
     others = _without(p.extra_generation_params, (*generation.parameters, ERROR_KEY))
@@ -133,7 +146,8 @@ def claim(p: Any, has_merged: bool, failure: str | None = None) -> None:
 
 
 def say(p: Any, line: str, suffix: str = "") -> None:
-    """Shows a line under the picture; where an earlier batch said the same with another `suffix`, in its place."""
+    """Shows a line under the picture; where an earlier batch said the same with another `suffix`,
+    in its place."""
     comments = _begun(p).comments
     p.comments.pop(comments.get(line), None)
     comments[line] = COMMENT + line + suffix
@@ -141,10 +155,13 @@ def say(p: Any, line: str, suffix: str = "") -> None:
 
 
 def erase(p: Any) -> None:
-    """Takes what was written for a generation off p, which loops use again; not off a p that it is a copy of."""
+    """Takes what was written for a generation off p, which loops use again; not off a p that it is
+    a copy of."""
     generation: Generation | None = vars(p).pop(ON_P, None)
     if generation is not None:
-        p.extra_generation_params = _without(p.extra_generation_params, (*generation.parameters, ERROR_KEY))
+        p.extra_generation_params = _without(
+            p.extra_generation_params, (*generation.parameters, ERROR_KEY)
+        )
         p.comments = _without(p.comments, generation.comments.values())
         if vars(p).get("get_token_merging_ratio") == generation.token_merging_ratio:
             del p.get_token_merging_ratio
@@ -173,7 +190,8 @@ def is_left_to_built_in(p: Any) -> bool:
 
 
 def _begun(p: Any) -> Generation:
-    """The generation of p; from its first line on, p has parameters and comments of its own: copies of p share them."""
+    """The generation of p; from its first line on, p has parameters and comments of its own: copies
+    of p share them."""
     generation = of(p)
     if generation is None:
         generation = Generation(weakref.ref(p))
@@ -187,7 +205,8 @@ def _without(mapping: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _why_not(p: Any, settings: MergeSettings) -> str | None:
-    """Why a generation with right settings can't merge, as far as can be told before its model is loaded; or None."""
+    """Why a generation with right settings can't merge, as far as can be told before its model is
+    loaded; or None."""
     if settings.apply_to == "hires pass" and not has_hires_pass(p):
         where = "a picture without hires fix" if hasattr(p, "enable_hr") else "img2img"
         return f"apply to is {settings.apply_to!r}, and {where} has none"

@@ -11,20 +11,26 @@ from .arguments import BEFORE_NAMED, from_text, shown
 from .log import log
 
 
-def paste_fields(controls: Mapping[str, Any]) -> list[tuple[Any, Callable[[Mapping[str, Any]], Any]]]:
+def paste_fields(
+    controls: Mapping[str, Any],
+) -> list[tuple[Any, Callable[[Mapping[str, Any]], Any]]]:
     """Pairs of control and function of the parsed parameters, for `Script.infotext_fields`.
 
-    Functions, since an absent key must set a field to its default, and since WebUI casts what it pastes by itself by
-    the component's type, and doesn't catch what that raises.
+    Functions, since an absent key must set a field to its default, and since WebUI casts what it
+    pastes by itself by the component's type, and doesn't catch what that raises.
     """
-    readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {"enabled": lambda parameters: "ToMe ratio" in parameters}
+    readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "enabled": lambda parameters: "ToMe ratio" in parameters
+    }
     readers |= {name: partial(_read, name, setting) for name, setting in PANEL_FIELDS.items()}
     return [(controls[name], reader) for name, reader in readers.items() if name in controls]
 
 
 def _read(name: str, setting: Setting, parameters: Mapping[str, Any]) -> Any:
     key = str(setting.infotext)
-    missing = BEFORE_NAMED.get(name, setting.default) if "ToMe ratio" in parameters else setting.default
+    missing = (
+        BEFORE_NAMED.get(name, setting.default) if "ToMe ratio" in parameters else setting.default
+    )
     try:
         return shown(name, setting.check(name, from_text(setting, parameters.get(key, missing))))
     except SettingsError as error:

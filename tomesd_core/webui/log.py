@@ -1,4 +1,5 @@
-"""The extension's log on the console, and how a failure of ours is said there once and harms nobody."""
+"""The extension's log on the console, and how a failure of ours is said there once and harms
+nobody."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def failed(what: str, error: Exception) -> str:
     line = f"{what} failed ({type(error).__name__}: {error}); everything else goes on"
     if line not in _failures:
         _failures.add(line)
-        log.error(f"{line}. Update WebUI and this extension; report this if it stays:", exc_info=error)
+        log.error(
+            f"{line}. Update WebUI and this extension; report this if it stays:", exc_info=error
+        )
     return line
 
 
@@ -47,7 +50,8 @@ def guarded(
     otherwise: Callable[[str], Any] = lambda line: None,
     expected: tuple[type[Exception], ...] = (),
 ) -> Callable[..., Any]:
-    """`function`; where it fails, the log says once that `what` failed, and it gives what `otherwise` makes of that.
+    """`function`; where it fails, the log says once that `what` failed, and it gives what
+    `otherwise` makes of that.
 
     Of an `expected` error `otherwise` is given the message, and the log says nothing.
     """

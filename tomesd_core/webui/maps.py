@@ -13,7 +13,8 @@ from ..merge_map import MergeMap, draw
 from . import generation
 
 DRAWN_SIDE = 8
-"""Pixels of a token's side in a drawn map: small pictures are enlarged to it, so that the lines have room."""
+"""Pixels of a token's side in a drawn map: small pictures are enlarged to it, so that the lines
+have room."""
 
 
 def draw_on(p: Any, image: Image.Image) -> None:
@@ -37,7 +38,9 @@ def append(p: Any, processed: Any) -> None:
 
 def _drawn(picture: Image.Image, merge_map: MergeMap) -> Image.Image:
     rows, columns = merge_map.grid
-    scale = max(1, math.ceil(max(DRAWN_SIDE * rows / picture.height, DRAWN_SIDE * columns / picture.width)))
+    scale = max(
+        1, math.ceil(max(DRAWN_SIDE * rows / picture.height, DRAWN_SIDE * columns / picture.width))
+    )
     size = picture.width * scale, picture.height * scale
     pixels = np.array(picture.resize(size, Image.Resampling.NEAREST))
     return Image.fromarray(draw(merge_map.slots, merge_map.grid, torch.from_numpy(pixels)).numpy())

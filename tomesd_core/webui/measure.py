@@ -1,4 +1,5 @@
-"""How many times faster merging makes a step here: unmerged and merged steps in turn, in one sampling of the host's."""
+"""How many times faster merging makes a step here: unmerged and merged steps in turn, in one
+sampling of the host's."""
 
 from __future__ import annotations
 
@@ -44,10 +45,12 @@ FIELDS = {
     "hires_width": Setting(0, "integer", minimum=0, maximum=16384),
     "hires_height": Setting(0, "integer", minimum=0, maximum=16384),
 }
-"""What a measurement is asked for, beside `settings`. A hires size of 0: no hires fix. `steps`: of the picture."""
+"""What a measurement is asked for, beside `settings`. A hires size of 0: no hires fix. `steps`: of
+the picture."""
 
 _stopped: deque[str] = deque(maxlen=16)
-"""The last tasks that were stopped: maybe before their requests came, maybe after they had ended."""
+"""The last tasks that were stopped: maybe before their requests came, maybe after they had ended.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +70,12 @@ class Result:
 
 
 def measure(request: Mapping[str, Any], task: str = "") -> list[Result]:
-    """Measures the size and, with hires fix, its second pass's, when its turn has come in the host's queue.
+    """Measures the size and, with hires fix, its second pass's, when its turn has come in the
+    host's queue.
 
-    `request` has any of `FIELDS`, and `settings`, an object as for the script's argument. The host shows the progress
-    of `task`. Raises `SettingsError` for a wrong value, and `NoResultError` where it was interrupted or failed.
+    `request` has any of `FIELDS`, and `settings`, an object as for the script's argument. The host
+    shows the progress of `task`. Raises `SettingsError` for a wrong value, and `NoResultError`
+    where it was interrupted or failed.
     """
     values, settings = _read(request)
     task = task or f"task({uuid.uuid4().hex})"
@@ -80,7 +85,10 @@ def measure(request: Mapping[str, Any], task: str = "") -> list[Result]:
 
     def each() -> list[Result]:
         with host.last_parameters_kept():
-            return [_of_size(size, number, len(sizes), values, settings, task) for number, size in enumerate(sizes)]
+            return [
+                _of_size(size, number, len(sizes), values, settings, task)
+                for number, size in enumerate(sizes)
+            ]
 
     progress.add_task_to_queue(task)
     with call_queue.queue_lock:
@@ -91,7 +99,9 @@ def measure(request: Mapping[str, Any], task: str = "") -> list[Result]:
         finally:
             progress.finish_task(task)
             shared.state.end()
-            shared.state.skipped = shared.state.interrupted = shared.state.stopping_generation = False
+            shared.state.skipped = shared.state.interrupted = shared.state.stopping_generation = (
+                False
+            )
 
 
 def stop(task: str) -> None:
@@ -102,8 +112,12 @@ def stop(task: str) -> None:
 def _read(request: Mapping[str, Any]) -> tuple[dict[str, Any], MergeSettings]:
     unknown = [repr(name) for name in request if name not in (*FIELDS, "settings")]
     if unknown:
-        raise SettingsError(f"unknown field {', '.join(unknown)}: the fields are {', '.join(FIELDS)}, settings")
-    values = {name: field.check(name, request.get(name, field.default)) for name, field in FIELDS.items()}
+        raise SettingsError(
+            f"unknown field {', '.join(unknown)}: the fields are {', '.join(FIELDS)}, settings"
+        )
+    values = {
+        name: field.check(name, request.get(name, field.default)) for name, field in FIELDS.items()
+    }
     settings = request.get("settings", {})
     if not isinstance(settings, Mapping):
         raise SettingsError(f"settings must be an object of settings, got {settings!r}")
@@ -113,7 +127,12 @@ def _read(request: Mapping[str, Any]) -> tuple[dict[str, Any], MergeSettings]:
 
 
 def _of_size(
-    size: tuple[int, int, bool], number: int, sizes: int, values: Mapping[str, Any], settings: MergeSettings, task: str
+    size: tuple[int, int, bool],
+    number: int,
+    sizes: int,
+    values: Mapping[str, Any],
+    settings: MergeSettings,
+    task: str,
 ) -> Result:
     width, height, is_hires = size
     name = f"{width}x{height}"
@@ -133,7 +152,9 @@ def _of_size(
     if generation.is_left_to_built_in(p):
         return Result(f"no faster at {name}: {generation.LEFT_TO_BUILT_IN}")
     if host.needs_a_picture():
-        raise NoResultError("this model (InstructPix2Pix) makes no picture without another one to start from")
+        raise NoResultError(
+            "this model (InstructPix2Pix) makes no picture without another one to start from"
+        )
     run = _Run(p, settings, lambda: task in _stopped)
     sample = p.sample
 
@@ -169,10 +190,11 @@ class _SampledError(Exception):
 class _Run(Sampling):
     """One sampling that merges in some of its steps, and its clock.
 
-    Three steps warm up: an unmerged one, a merged one, and an unmerged one in which self-attention is timed too. Then
-    come rounds of an unmerged step and the merged ones that share a matching. Every second round runs backwards, so
-    that a pair of rounds has each kind of step at odd and at even places: some hosts leave out half of the batch in
-    every other step. The pairs walk the settings' schedule, once, or as long as the spread is too large.
+    Three steps warm up: an unmerged one, a merged one, and an unmerged one in which self-attention
+    is timed too. Then come rounds of an unmerged step and the merged ones that share a matching.
+    Every second round runs backwards, so that a pair of rounds has each kind of step at odd and at
+    even places: some hosts leave out half of the batch in every other step. The pairs walk the
+    settings' schedule, once, or as long as the spread is too large.
     """
 
     def __init__(self, p: Any, settings: MergeSettings, is_stopped: Callable[[], bool]) -> None:
@@ -205,7 +227,9 @@ class _Run(Sampling):
         if 0 < step <= WARM_UP:
             at_once = 2 * self._turns * max(self._seconds[-1], 1e-6)
             # Three walks fit into the sampling.
-            self._pairs = max(FEWEST_PAIRS, min(int(SECONDS / at_once), (STEPS - WARM_UP) // (6 * self._turns)))
+            self._pairs = max(
+                FEWEST_PAIRS, min(int(SECONDS / at_once), (STEPS - WARM_UP) // (6 * self._turns))
+            )
         a_walk = self._pairs * 2 * self._turns
         walk, place = divmod(max(step - WARM_UP, 0), a_walk)
         if walk and not place and self._is_enough():
@@ -276,7 +300,9 @@ class _Run(Sampling):
         if self.failure:
             raise NoResultError(f"measuring at {size} failed: {self.failure}")
         if not any(report.merged_layers for report in self.reports):
-            why = next(iter(self._summaries), "this model has no self-attention layers that can be merged")
+            why = next(
+                iter(self._summaries), "this model has no self-attention layers that can be merged"
+            )
             return Result(f"no faster at {size}: {why}")
         times, spread = self._measured()
         share = self._attention / self._seconds[WARM_UP - 1]
@@ -300,18 +326,22 @@ def line_of(size: str, times: float, spread: float, share: float, saving: float 
 def times_faster(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float]:
     """How many times faster merged steps are, and the standard error of that as a share of it.
 
-    `pairs` holds the seconds of the unmerged and of the merged steps of each pair of rounds, in the order of time. Each
-    pair counts as the median of itself and its neighbours, so that a hiccup counts for nothing, and each part of the
-    schedule for its share of a sampling. The error comes from unmerged steps at the same place of neighbouring pairs,
-    in which the schedule doesn't show, and which are as noisy as the merged ones.
+    `pairs` holds the seconds of the unmerged and of the merged steps of each pair of rounds, in the
+    order of time. Each pair counts as the median of itself and its neighbours, so that a hiccup
+    counts for nothing, and each part of the schedule for its share of a sampling. The error comes
+    from unmerged steps at the same place of neighbouring pairs, in which the schedule doesn't show,
+    and which are as noisy as the merged ones.
     """
-    unmerged, merged = (_smoothed([fmean(steps) for steps in kind]) for kind in zip(*pairs, strict=True))
+    unmerged, merged = (
+        _smoothed([fmean(steps) for steps in kind]) for kind in zip(*pairs, strict=True)
+    )
     changes = [
         abs(math.log(one / other))
         for (before, _), (after, _) in pairwise(pairs)
         for one, other in zip(before, after, strict=True)
     ]
-    # Of differences of normal noise half are below 0.95 of its deviation. Few of them may be small by chance.
+    # Of differences of normal noise half are below 0.95 of its deviation. Few of them may be small
+    # by chance.
     deviation = median(changes) / 0.954 * math.sqrt(1 + 2 / len(changes))
     steps_per_pair = len(pairs[0][0])
     return sum(unmerged) / sum(merged), math.sqrt(2 / (len(pairs) * steps_per_pair)) * deviation

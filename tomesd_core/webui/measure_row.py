@@ -29,25 +29,33 @@ class MeasureRow:
         self._lines = gr.HTML(elem_id=elem_id("measure_lines"), elem_classes=["tome-message"])
         # The page's script presses one of them, and says which task and of what size.
         self._start, self._stop = (
-            gr.Button(name, visible=False, elem_id=elem_id(f"measure_{name}")) for name in ("start", "stop")
+            gr.Button(name, visible=False, elem_id=elem_id(f"measure_{name}"))
+            for name in ("start", "stop")
         )
         self._request = gr.Textbox("{}", visible=False, elem_id=elem_id("measure_asked"))
         for component in (self._button, self._lines, self._start, self._stop, self._request):
             component.do_not_save_to_config = True
 
     def connect(self, controls: Sequence[Any]) -> None:
-        """Lets the button measure what the panel's `controls` are set to, in the order of the script's arguments."""
+        """Lets the button measure what the panel's `controls` are set to, in the order of the
+        script's arguments."""
         tab = self._tab
         host.listen(self._button.click, js=f"() => toMeMeasure('{tab}')")
         ask = f"(...given) => toMeMeasuring('{tab}', given)"
         inputs, outputs = [self._request, *controls], [self._lines]
-        end = host.listen(self._start.click, _measure, inputs, outputs, ask, queue=None, what="measuring")
+        end = host.listen(
+            self._start.click, _measure, inputs, outputs, ask, queue=None, what="measuring"
+        )
         host.listen(end.then, js=f"() => toMeMeasured('{tab}')")
-        host.listen(self._stop.click, measure.stop, [self._request], js=f"() => toMeMeasuredTask('{tab}')")
+        host.listen(
+            self._stop.click, measure.stop, [self._request], js=f"() => toMeMeasuredTask('{tab}')"
+        )
 
 
 def _measure(request_json: str, *values: Any) -> str:
     request = json.loads(request_json)
     task = request.pop("task", "")
-    results = measure.measure({**request, "settings": dict(zip(CONTROLS, values, strict=True))}, task)
+    results = measure.measure(
+        {**request, "settings": dict(zip(CONTROLS, values, strict=True))}, task
+    )
     return "<br>".join(html.escape(result.line) for result in results)

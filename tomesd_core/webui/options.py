@@ -10,14 +10,18 @@ from modules import shared
 from .log import log
 
 SECTION = ("sd_webui_tome", "ToMe")
-"""Not `tome`: that is the section of another extension of the title, and WebUI makes element ids of it."""
+"""Not `tome`: that is the section of another extension of the title, and WebUI makes element ids of
+it."""
 OVERRULE_BUILT_IN = "tome_overrule_built_in"
 LOG_LEVEL = "tome_log_level"
 LOG_LAYERS = "tome_log_layers"
 
 LEVELS = ["WARNING", "INFO", "DEBUG"]
 OPTIONS: dict[str, tuple[Any, str]] = {
-    OVERRULE_BUILT_IN: (True, "Leave WebUI's own token merging out of generations that ToMe merges"),
+    OVERRULE_BUILT_IN: (
+        True,
+        "Leave WebUI's own token merging out of generations that ToMe merges",
+    ),
     LOG_LEVEL: ("INFO", "What to log: warnings, a line for each generation, or more"),
     LOG_LAYERS: (False, "Log what was merged layer by layer"),
 }
@@ -37,7 +41,8 @@ def add_options() -> None:
 
 
 def option(key: str) -> Any:
-    """An option's value; its default where it isn't set, or where `config.json` or the API set what it can't be."""
+    """An option's value; its default where it isn't set, or where `config.json` or the API set what
+    it can't be."""
     default = OPTIONS[key][0]
     value = getattr(shared.opts, key, default)
     if value in LEVELS if key == LOG_LEVEL else isinstance(value, bool):

@@ -29,12 +29,15 @@ MORE_ROWS = (("method",), ("reuse_steps", "full_steps"), ("apply_to",))
 def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     """Makes the panel; gives the script's controls by field name, in the order of its arguments.
 
-    `tab` is `txt2img` or `img2img`; `elem_id` names an element of the script. Raises nothing: where the panel can't be
-    made, its bare controls are, and where those can't be, nothing is.
+    `tab` is `txt2img` or `img2img`; `elem_id` names an element of the script. Raises nothing: where
+    the panel can't be made, its bare controls are, and where those can't be, nothing is.
     """
     children = Context.block.children if Context.block is not None else []
     before = len(children)
-    for what, make in (("the panel", _whole_panel), ("a panel without preview and presets", _bare_controls)):
+    for what, make in (
+        ("the panel", _whole_panel),
+        ("a panel without preview and presets", _bare_controls),
+    ):
         try:
             return make(tab, elem_id)
         except Exception as error:
@@ -54,7 +57,9 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
                     fields[name] = _control(CONTROLS[name], elem_id(name), visible=name in useful)
 
     with (
-        ui_components.InputAccordion(ENABLED.default, label=ENABLED.label, elem_id=elem_id("enabled")) as enabled,
+        ui_components.InputAccordion(
+            ENABLED.default, label=ENABLED.label, elem_id=elem_id("enabled")
+        ) as enabled,
         gr.Column(elem_classes=["tome-panel"]),
     ):
         chart = gr.HTML(elem_id=elem_id("preview"), elem_classes=["tome-preview"])
@@ -63,10 +68,13 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         measure_row = MeasureRow(tab, elem_id)
         with gr.Accordion("More", open=False, elem_id=elem_id("more")) as more:
             rows(*MORE_ROWS, tuple(MAP_FIELDS))
-        # The page's script presses it when something has changed and no slider is moving, and reads the first three
-        # inputs off the page: width, height and steps belong to the tab.
+        # The page's script presses it when something has changed and no slider is moving, and reads
+        # the first three inputs off the page: width, height and steps belong to the tab.
         refresh = gr.Button("Refresh", visible=False, elem_id=elem_id("refresh"))
-        sizes = [gr.Number(value, visible=False, elem_id=elem_id(name)) for name, value in TAB_SIZE.items()]
+        sizes = [
+            gr.Number(value, visible=False, elem_id=elem_id(name))
+            for name, value in TAB_SIZE.items()
+        ]
     for component in (*sizes, chart, refresh, more):
         component.do_not_save_to_config = True
     fields["enabled"] = enabled
@@ -77,9 +85,13 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
     def preview_of_tab(*values: Any) -> str:
         return _preview(tab, *values)
 
-    preview_made = host.listen(refresh.click, preview_of_tab, [*sizes, *controls.values()], [chart], js=read_size)
+    preview_made = host.listen(
+        refresh.click, preview_of_tab, [*sizes, *controls.values()], [chart], js=read_size
+    )
     preset = [preset_row.preset]
-    host.listen(preview_made.then, None, preset, preset, js=f"(preset) => toMeAnswered('{tab}', preset)")
+    host.listen(
+        preview_made.then, None, preset, preset, js=f"(preset) => toMeAnswered('{tab}', preset)"
+    )
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
         host.listen(event, js=f"() => toMeChanged('{tab}')")
     host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], settings)
@@ -93,12 +105,18 @@ def _bare_controls(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
 
 
 def _control(setting: Setting, elem_id: str, visible: bool = True) -> Any:
-    common = {"label": setting.label, "elem_id": elem_id, "visible": visible, "tooltip": setting.help}
+    common = {
+        "label": setting.label,
+        "elem_id": elem_id,
+        "visible": visible,
+        "tooltip": setting.help,
+    }
     if setting.kind == "choice":
         return gr.Radio(choices=[*map(str, setting.choices)], value=str(setting.default), **common)
     if setting.kind == "flag":
         return gr.Checkbox(value=setting.default, **common)
-    # WebUI casts what the API sends by the type of a control's value: a float lets every number pass.
+    # WebUI casts what the API sends by the type of a control's value: a float lets every number
+    # pass.
     value, limits = float(setting.default), {"minimum": setting.minimum, "maximum": setting.maximum}
     return gr.Slider(value=value, step=setting.step, **limits, **common)
 
@@ -110,7 +128,8 @@ def _visibility(schedule: str) -> list[dict[str, Any]]:
 
 
 def _preview(tab: str, width: Any, height: Any, steps: Any, *args: Any) -> str:
-    """The preview's HTML. The page's script takes the panel's title from it, and the preset that the values are."""
+    """The preview's HTML. The page's script takes the panel's title from it, and the preset that
+    the values are."""
     name = None
     try:
         settings = read_arguments([True, *args[1:]], None, presets.get).settings

@@ -59,7 +59,10 @@ def _choose(name: str) -> list[Any]:
     settings = presets.get(name)
     useful = useful_fields(settings.schedule)
     values = panel_values(settings).items()
-    return ["", *(gr.update(value=shown(field, value), visible=field in useful) for field, value in values)]
+    return [
+        "",
+        *(gr.update(value=shown(field, value), visible=field in useful) for field, value in values),
+    ]
 
 
 def _save(name: str, *values: Any) -> list[Any]:

@@ -1,8 +1,9 @@
 """Named settings: the built-in ones, and a user's own in a JSON file.
 
-The file is `{"version": 1, "presets": {name: {field: value}}}`. People edit it by hand, copy it between machines and go
-back to older versions of the extension, so what isn't understood in it is kept as it is. Each call reads it anew, so
-every tab and process sees what the others saved. Whatever is wrong with it, the built-in presets work.
+The file is `{"version": 1, "presets": {name: {field: value}}}`. People edit it by hand, copy it
+between machines and go back to older versions of the extension, so what isn't understood in it is
+kept as it is. Each call reads it anew, so every tab and process sees what the others saved.
+Whatever is wrong with it, the built-in presets work.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
         {"ratio": 0.9375, "max_downsample": 2, "full_steps": 1},
         "For drafts: moves details more. Merges in coarser layers too.",
     ),
-    "Hires only": ({"apply_to": "hires pass"}, "Speeds up the second pass of hires fix, where most of the time goes."),
+    "Hires only": (
+        {"apply_to": "hires pass"},
+        "Speeds up the second pass of hires fix, where most of the time goes.",
+    ),
     "Paper (60 %)": (
         {"ratio": 0.6, "method": "paper", "full_steps": 1},
         "The paper's own method and ratio; moves pictures the most.",
@@ -54,7 +58,8 @@ class _DamagedError(PresetError):
 
 
 def read() -> tuple[dict[str, MergeSettings], list[str]]:
-    """Every preset that can be used, the built-in ones first, and what the user must be told of the file."""
+    """Every preset that can be used, the built-in ones first, and what the user must be told of the
+    file."""
     presets = {name: MergeSettings(**fields) for name, (fields, _) in BUILT_IN.items()}
     try:
         own = _load()["presets"]
@@ -71,23 +76,36 @@ def read() -> tuple[dict[str, MergeSettings], list[str]]:
 
 
 def get(name: Any) -> MergeSettings:
-    """The preset's settings. A built-in one is found in any case. Raises `PresetError` where there is none."""
+    """The preset's settings. A built-in one is found in any case. Raises `PresetError` where there
+    is none."""
     presets, messages = read()
     key = _built_in(name) or str(name)
     if key not in presets:
-        raise PresetError("; ".join([f"preset must be one of {', '.join(presets)}, got {name!r}", *messages]))
+        raise PresetError(
+            "; ".join([f"preset must be one of {', '.join(presets)}, got {name!r}", *messages])
+        )
     return presets[key]
 
 
 def named(settings: MergeSettings) -> str | None:
     """The first preset with these settings, or None."""
-    return next((name for name, preset in read()[0].items() if panel_values(preset) == panel_values(settings)), None)
+    return next(
+        (
+            name
+            for name, preset in read()[0].items()
+            if panel_values(preset) == panel_values(settings)
+        ),
+        None,
+    )
 
 
 def save(name: Any, settings: MergeSettings) -> Any:
-    """Saves the panel's fields of `settings`, also over a preset of the user's. Gives the name as it is stored."""
+    """Saves the panel's fields of `settings`, also over a preset of the user's. Gives the name as
+    it is stored."""
     name, fields = clean_name(name), panel_values(settings)
-    _settings(fields)  # A ratio may be right only together with an expert field, such as a larger stride.
+    _settings(
+        fields
+    )  # A ratio may be right only together with an expert field, such as a larger stride.
     with _changing() as own:
         own[name] = {**(own[name] if isinstance(own.get(name), dict) else {}), **fields}
     return name
@@ -104,12 +122,16 @@ def delete(name: str) -> None:
 
 
 def clean_name(name: Any) -> Any:
-    """`name` as presets are stored: no spaces around it, Unicode NFC. It is text and nothing else: no path, no HTML."""
+    """`name` as presets are stored: no spaces around it, Unicode NFC. It is text and nothing else:
+    no path, no HTML."""
     if built_in := _built_in(name):
-        raise PresetError(f"{built_in!r} is a built-in preset, which can't be changed: choose another name")
+        raise PresetError(
+            f"{built_in!r} is a built-in preset, which can't be changed: choose another name"
+        )
     name = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
     kinds = set(map(unicodedata.category, name))
-    # A name of the first two kinds alone can't be seen; the others are control characters and line breaks.
+    # A name of the first two kinds alone can't be seen; the others are control characters and line
+    # breaks.
     if kinds <= {"Cf", "Zs"} or kinds & {"Cc", "Cs", "Zl", "Zp"} or len(name) > MAX_NAME:
         raise PresetError(
             f"a preset's name must not be empty, and can have up to {MAX_NAME} characters, all in one line, "
@@ -120,7 +142,9 @@ def clean_name(name: Any) -> Any:
 
 def _built_in(name: Any) -> str | None:
     """The built-in preset that a person would take `name` for."""
-    return next((key for key in BUILT_IN if key.casefold().split() == str(name).casefold().split()), None)
+    return next(
+        (key for key in BUILT_IN if key.casefold().split() == str(name).casefold().split()), None
+    )
 
 
 def _settings(entry: Any) -> MergeSettings:
@@ -146,16 +170,23 @@ def _parse(content: bytes) -> dict[str, Any]:
         raise _DamagedError(f"{PATH} is damaged: it is not JSON in UTF-8 ({error})") from error
     version = document.get("version") if isinstance(document, dict) else None
     if isinstance(version, (int, float)) and version > VERSION:
-        raise PresetError(f"{PATH} is from a newer version of this extension and left as it is: update the extension")
+        raise PresetError(
+            f"{PATH} is from a newer version of this extension and left as it is: update the extension"
+        )
     if version != VERSION or version is True or not isinstance(document.get("presets"), dict):
-        raise _DamagedError(f'{PATH} is damaged: it must be {{"version": {VERSION}, "presets": {{…}}}}')
+        raise _DamagedError(
+            f'{PATH} is damaged: it must be {{"version": {VERSION}, "presets": {{…}}}}'
+        )
     return dict(document)
 
 
 @contextlib.contextmanager
 def _changing() -> Iterator[dict[str, Any]]:
-    """The user's presets, to be changed in place; the file is replaced as a whole, unless the block fails."""
-    path = PATH.resolve()  # A symlink stays one: replacing it would cut it off from the file that it stands for.
+    """The user's presets, to be changed in place; the file is replaced as a whole, unless the block
+    fails."""
+    path = (
+        PATH.resolve()
+    )  # A symlink stays one: replacing it would cut it off from the file that it stands for.
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with _lock:
@@ -168,9 +199,13 @@ def _changing() -> Iterator[dict[str, Any]]:
                 log.warning(f"{error}. It is kept as {aside}")
                 document = _load()
             yield document["presets"]
-            if path.exists() and not os.access(path, os.W_OK):  # Linux would replace it all the same.
+            if path.exists() and not os.access(
+                path, os.W_OK
+            ):  # Linux would replace it all the same.
                 raise PermissionError("it is read-only")
-            with open(new, "w") as file:  # ASCII: JSON can hold half a surrogate pair, which UTF-8 can't.
+            with open(
+                new, "w"
+            ) as file:  # ASCII: JSON can hold half a surrogate pair, which UTF-8 can't.
                 json.dump(document, file, indent=2)
                 file.flush()
                 os.fsync(file.fileno())

@@ -1,4 +1,5 @@
-"""What will happen, before anything is generated: a small chart of the ratio over the steps, and one line."""
+"""What will happen, before anything is generated: a small chart of the ratio over the steps, and
+one line."""
 
 from __future__ import annotations
 
@@ -40,7 +41,12 @@ def of_loaded_model(settings: MergeSettings, width: Any, height: Any, has_hires_
     return describe(settings, host.loaded_layers(), latent, devices.device.type)
 
 
-def describe(settings: MergeSettings, layers: Sequence[Layer] | None, latent: tuple[int, int], device_type: str) -> str:
+def describe(
+    settings: MergeSettings,
+    layers: Sequence[Layer] | None,
+    latent: tuple[int, int],
+    device_type: str,
+) -> str:
     """One line: how many layers will merge, and how many tokens; `latent` is (rows, columns)."""
     if layers is None:
         return "loaded at the first picture" if host.loads_later() else "no model loaded"
@@ -79,7 +85,12 @@ def _change(
         return tokens, ""
     for ratio in (settings.ratio_at(0.0), settings.ratio_at(1.0)):
         try:
-            left.append(tokens - tokens_to_remove(settings, tokens, layer.channels, layer.heads, ratio, device_type))
+            left.append(
+                tokens
+                - tokens_to_remove(
+                    settings, tokens, layer.channels, layer.heads, ratio, device_type
+                )
+            )
         except NotMerged:
             left.append(tokens)
     merges = layer.is_self_attention and set(left) != {tokens}
@@ -87,7 +98,8 @@ def _change(
 
 
 def chart(settings: MergeSettings, steps: int) -> str:
-    """An SVG of the ratio over the steps, a bar a step; drawn in the text's colour, so it fits any theme."""
+    """An SVG of the ratio over the steps, a bar a step; drawn in the text's colour, so it fits any
+    theme."""
     ratios = [settings.ratio_at(progress_of(step, steps)) for step in range(steps)]
     width = WIDTH / steps
     bars = "".join(

@@ -33,18 +33,25 @@ def _refuse(line: str) -> None:
 def get_presets() -> list[dict[str, Any]]:
     """Every preset that can be used: name, description and settings."""
     return [
-        {"name": name, "description": presets.BUILT_IN.get(name, ("", ""))[1], "settings": panel_values(settings)}
+        {
+            "name": name,
+            "description": presets.BUILT_IN.get(name, ("", ""))[1],
+            "settings": panel_values(settings),
+        }
         for name, settings in presets.read()[0].items()
     ]
 
 
 def get_status() -> dict[str, Any]:
-    """The version, the loaded model's layers (None: no model is loaded), the settings in use, what was merged last."""
+    """The version, the loaded model's layers (None: no model is loaded), the settings in use, what
+    was merged last."""
     layers = host.loaded_layers()
     settings = sampling.settings_in_use()
     return {
         "version": VERSION,
-        "layers": None if layers is None else [{"name": layer.name, "level": layer.level} for layer in layers],
+        "layers": None
+        if layers is None
+        else [{"name": layer.name, "level": layer.level} for layer in layers],
         "settings": None if settings is None else panel_values(settings),
         "summary": generation.last.summary,
     }
@@ -61,11 +68,14 @@ def post_measure(request: dict[str, Any] = Body({})) -> list[dict[str, Any]]:  #
 
 
 def _logins(app: Any) -> list[Callable[..., None]]:
-    """What lets in whom WebUI's API lets in (`--api-auth`), or else whom its page does (`--gradio-auth`, or anyone)."""
+    """What lets in whom WebUI's API lets in (`--api-auth`), or else whom its page does
+    (`--gradio-auth`, or anyone)."""
     if shared.cmd_opts.api_auth:
         return [_check_credentials]
     # Gradio's own question. An app without a page (`--nowebui`) has no such route, and no login.
-    return [route.endpoint for route in app.routes if getattr(route, "path", None) == "/login_check"]
+    return [
+        route.endpoint for route in app.routes if getattr(route, "path", None) == "/login_check"
+    ]
 
 
 def _check_credentials(credentials: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
@@ -74,4 +84,6 @@ def _check_credentials(credentials: HTTPBasicCredentials = Depends(HTTPBasic()))
         right_user = secrets.compare_digest(credentials.username.encode(), user.encode())
         if secrets.compare_digest(credentials.password.encode(), password.encode()) and right_user:
             return
-    raise HTTPException(401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"})
+    raise HTTPException(
+        401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"}
+    )

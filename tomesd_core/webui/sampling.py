@@ -25,21 +25,25 @@ from .generation import Generation
 from .log import guarded, log
 
 UNetInput = tuple[Sequence[int], Mapping[str, Any]]
-"""What a call of the UNet is given: the latent's rows and columns, and in Forge `transformer_options`."""
+"""What a call of the UNet is given: the latent's rows and columns, and in Forge
+`transformer_options`."""
 
 _running: Sampling | None = None
 
 _too_large: dict[tuple[int, ...], str] = {}
-"""Shapes of latents at which a merged call of attention raised, with the reason: the next pictures run unmerged."""
+"""Shapes of latents at which a merged call of attention raised, with the reason: the next pictures
+run unmerged."""
 
 
 def settings_in_use() -> MergeSettings | None:
-    """The settings of the sampling that is running, or of the last generation. None where that didn't merge."""
+    """The settings of the sampling that is running, or of the last generation. None where that
+    didn't merge."""
     return generation.last.settings if _running is None else _running.settings
 
 
 def bind(p: Any, first_batch: bool = True) -> None:
-    """Binds merging to the coming `p.sample`, whichever way it ends: done, failed, interrupted or skipped."""
+    """Binds merging to the coming `p.sample`, whichever way it ends: done, failed, interrupted or
+    skipped."""
     _unwrap(p)
     prepared = generation.of(p)
     if prepared is None or prepared.settings is None:
@@ -55,13 +59,15 @@ def bind(p: Any, first_batch: bool = True) -> None:
 
 
 def on_denoise(params: Any) -> None:
-    """WebUI's denoiser is about to run the UNet: sees that the right one is hooked, and knows its step."""
+    """WebUI's denoiser is about to run the UNet: sees that the right one is hooked, and knows its
+    step."""
     if _running is not None:
         guarded("merging", _running.follow, _running.stop)(params)
 
 
 def stop() -> None:
-    """Takes merging off whatever it is on, for good: the script is being unloaded, from whichever thread."""
+    """Takes merging off whatever it is on, for good: the script is being unloaded, from whichever
+    thread."""
     if _running is not None:
         _running.stop("the UI was reloaded meanwhile")
     _too_large.clear()
@@ -98,14 +104,22 @@ class _MergedSample:
         return samples
 
     def _report(self, sampling: Sampling) -> None:
-        """Reports what was merged: in the parameters, under the picture, and once a generation in the log."""
+        """Reports what was merged: in the parameters, under the picture, and once a generation in
+        the log."""
         summary = sampling.summary()
         if generation.built_in_is_on(self._p):
             summary += "; WebUI's own token merging is left out"
         has_merged = any(report.merged_layers for report in sampling.reports)
         generation.claim(self._p, has_merged, sampling.failure)
-        suffix = f"; sampled in {sampling.seconds:.1f} s" if has_merged and sampling.seconds is not None else ""
-        generation.last.settings, generation.last.summary = self._generation.settings, summary + suffix
+        suffix = (
+            f"; sampled in {sampling.seconds:.1f} s"
+            if has_merged and sampling.seconds is not None
+            else ""
+        )
+        generation.last.settings, generation.last.summary = (
+            self._generation.settings,
+            summary + suffix,
+        )
         generation.say(self._p, summary, suffix)
         if self._in_log:
             log.info(summary + suffix)
@@ -170,13 +184,23 @@ class Sampling:
         guarded("the end of merging", self._end)(error)
 
     def _end(self, error: BaseException | None) -> None:
-        if isinstance(error, Exception) and self._merging is not None and self._merging.has_unfinished_call:
+        if (
+            isinstance(error, Exception)
+            and self._merging is not None
+            and self._merging.has_unfinished_call
+        ):
             lack = "ran out of memory" if is_out_of_memory(error) else "failed"
             self.failure = f"merged attention {lack} at this size ({in_a_line(error)})"
             _too_large[self._shape] = self.failure
-            log.error(f"{self.failure}; pictures of this size are made without merging until the UI is reloaded")
+            log.error(
+                f"{self.failure}; pictures of this size are made without merging until the UI is reloaded"
+            )
         self.unhook()
-        if error is None and self._began is not None and not (shared.state.interrupted or shared.state.skipped):
+        if (
+            error is None
+            and self._began is not None
+            and not (shared.state.interrupted or shared.state.skipped)
+        ):
             self.seconds = now() - self._began
 
     def stop(self, reason: str) -> None:
@@ -186,10 +210,12 @@ class Sampling:
             merging.detach()
 
     def follow(self, params: Any) -> None:
-        """Hooks the UNet that is about to run, if it is this sampling's and its pass merges; unhooks any other."""
+        """Hooks the UNet that is about to run, if it is this sampling's and its pass merges;
+        unhooks any other."""
         denoiser = host.denoiser_of(params)
         is_hires = bool(getattr(self._p, "is_hr_pass", False))
-        # Another extension's generation may run inside this one; a script may sample ours with a sampler of its own.
+        # Another extension's generation may run inside this one; a script may sample ours with a
+        # sampler of its own.
         is_ours = denoiser is not None and denoiser.p is self._p
         if is_ours and self._began is None:
             self._began = now()
@@ -201,29 +227,46 @@ class Sampling:
             self.unhook()
             self._summaries[f"nothing merged: {reason}"] = 1
             return
-        if self._merging is None or not self._merging.attached or self._unet is not unet or self._is_hires != is_hires:
+        if (
+            self._merging is None
+            or not self._merging.attached
+            or self._unet is not unet
+            or self._is_hires != is_hires
+        ):
             self.unhook()
             self._hook(unet, settings, is_hires, params.x.shape, denoiser.sampler)
-        # Samplers that run the model twice a step run it once in the last; WebUI's total counts that one twice too.
-        options_of_sampler = getattr(getattr(denoiser.sampler, "config", None), "options", None) or {}
+        # Samplers that run the model twice a step run it once in the last; WebUI's total counts
+        # that one twice too.
+        options_of_sampler = (
+            getattr(getattr(denoiser.sampler, "config", None), "options", None) or {}
+        )
         twice_a_step = bool(options_of_sampler.get("second_order"))
         if self._merging is not None:
             total = denoiser.total_steps - twice_a_step
-            self._merging.set_step(denoiser.step, total, generation.schedule_steps(self._p, is_hires))
+            self._merging.set_step(
+                denoiser.step, total, generation.schedule_steps(self._p, is_hires)
+            )
 
-    def _hook(self, unet: nn.Module, settings: MergeSettings, is_hires: bool, shape: Any, sampler: Any) -> None:
+    def _hook(
+        self, unet: nn.Module, settings: MergeSettings, is_hires: bool, shape: Any, sampler: Any
+    ) -> None:
         if self._map_place and is_hires not in self._recorders:
             first_items = host.first_items(sampler.sampler_extra_args["cond"])
             self._recorders[is_hires] = PictureRecorder(
                 self._map_place, first_items, tuple(shape[-2:]), lambda: self._unet_input
             )
-        self._merging = attach(unet, settings, host.hypertile_of, self._recorders.get(is_hires), host.LEFT_BEHIND)
+        self._merging = attach(
+            unet, settings, host.hypertile_of, self._recorders.get(is_hires), host.LEFT_BEHIND
+        )
         self._handle = unet.register_forward_pre_hook(Hook(self._note_input), with_kwargs=True)
         self._unet, self._is_hires, self._shape = unet, is_hires, tuple(shape)
 
     def _note_input(self, unet: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         x, options = args[0] if args else kwargs.get("x"), kwargs.get("transformer_options")
-        self._unet_input = getattr(x, "shape", ())[-2:], options if isinstance(options, dict) else {}
+        self._unet_input = (
+            getattr(x, "shape", ())[-2:],
+            options if isinstance(options, dict) else {},
+        )
 
     def unhook(self) -> None:
         """Leaves nothing on the model, and keeps no reference to it."""
@@ -236,19 +279,27 @@ class Sampling:
         self._unet_input = (), {}
         self.failure = self.failure or merging.failure
         report = merging.report()
-        where = f"{'hires' if self._is_hires else 'first'} pass: " if generation.has_hires_pass(self._p) else ""
+        where = (
+            f"{'hires' if self._is_hires else 'first'} pass: "
+            if generation.has_hires_pass(self._p)
+            else ""
+        )
         why = None if report.merged_layers else host.why_layers_did_not_run(options)
         self._summaries[f"{where}{report.summary}{f': {why}' if why else ''}"] += 1
         self.reports.append(report)
 
     def summary(self) -> str:
         """What was merged, in one line."""
-        parts = [part if times == 1 else f"{part} ({times} times)" for part, times in self._summaries.items()]
+        parts = [
+            part if times == 1 else f"{part} ({times} times)"
+            for part, times in self._summaries.items()
+        ]
         line = "; ".join(parts) or "nothing merged: no step reached the UNet"
         return line if self.failure is None or self.failure in line else f"{line}; {self.failure}"
 
     def maps(self) -> tuple[list[MergeMap], str]:
-        """The merge map of each picture, from the last pass that merged, and in a line what they are; or none."""
+        """The merge map of each picture, from the last pass that merged, and in a line what they
+        are; or none."""
         for recorder in reversed(self._recorders.values()):
             if maps := recorder.maps(recorder.pictures):
                 return maps, f"{maps[0]}{recorder.what_of(maps[0])}"
@@ -259,16 +310,23 @@ class PictureRecorder(MapRecorder):
     """Keeps what one pass merged in each picture's prompted half; a refiner goes on with it."""
 
     def __init__(
-        self, place: tuple[int, int], first_items: list[int], latent: Sequence[int], unet_input: Callable[[], UNetInput]
+        self,
+        place: tuple[int, int],
+        first_items: list[int],
+        latent: Sequence[int],
+        unet_input: Callable[[], UNetInput],
     ) -> None:
-        """`latent` is the whole pictures' (rows, columns); `unet_input` gives that of the UNet's running call."""
+        """`latent` is the whole pictures' (rows, columns); `unet_input` gives that of the UNet's
+        running call."""
         super().__init__(*place)
         self._first_items, self._latent, self._unet_input = first_items, latent, unet_input
         self.pictures = first_items
         """Where the pictures are among the items that are kept."""
         self._of_tiles: set[tuple[str, tuple[int, int]]] = set()
 
-    def __call__(self, layer_name: str, step: int, grid: tuple[int, int], token_map: TokenMap) -> None:
+    def __call__(
+        self, layer_name: str, step: int, grid: tuple[int, int], token_map: TokenMap
+    ) -> None:
         latent, options = self._unet_input()
         if any(side < whole for side, whole in zip(latent, self._latent, strict=False)):
             self._of_tiles.add((layer_name, grid))
@@ -279,7 +337,8 @@ class PictureRecorder(MapRecorder):
         super().__call__(layer_name, step, grid, token_map)
 
     def what_of(self, merge_map: MergeMap) -> str:
-        """What a map shows where it isn't the whole picture: another extension may give the UNet tiles, one a call."""
+        """What a map shows where it isn't the whole picture: another extension may give the UNet
+        tiles, one a call."""
         return ", of one tile" if (merge_map.layer_name, merge_map.grid) in self._of_tiles else ""
 
 

@@ -24,7 +24,8 @@ def unquote(text: str) -> Any:
 
 
 def parse_generation_parameters(x: str) -> dict[str, Any]:
-    """Reads an infotext's last line into a dict of texts. A value like `8x8` becomes two keys, `…-1` and `…-2`."""
+    """Reads an infotext's last line into a dict of texts. A value like `8x8` becomes two keys,
+    `…-1` and `…-2`."""
     parameters: dict[str, Any] = {}
     for key, value in re_param.findall(x.strip().split("\n")[-1]):
         value = unquote(value)

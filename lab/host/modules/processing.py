@@ -1,7 +1,9 @@
-"""Stands in for `modules.processing`: one generation, with the scripts called in the order of WebUI 1.10.1.
+"""Stands in for `modules.processing`: one generation, with the scripts called in the order of WebUI
+1.10.1.
 
-Left out: what is of no concern to merging, as files, styles, variation seeds, extra networks and upscalers. `opt_f` and
-`opt_C` (a latent's side in pixels, latent channels) are the model's; WebUI's are 8 and 4.
+Left out: what is of no concern to merging, as files, styles, variation seeds, extra networks and
+upscalers. `opt_f` and `opt_C` (a latent's side in pixels, latent channels) are the model's; WebUI's
+are 8 and 4.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ class StableDiffusionProcessing:
         return (opts.token_merging_ratio_hr if for_hr else 0) or opts.token_merging_ratio
 
     def setup_conds(self) -> None:
-        """Encodes the batch's prompts: the parts of each, which `AND` joins, and their weights (`cat AND dog :0.5`)."""
+        """Encodes the batch's prompts: the parts of each, which `AND` joins, and their weights
+        (`cat AND dog :0.5`)."""
         model, batch = sd_models.model_data.sd_model, []
         for prompt in [self.prompt] * self.batch_size:
             parts = [
@@ -103,7 +106,9 @@ class StableDiffusionProcessing:
                 for part in re.split(r"\bAND\b", prompt)
             ]
             encoded = model.encode_prompts([part[1] for part in parts])
-            batch.append([(tokens, float(part[2] or 1)) for tokens, part in zip(encoded, parts, strict=True)])
+            batch.append(
+                [(tokens, float(part[2] or 1)) for tokens, part in zip(encoded, parts, strict=True)]
+            )
         self.c = SimpleNamespace(batch=batch)
         self.uc = model.encode_prompts([self.negative_prompt] * self.batch_size)
 
@@ -112,9 +117,17 @@ class Processed:
     """What was generated."""
 
     def __init__(
-        self, p: StableDiffusionProcessing, images_list: list, index_of_first_image: int = 0, infotexts: Any = ()
+        self,
+        p: StableDiffusionProcessing,
+        images_list: list,
+        index_of_first_image: int = 0,
+        infotexts: Any = (),
     ) -> None:
-        self.images, self.index_of_first_image, self.infotexts = images_list, index_of_first_image, list(infotexts)
+        self.images, self.index_of_first_image, self.infotexts = (
+            images_list,
+            index_of_first_image,
+            list(infotexts),
+        )
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
         self.extra_generation_params = p.extra_generation_params
 
@@ -140,13 +153,17 @@ def create_infotext(p: StableDiffusionProcessing, index: int) -> str:
         "Token merging ratio": p.get_token_merging_ratio() or None,
         **p.extra_generation_params,
     }
-    pairs = [f"{key}: {infotext_utils.quote(value)}" for key, value in own.items() if value is not None]
+    pairs = [
+        f"{key}: {infotext_utils.quote(value)}" for key, value in own.items() if value is not None
+    ]
     return "\n".join([p.prompt, ", ".join(pairs)])
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """A picture as [3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255)
+    return torch.from_numpy(
+        np.array(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255
+    )
 
 
 def to_latent(images: list[Image.Image]) -> Tensor:
@@ -157,7 +174,11 @@ def to_latent(images: list[Image.Image]) -> Tensor:
 def decode_latent_batch(batch: Tensor) -> Tensor:
     """Latents as pictures in [-1, 1], one after the other."""
     devices.test_for_nans(batch, "unet")
-    return torch.cat([sd_models.model_data.sd_model.to_rgb(latent[None]) for latent in batch]).cpu() * 2 - 1
+    return (
+        torch.cat([sd_models.model_data.sd_model.to_rgb(latent[None]) for latent in batch]).cpu()
+        * 2
+        - 1
+    )
 
 
 def image_grid(images: list[Image.Image]) -> Image.Image:
@@ -183,8 +204,8 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
 
 
 def process_images_inner(p: StableDiffusionProcessing) -> Processed:
-    """Generates batch after batch. An exception in a script is reported; one in sampling ends it all, with no
-    `postprocess`."""
+    """Generates batch after batch. An exception in a script is reported; one in sampling ends it
+    all, with no `postprocess`."""
     fix_seed(p)
     p.sd_model_name = sd_models.model_data.sd_model.sd_checkpoint_info.model_name
     p.call("process")
@@ -199,24 +220,35 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
             sd_models.reload_model_weights()  # the last batch may have ended with the refiner
             seeds = [p.seed + n * p.batch_size + i for i in range(p.batch_size)]
             p.rng, p.seeds = ImageRNG((opt_C, p.height // opt_f, p.width // opt_f), seeds), seeds
-            batch = {"batch_number": n, "prompts": [p.prompt] * p.batch_size, "seeds": seeds, "subseeds": seeds}
+            batch = {
+                "batch_number": n,
+                "prompts": [p.prompt] * p.batch_size,
+                "seeds": seeds,
+                "subseeds": seeds,
+            }
             p.call("before_process_batch", **batch)
             p.call("process_batch", **batch)
             p.setup_conds()
             if n == 0 and shared.data_path:
-                Path(shared.data_path, "params.txt").write_text(create_infotext(p, 0), encoding="utf-8")
+                Path(shared.data_path, "params.txt").write_text(
+                    create_infotext(p, 0), encoding="utf-8"
+                )
             # Whatever other extensions have put in its place.
             samples = p.sample(conditioning=p.c, unconditional_conditioning=p.uc)
             p.call("post_sample", SimpleNamespace(samples=samples))
             # The second pass of hires fix has decoded them.
-            decoded = torch.stack(samples) if isinstance(samples, list) else decode_latent_batch(samples)
+            decoded = (
+                torch.stack(samples) if isinstance(samples, list) else decode_latent_batch(samples)
+            )
             pictures = ((decoded.float() + 1) / 2).clamp(0, 1)
             state.nextjob()
             p.call("postprocess_batch", images=pictures, batch_number=n)
             p.call("postprocess_batch_list", SimpleNamespace(images=list(pictures)), batch_number=n)
             for i, picture in enumerate(pictures):
                 p.batch_index = i
-                image = Image.fromarray((255.0 * np.moveaxis(picture.numpy(), 0, 2)).astype(np.uint8))
+                image = Image.fromarray(
+                    (255.0 * np.moveaxis(picture.numpy(), 0, 2)).astype(np.uint8)
+                )
                 pp = SimpleNamespace(image=image)
                 p.call("postprocess_image", pp)
                 infotexts.append(create_infotext(p, n * p.batch_size + i))
@@ -247,17 +279,29 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         """Says what the second pass does."""
         if self.enable_hr:
             self.hr_checkpoint_info = self.hr_checkpoint_name
-            parameters = {"Denoising strength": self.denoising_strength, "Hires upscale": self.hr_scale}
-            self.extra_generation_params |= parameters | {"Hires checkpoint": self.hr_checkpoint_name}
+            parameters = {
+                "Denoising strength": self.denoising_strength,
+                "Hires upscale": self.hr_scale,
+            }
+            self.extra_generation_params |= parameters | {
+                "Hires checkpoint": self.hr_checkpoint_name
+            }
 
     def sample(self, conditioning: Any, unconditional_conditioning: Tensor) -> Any:
-        """The first pass (left out for a given `firstpass_image`, the Upscale button's), and the second."""
+        """The first pass (left out for a given `firstpass_image`, the Upscale button's), and the
+        second."""
         self.sampler = sd_samplers.Sampler(self)
         if self.firstpass_image is not None and self.enable_hr:
             samples = to_latent([self.firstpass_image])
         else:
             x = self.rng.next()
-            self.call("process_before_every_sampling", x=x, noise=x, c=conditioning, uc=unconditional_conditioning)
+            self.call(
+                "process_before_every_sampling",
+                x=x,
+                noise=x,
+                c=conditioning,
+                uc=unconditional_conditioning,
+            )
             samples = self.sampler.sample(self, x, conditioning, unconditional_conditioning)
             if not self.enable_hr:
                 return samples
@@ -271,7 +315,9 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         self.is_hr_pass = True
         self.sampler = sd_samplers.Sampler(self)
         sides = int(self.height * self.hr_scale) // opt_f, int(self.width * self.hr_scale) // opt_f
-        samples = torch.nn.functional.interpolate(samples, size=sides, mode="bilinear", antialias=False)
+        samples = torch.nn.functional.interpolate(
+            samples, size=sides, mode="bilinear", antialias=False
+        )
         state.nextjob()
         self.rng = ImageRNG(samples.shape[1:], self.seeds)
         noise = self.rng.next()
@@ -304,7 +350,9 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
         self.init_latent = to_latent(sized * self.batch_size)
         if self.image_mask is not None:
             mask = self.image_mask.convert("L").resize(self.init_latent.shape[:1:-1])
-            self.nmask = torch.from_numpy(np.array(mask, dtype=np.float32) / 255).round().to(shared.device)
+            self.nmask = (
+                torch.from_numpy(np.array(mask, dtype=np.float32) / 255).round().to(shared.device)
+            )
             self.mask = 1 - self.nmask
 
     def sample(self, conditioning: Any, unconditional_conditioning: Tensor) -> Tensor:
@@ -312,7 +360,9 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
         self.sampler, x = sd_samplers.Sampler(self), self.rng.next()
         conditionings = {"c": conditioning, "uc": unconditional_conditioning}
         self.call("process_before_every_sampling", x=self.init_latent, noise=x, **conditionings)
-        samples = self.sampler.sample_img2img(self, self.init_latent, x, conditioning, unconditional_conditioning)
+        samples = self.sampler.sample_img2img(
+            self, self.init_latent, x, conditioning, unconditional_conditioning
+        )
         return samples if self.mask is None else samples * self.nmask + self.init_latent * self.mask
 
     def get_token_merging_ratio(self, for_hr: bool = False) -> float:

@@ -14,7 +14,8 @@ callback_map: dict[str, list[SimpleNamespace]] = {}
 
 
 class CFGDenoiserParams(SimpleNamespace):
-    """What the denoiser is about to be given: `x`, `sigma`, `denoiser` and more; callbacks may change it."""
+    """What the denoiser is about to be given: `x`, `sigma`, `denoiser` and more; callbacks may
+    change it."""
 
 
 def _calling_file() -> str:
@@ -25,7 +26,8 @@ def _calling_file() -> str:
 
 
 def _callers(category: str) -> tuple[Callable[[Callable], None], Callable[..., None]]:
-    """`on_<category>`, which registers a callback, and `<category>_callback`, which calls all of them."""
+    """`on_<category>`, which registers a callback, and `<category>_callback`, which calls all of
+    them."""
     callbacks = callback_map[category] = []
 
     def on(callback: Callable) -> None:

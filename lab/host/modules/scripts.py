@@ -1,4 +1,5 @@
-"""Stands in for `modules.scripts`: executes extensions' scripts as WebUI does, and calls them. All are always on."""
+"""Stands in for `modules.scripts`: executes extensions' scripts as WebUI does, and calls them. All
+are always on."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ class Script:
         return f"script_{'img2img' if self.is_img2img else 'txt2img'}_{title}_{item_id}"
 
 
-AxisOption = namedtuple("AxisOption", ["label", "type", "apply", "confirm", "choices"], defaults=(None, None))
+AxisOption = namedtuple(
+    "AxisOption", ["label", "type", "apply", "confirm", "choices"], defaults=(None, None)
+)
 """One thing that an axis of the X/Y/Z plot can vary. The plot itself is left out."""
 
 ScriptClassData = namedtuple("ScriptClassData", ["script_class", "path", "basedir", "module"])
@@ -72,7 +75,11 @@ def _execute(path: str) -> ModuleType:
 
 
 def _classes(module: ModuleType) -> Iterator[type[Script]]:
-    return (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Script))
+    return (
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Script)
+    )
 
 
 def load_scripts() -> None:
@@ -87,7 +94,9 @@ def load_scripts() -> None:
             try:
                 sys.path, current_basedir = [folder, *syspath], folder
                 module = _execute(path)
-                scripts_data.extend(ScriptClassData(kind, path, folder, module) for kind in _classes(module))
+                scripts_data.extend(
+                    ScriptClassData(kind, path, folder, module) for kind in _classes(module)
+                )
             except Exception:
                 errors.report(f"Error loading script: {path}")
             finally:
@@ -98,7 +107,8 @@ def load_scripts() -> None:
 
 
 def reload_script_body_only() -> None:
-    """Does what "Reload custom script bodies" does: callbacks are not cleared, running scripts stay the old ones."""
+    """Does what "Reload custom script bodies" does: callbacks are not cleared, running scripts stay
+    the old ones."""
     for path in dict.fromkeys(data.path for data in scripts_data if data.script_class):
         _execute(path)
 
@@ -117,18 +127,26 @@ class ScriptRunner:
         for data in scripts_data:
             if data.script_class is not None:
                 script = data.script_class()
-                script.filename, script.is_img2img, script.name = data.path, is_img2img, script.title().lower()
+                script.filename, script.is_img2img, script.name = (
+                    data.path,
+                    is_img2img,
+                    script.title().lower(),
+                )
                 self.scripts.append(script)
         self.alwayson_scripts = list(self.scripts)
 
     def setup_ui(self) -> None:
-        """Builds the scripts' controls where the caller is in the page, and notes which arguments are whose."""
+        """Builds the scripts' controls where the caller is in the page, and notes which arguments
+        are whose."""
         self.infotext_fields = []
         self.inputs = [None]  # WebUI's first argument is the script that was chosen from a list
         for script in self.scripts:
             with gr.Group():
                 script.controls = list(script.ui(script.is_img2img))
-            script.args_from, script.args_to = len(self.inputs), len(self.inputs) + len(script.controls)
+            script.args_from, script.args_to = (
+                len(self.inputs),
+                len(self.inputs) + len(script.controls),
+            )
             self.inputs += script.controls
             self.infotext_fields += script.infotext_fields
 
@@ -155,7 +173,8 @@ class ScriptRunner:
 def init_default_script_args(runner: ScriptRunner) -> list[Any]:
     """What a request to the API leaves out, by position; a method of WebUI's `Api`.
 
-    WebUI builds all controls once more for it: what a script keeps on itself is then not the page's.
+    WebUI builds all controls once more for it: what a script keeps on itself is then not the
+    page's.
     """
     script_args = [0, *[None] * (len(runner.inputs) - 1)]
     with gr.Blocks(analytics_enabled=False):

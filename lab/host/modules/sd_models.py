@@ -1,8 +1,10 @@
-"""Stands in for `modules.sd_models`: checkpoints by name, and the one model (or few) that is loaded.
+"""Stands in for `modules.sd_models`: checkpoints by name, and the one model (or few) that is
+loaded.
 
-A checkpoint is a function that makes a model, not a file. How one is swapped for another is WebUI's: with one model
-allowed and the same architecture, the weights go into the module that is there; with another architecture, that module
-is thrown away (moved to the meta device); with more allowed, replaced models stay in memory.
+A checkpoint is a function that makes a model, not a file. How one is swapped for another is
+WebUI's: with one model allowed and the same architecture, the weights go into the module that is
+there; with another architecture, that module is thrown away (moved to the meta device); with more
+allowed, replaced models stay in memory.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ def _use(model: torch.nn.Module, name: str) -> None:
 def reload_model_weights(info: str | None = None) -> torch.nn.Module:
     """Makes a checkpoint (the settings' one by default) the one in use."""
     name = info or shared.opts.sd_model_checkpoint or next(iter(checkpoints))
-    model, loaded, limit = model_data.sd_model, model_data.loaded_sd_models, shared.opts.sd_checkpoints_limit
+    model, loaded, limit = (
+        model_data.sd_model,
+        model_data.loaded_sd_models,
+        shared.opts.sd_checkpoints_limit,
+    )
     if model is not None and model.sd_checkpoint_info.model_name == name:
         return model
     for old in [old for old in loaded[::-1] if old.sd_checkpoint_info.model_name != name]:
@@ -57,7 +63,8 @@ def reload_model_weights(info: str | None = None) -> torch.nn.Module:
 
 
 def apply_token_merging(sd_model: Any, token_merging_ratio: float) -> None:
-    """WebUI's own token merging: the package `tomesd`, which swaps the class of the transformer blocks."""
+    """WebUI's own token merging: the package `tomesd`, which swaps the class of the transformer
+    blocks."""
     applied = getattr(sd_model, "applied_token_merged_ratio", 0)
     if applied == token_merging_ratio:
         return

@@ -1,7 +1,8 @@
-"""Stands in for WebUI's samplers (`modules.sd_samplers*`): guidance, the switch to the refiner, and the list.
+"""Stands in for WebUI's samplers (`modules.sd_samplers*`): guidance, the switch to the refiner, and
+the list.
 
-The samplers themselves are `lab.demo.samplers`. InstructPix2Pix, inpainting models, prompts of two lengths and steps
-without the unprompted half are left out.
+The samplers themselves are `lab.demo.samplers`. InstructPix2Pix, inpainting models, prompts of two
+lengths and steps without the unprompted half are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from lab.demo import samplers
 
 
 class CFGDenoiser(torch.nn.Module):
-    """What a sampler calls: both halves of guidance, the refiner switch, the mask, and the callbacks."""
+    """What a sampler calls: both halves of guidance, the refiner switch, the mask, and the
+    callbacks."""
 
     def __init__(self, p: Any, sampler: Sampler) -> None:
         super().__init__()
@@ -33,7 +35,11 @@ class CFGDenoiser(torch.nn.Module):
     def update_inner_model(self) -> None:
         """The loaded model in the sampler's terms: sigmas or timesteps."""
         model = sd_models.model_data.sd_model
-        self.inner_model = model.apply_model if self.sampler.config.is_over_timesteps else samplers.EpsDenoiser(model)
+        self.inner_model = (
+            model.apply_model
+            if self.sampler.config.is_over_timesteps
+            else samplers.EpsDenoiser(model)
+        )
 
     def apply_refiner(self, sigma: Tensor) -> None:
         """Swaps the model for the refiner when it is time."""
@@ -44,18 +50,26 @@ class CFGDenoiser(torch.nn.Module):
             return
         if getattr(p, "enable_hr", False) and not p.is_hr_pass:
             return
-        p.extra_generation_params |= {"Refiner": p.refiner_checkpoint, "Refiner switch at": p.refiner_switch_at}
+        p.extra_generation_params |= {
+            "Refiner": p.refiner_checkpoint,
+            "Refiner switch at": p.refiner_switch_at,
+        }
         sd_models.reload_model_weights(p.refiner_checkpoint)
         p.setup_conds()
         self.sampler.sampler_extra_args.update(cond=p.c, uncond=p.uc)
         self.update_inner_model()
 
-    def forward(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, cond_scale: float) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, cond_scale: float
+    ) -> Tensor:
         """Runs the model once, or for each half of guidance."""
         if state.interrupted or state.skipped:
             raise InterruptedException
         self.apply_refiner(sigma)
-        cond, uncond = self.sampler.sampler_extra_args["cond"], self.sampler.sampler_extra_args["uncond"]
+        cond, uncond = (
+            self.sampler.sampler_extra_args["cond"],
+            self.sampler.sampler_extra_args["uncond"],
+        )
         is_over_timesteps = self.sampler.config.is_over_timesteps
         if is_over_timesteps and self.mask is not None:
             x = x * self.nmask + self.init_latent * self.mask
@@ -66,7 +80,12 @@ class CFGDenoiser(torch.nn.Module):
         text = torch.stack([tokens for parts in cond.batch for tokens, _ in parts])
         weights = [weight for parts in cond.batch for _, weight in parts]
         params = script_callbacks.CFGDenoiserParams(
-            x=x_in, sigma=sigma_in, sampling_step=state.sampling_step, text_cond=text, text_uncond=uncond, denoiser=self
+            x=x_in,
+            sigma=sigma_in,
+            sampling_step=state.sampling_step,
+            text_cond=text,
+            text_uncond=uncond,
+            denoiser=self,
         )
         script_callbacks.cfg_denoiser_callback(params)
         size = len(x_in) if opts.batch_cond_uncond else len(x)
@@ -77,7 +96,8 @@ class CFGDenoiser(torch.nn.Module):
         rows = zip(x_out, weights, strict=False)
         denoised = torch.stack(
             [
-                plain + sum(weight * cond_scale * (row - plain) for row, weight in islice(rows, len(own)))
+                plain
+                + sum(weight * cond_scale * (row - plain) for row, weight in islice(rows, len(own)))
                 for plain, own in zip(x_out[-len(x) :], cond.batch, strict=True)
             ]
         )
@@ -91,7 +111,9 @@ class CFGDenoiser(torch.nn.Module):
         return denoised
 
 
-SamplerData = namedtuple("SamplerData", ["function", "is_over_timesteps", "options"], defaults=(False, {}))
+SamplerData = namedtuple(
+    "SamplerData", ["function", "is_over_timesteps", "options"], defaults=(False, {})
+)
 """A sampler's function and what is to be known of it."""
 
 all_samplers_map = {
@@ -114,22 +136,34 @@ class Sampler:
         self.model_wrap_cfg = CFGDenoiser(p, self)
 
     def _schedule(self, steps: int) -> Tensor:
-        """Falling sigmas with a final 0, or rising timesteps: of these more than `steps`, where 1000 don't divide."""
+        """Falling sigmas with a final 0, or rising timesteps: of these more than `steps`, where
+        1000 don't divide."""
         if self.config.is_over_timesteps:
-            return (torch.arange(0, 1000, max(1000 // steps, 1), device=shared.device) + 1).clamp(0, 999)
+            return (torch.arange(0, 1000, max(1000 // steps, 1), device=shared.device) + 1).clamp(
+                0, 999
+            )
         return self.model_wrap_cfg.inner_model.get_sigmas(steps)
 
     def sample(self, p: Any, x: Tensor, cond: Any, uncond: Tensor) -> Tensor:
         """From noise of variance 1."""
         schedule = self._schedule(p.steps)
-        return self._run(p, p.steps, x if self.config.is_over_timesteps else x * schedule[0], cond, uncond, schedule)
+        return self._run(
+            p,
+            p.steps,
+            x if self.config.is_over_timesteps else x * schedule[0],
+            cond,
+            uncond,
+            schedule,
+        )
 
     def sample_img2img(
         self, p: Any, x: Tensor, noise: Tensor, cond: Any, uncond: Tensor, steps: int | None = None
     ) -> Tensor:
         """From a picture: only the schedule's end is walked; with `steps` so many of a longer one."""
         strength = min(p.denoising_strength, 0.999)
-        steps, last = (int(steps / strength), steps - 1) if steps else (p.steps, int(strength * p.steps))
+        steps, last = (
+            (int(steps / strength), steps - 1) if steps else (p.steps, int(strength * p.steps))
+        )
         self.model_wrap_cfg.init_latent, schedule = x, self._schedule(steps)
         if self.config.is_over_timesteps:
             alpha = sd_models.model_data.sd_model.alphas_cumprod[schedule[last]]
@@ -139,14 +173,20 @@ class Sampler:
             noisy = x + noise * schedule[0]
         return self._run(p, last + 1, noisy, cond, uncond, schedule)
 
-    def _run(self, p: Any, steps: int, x: Tensor, cond: Any, uncond: Tensor, schedule: Tensor) -> Tensor:
+    def _run(
+        self, p: Any, steps: int, x: Tensor, cond: Any, uncond: Tensor, schedule: Tensor
+    ) -> Tensor:
         """Runs the sampler; when interrupted, returns the picture so far."""
         function, denoiser = self.config.function, self.model_wrap_cfg
         denoiser.total_steps = steps * 2 if self.config.options.get("second_order") else steps
         state.sampling_steps, state.sampling_step = steps, 0
         options = {"sigmas": schedule, "timesteps": schedule, "noise_sampler": p.rng.next}
         options["alphas_cumprod"] = sd_models.model_data.sd_model.alphas_cumprod
-        accepted = {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
+        accepted = {
+            name: value
+            for name, value in options.items()
+            if name in inspect.signature(function).parameters
+        }
         self.sampler_extra_args = {"cond": cond, "uncond": uncond, "cond_scale": p.cfg_scale}
         self.last_latent = x
 

@@ -1,4 +1,5 @@
-"""Stands in for `modules.sd_unet`: something else in the UNet's place, as TensorRT extensions put it there.
+"""Stands in for `modules.sd_unet`: something else in the UNet's place, as TensorRT extensions put
+it there.
 
 Also what `modules.sd_hijack_unet` does: latents of odd sizes, which the bare UNet refuses.
 """
@@ -11,11 +12,13 @@ import torch
 from ldm.modules.diffusionmodules import openaimodel
 
 current_unet: torch.nn.Module | None = None
-"""Runs in place of every UNet, while there is one. WebUI makes it from an option that an extension lists."""
+"""Runs in place of every UNet, while there is one. WebUI makes it from an option that an extension
+lists."""
 
 
 class _Torch:
-    """What the UNet's module sees as `th`: torch, but `cat` stretches the first of two tensors to the second's size.
+    """What the UNet's module sees as `th`: torch, but `cat` stretches the first of two tensors to
+    the second's size.
 
     The bare UNet halves 33 rows to 17 and doubles them to 34, which its skip connections don't fit.
     """
@@ -26,7 +29,10 @@ class _Torch:
     def cat(self, tensors: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(tensors) == 2 and tensors[0].shape[-2:] != tensors[1].shape[-2:]:
             first, second = tensors
-            tensors = torch.nn.functional.interpolate(first, second.shape[-2:], mode="nearest"), second
+            tensors = (
+                torch.nn.functional.interpolate(first, second.shape[-2:], mode="nearest"),
+                second,
+            )
         return torch.cat(tensors, *args, **kwargs)
 
 

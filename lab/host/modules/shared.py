@@ -65,7 +65,9 @@ class Options:
     """The settings' values, readable and settable as attributes."""
 
     def __init__(self, **defaults: Any) -> None:
-        self.__dict__.update(data_labels={key: OptionInfo(value) for key, value in defaults.items()}, data={})
+        self.__dict__.update(
+            data_labels={key: OptionInfo(value) for key, value in defaults.items()}, data={}
+        )
         self.reset()
 
     def reset(self) -> None:

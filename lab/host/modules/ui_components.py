@@ -21,7 +21,10 @@ def _with_tooltip(original_init: Callable) -> Callable:
 
 
 def _showing_tooltip(original_get_config: Callable) -> Callable:
-    return lambda self: {**original_get_config(self), "webui_tooltip": getattr(self, "webui_tooltip", None)}
+    return lambda self: {
+        **original_get_config(self),
+        "webui_tooltip": getattr(self, "webui_tooltip", None),
+    }
 
 
 gr.components.IOComponent.__init__ = _with_tooltip(gr.components.IOComponent.__init__)
@@ -54,14 +57,19 @@ class FormRow(gr.Row):
 
 
 class InputAccordion(gr.Checkbox):
-    """A fold that is a toggle: a hidden checkbox, whose value it is, and an accordion that follows it."""
+    """A fold that is a toggle: a hidden checkbox, whose value it is, and an accordion that follows
+    it."""
 
     is_template = True
 
     def __init__(self, value: bool, elem_id: str, **kwargs: Any) -> None:
         super().__init__(value, **{**kwargs, "elem_id": f"{elem_id}-checkbox", "visible": False})
-        self.change(None, _js=f"(checked) => inputAccordionChecked('{elem_id}', checked)", inputs=[self])
-        self.accordion = gr.Accordion(elem_id=elem_id, elem_classes=["input-accordion"], open=value, **kwargs)
+        self.change(
+            None, _js=f"(checked) => inputAccordionChecked('{elem_id}', checked)", inputs=[self]
+        )
+        self.accordion = gr.Accordion(
+            elem_id=elem_id, elem_classes=["input-accordion"], open=value, **kwargs
+        )
 
     def __enter__(self) -> InputAccordion:
         self.accordion.__enter__()
