@@ -1,4 +1,4 @@
-"""Small ldm UNets with random weights, and what the tests of the core share."""
+"""Small ldm UNets with random weights, and the fixtures of the core's tests."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tomesd_core as tome
 
-# A process in the background may inherit that it ignores interrupts, and so would the servers that
-# tests start.
+# A background process may inherit an ignored SIGINT, and so would the servers that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -34,10 +33,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_settings() -> Callable[..., tome.MergeSettings]:
-    """Settings for small models, in which merging can't pay: never left out for that.
-
-    What isn't given is the simplest: one ratio, matched in every step.
-    """
+    """Make settings that merge small layers too; by default one ratio, matched in every step."""
 
     def make(**values: object) -> tome.MergeSettings:
         simple = {
@@ -54,8 +50,7 @@ def small_settings() -> Callable[..., tome.MergeSettings]:
 
 @pytest.fixture(scope="session")
 def make_unet() -> Callable[..., nn.Module]:
-    """Builds an ldm UNet: by default two levels, with attention at both (3 layers at level 1, then
-    4 at level 2)."""
+    """Build an ldm UNet: by default two levels, with 3 layers at level 1 and 4 at level 2."""
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     def make(seed: int = 0, **options: object) -> nn.Module:
@@ -76,8 +71,7 @@ def make_unet() -> Callable[..., nn.Module]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             unet = UNetModel(**{**config, **options})
-            # ldm sets the last layer of each block to zero; with those a merged pass would equal an
-            # unmerged one.
+            # ldm zeroes the last layer of each block: a merged pass would equal an unmerged one.
             for parameter in unet.parameters():
                 if parameter.ndim > 1:
                     nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -90,7 +84,7 @@ def make_unet() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def make_inputs() -> Callable[..., Inputs]:
-    """The arguments of a UNet's pass: latent, timesteps and context."""
+    """Make the arguments of one pass: latent, timesteps and context."""
 
     def make(
         size: tuple[int, int] = (16, 16), batch: int = 2, channels: int = 4, seed: int = 1
@@ -103,9 +97,24 @@ def make_inputs() -> Callable[..., Inputs]:
 
 
 @pytest.fixture
+def unet(make_unet: Callable[..., nn.Module]) -> nn.Module:
+    return make_unet()
+
+
+@pytest.fixture(params=tome.settings.METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def whole(small_settings: Callable[..., tome.MergeSettings]) -> Callable[..., tome.MergeSettings]:
+    """Make settings that match over the whole image, in the tokens' own precision."""
+    return lambda **values: small_settings(window=None, **values)
+
+
+@pytest.fixture
 def odd_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets ldm UNets take odd latents as WebUI does: what doesn't fit its skip connection is
-    resized to it."""
+    """Let ldm UNets take odd latents as WebUI does, by resizing to the skip connection."""
     from ldm.modules.diffusionmodules import openaimodel
 
     def cat(tensors: list[Tensor], *args: object, **options: object) -> Tensor:
@@ -125,7 +134,7 @@ def odd_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def blocks_of() -> Callable[[nn.Module], dict[str, nn.Module]]:
-    """The transformer blocks of a UNet by name."""
+    """Transformer blocks of a UNet, by name."""
     return lambda unet: {
         name: module for name, module in unet.named_modules() if hasattr(module, "attn1")
     }
@@ -133,7 +142,7 @@ def blocks_of() -> Callable[[nn.Module], dict[str, nn.Module]]:
 
 @pytest.fixture(scope="session")
 def watch(blocks_of: Callable) -> Callable[..., contextlib.AbstractContextManager]:
-    """Records, per block, every tensor that its self-attention makes queries of."""
+    """Record the inputs of each block's `to_q` while open, by block name."""
 
     @contextlib.contextmanager
     def watching(unet: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
@@ -157,7 +166,7 @@ def watch(blocks_of: Callable) -> Callable[..., contextlib.AbstractContextManage
 
 @pytest.fixture(scope="session")
 def hook_dicts() -> Callable[[nn.Module], dict[str, dict]]:
-    """A copy of every hook dictionary of every module."""
+    """Copy every hook dictionary of every module."""
     return lambda model: {
         f"{name}.{key}": dict(value)
         for name, module in model.named_modules()
@@ -167,8 +176,7 @@ def hook_dicts() -> Callable[[nn.Module], dict[str, dict]]:
 
 
 class Operations(TorchDispatchMode):
-    """While it is open: the names of the operations that run, and the bytes of the largest tensor
-    that one made."""
+    """Names of the operations that run while it is open, and bytes of the largest output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +188,7 @@ class Operations(TorchDispatchMode):
     ) -> Any:
         self.names.append(str(func).removeprefix("aten."))
         if func is torch.ops.aten.bitwise_xor.Tensor and isinstance(args[1], int):
-            func = torch.ops.aten.bitwise_xor.Scalar  # torch 2.1 names the wrong one of the two
+            func = torch.ops.aten.bitwise_xor.Scalar  # torch 2.1 dispatches the wrong overload.
         results = func(*args, **(kwargs or {}))
         for tensor in results if isinstance(results, (tuple, list)) else [results]:
             if isinstance(tensor, Tensor):
@@ -194,8 +202,7 @@ def operations() -> type[Operations]:
 
 
 class Crossings(TorchDispatchMode):
-    """While it is open: the names of the operations that take tensors of two devices, or from one
-    to another."""
+    """Names of the operations that mix or cross devices while it is open."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,8 +220,7 @@ class Crossings(TorchDispatchMode):
 
 @pytest.fixture
 def crossings(monkeypatch: pytest.MonkeyPatch) -> type[Crossings]:
-    """Of a UNet on the meta device, where an attention's scale can't be read: it is that of the
-    padded heads."""
+    """`Crossings` for a UNet on the meta device, with probes answered without a value."""
     from tomesd_core import layer_hooks
     from tomesd_core.proportional import Heads
 
@@ -228,7 +234,7 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> type[Crossings]:
 
 @pytest.fixture
 def log_lines() -> Iterator[list[str]]:
-    """What the extension logs."""
+    """Messages that the extension logs."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())

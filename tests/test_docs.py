@@ -75,9 +75,8 @@ def test_the_expert_fields_are_those_that_the_panel_lacks():
     named = re.search(
         r"^Expert fields.*?: (.*?);", TEXTS["docs/library.md"], re.DOTALL | re.MULTILINE
     )
-    assert named and spans(named[1]) == [
-        name for name, setting in FIELDS.items() if not setting.infotext
-    ]
+    assert named
+    assert spans(named[1]) == [name for name, setting in FIELDS.items() if not setting.infotext]
 
 
 def anchors(text: str) -> set[str]:
@@ -186,7 +185,7 @@ def preset(name: str) -> MergeSettings:
 
 def arguments_of(alwayson_scripts: dict[str, Any]) -> Any:
     """What the script of the extension is asked for."""
-    return read_arguments(alwayson_scripts["ToMe"]["args"], None, preset)
+    return read_arguments(alwayson_scripts["ToMe"]["args"])
 
 
 @pytest.mark.parametrize("body", REQUESTS)
@@ -250,7 +249,8 @@ def test_the_entry_for_the_index_of_extensions_has_its_form():
     datetime.date.fromisoformat(entry["added"])
     # The tags that this index knows, of those that say what an extension does to pictures or to the
     # page.
-    assert entry["tags"] and set(entry["tags"]) <= {
+    assert entry["tags"]
+    assert set(entry["tags"]) <= {
         "script",
         "tab",
         "dropdown",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tomesd_core as tome
-from tomesd_core import proportional
+from tomesd_core.probe import forget_heads
 from tomesd_core.settings import METHODS
 
 FIRST = "input_blocks.1.1.transformer_blocks.0"
@@ -94,7 +94,7 @@ def test_each_operation_of_a_merged_layer_may_fail(
     for output, summary in zip(outputs, summaries, strict=False):
         assert torch.equal(output, unmerged)
         # What fails in a probe is the attention's answer, but for a lack of memory.
-        assert f"merging failed: RuntimeError: {message}" in summary or "no known scale" in summary
+        assert f"merging failed: RuntimeError: {message}" in summary or "unknown logit scale" in summary
     assert "1 of 7 self-attention layers" in summaries[-1]
 
 
@@ -130,9 +130,9 @@ def test_a_probe_that_lacks_memory_for_a_moment_is_asked_again(
     def full(self, x):
         raise MemoryError
 
-    proportional._known.clear()
+    forget_heads()
     with monkeypatch.context() as patch:
-        patch.setattr("tomesd_core.proportional._Probe.queries", full)
+        patch.setattr("tomesd_core.probe._Probe.queries", full)
         with tome.attach(unet, small_settings(method="keys")) as merging:
             unet(*make_inputs())
         assert "merging failed: MemoryError" in merging.report().summary

@@ -168,10 +168,8 @@ def test_what_a_kernel_can_compute_unmerged_it_merges(name, size, dtype):
 
 
 def test_a_kernel_that_takes_no_padded_heads_says_so_in_its_own_words():
-    block, x = (
-        make(taking(lambda size: size == 64), 2, 64, torch.float16),
-        image(128, torch.float16),
-    )
+    block = make(taking(lambda size: size == 64), 2, 64, torch.float16)
+    x = image(128, torch.float16)
     unmerged = block(x)
     output, summary = merged(block, x)
     assert torch.equal(output, unmerged)
@@ -201,10 +199,8 @@ def test_another_kernel_behind_the_same_function_is_probed_anew():
 def test_after_a_pass_that_a_kernel_refused_it_is_probed_anew(monkeypatch):
     """Where nothing on the attention tells that another one runs."""
     kernels = [plain]
-    block, x = (
-        make(lambda *heads: kernels[-1](*heads), 2, 64, torch.float16),
-        image(128, torch.float16),
-    )
+    block = make(lambda *heads: kernels[-1](*heads), 2, 64, torch.float16)
+    x = image(128, torch.float16)
     settings = tome.MergeSettings(ratio=0.75, schedule="constant", skip_unprofitable=False)
     with tome.attach(block, settings) as merging:
         block(x)

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import tomesd_core as tome
-from tomesd_core import proportional
+from tomesd_core import probe
+from tomesd_core.probe import probe_heads
 from tomesd_core.proportional import (
     BIAS_CHANNELS,
     WIDTH,
     Heads,
     Projections,
     has_projections,
-    probe_heads,
 )
 from tomesd_core.settings import MergeSettings
 
@@ -131,11 +131,9 @@ def reference(block, x, token_map, method):
     inner = block.transformer_blocks[0]
     attention, y = inner.attn1.double(), inner.norm1.double()(x.double().flatten(2).transpose(1, 2))
     merged = token_map.merge(y)
-    q, k, v = (
-        attention.to_q(y if method == "keys" else merged),
-        attention.to_k(merged),
-        attention.to_v(merged),
-    )
+    q = attention.to_q(y if method == "keys" else merged)
+    k = attention.to_k(merged)
+    v = attention.to_v(merged)
     heads = attention.heads
     q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
     similarity = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -215,14 +213,14 @@ def test_an_attention_whose_scale_is_unknown_is_left_alone_and_that_is_said(meth
     unmerged = block(x)
     with tome.attach(block, settings(method)) as merging:
         assert torch.equal(block(x), unmerged)
-    assert "no known scale" in merging.report().summary
+    assert "unknown logit scale" in merging.report().summary
     assert run(block, x, settings("paper"))
 
 
 def test_a_counter_on_an_attention_does_not_have_it_probed_anew(monkeypatch):
     block, x, probes = make("by heads"), image(16), []
-    usual = proportional._probed
-    monkeypatch.setattr(proportional, "_probed", lambda *args: probes.append(None) or usual(*args))
+    usual = probe._probed
+    monkeypatch.setattr(probe, "_probed", lambda *args: probes.append(None) or usual(*args))
     with tome.attach(block, settings("keys")):
         for count in range(3):
             block.transformer_blocks[0].attn1.calls = count

@@ -67,7 +67,7 @@ def test_a_failure_is_the_reason_before_all_others():
         "nothing merged: merging failed: x"
     )
     merged = layer("a", 1, 64, 32, 2, 1)
-    merged.count_whole("merging failed: x")
+    merged.count_unmerged("merging failed: x")
     assert (
         Report([merged], 2, 1, 0.5, [], "merging failed: x").summary.count("merging failed: x") == 1
     )

@@ -207,12 +207,12 @@ def test_no_part_of_the_ratio_sliders_gives_an_error(method, schedule):
             assert getattr(settings, name) == step * setting.step
 
 
-def test_the_paper_draws_anew_and_the_others_keep_their_draw_unless_it_is_said():
+def test_the_paper_redraws_and_the_others_keep_their_draw_unless_it_is_said():
     assert [
-        tome.MergeSettings(method=method).draws_anew for method in ("keys", "tokens", "paper")
+        tome.MergeSettings(method=method).redraws for method in ("keys", "tokens", "paper")
     ] == [0, 0, 1]
-    assert tome.MergeSettings(method="keys", redraw=True).draws_anew
-    assert not tome.MergeSettings(method="paper", redraw=False).draws_anew
+    assert tome.MergeSettings(method="keys", redraw=True).redraws
+    assert not tome.MergeSettings(method="paper", redraw=False).redraws
 
 
 def test_the_field_list_has_every_field_in_order():

@@ -1,15 +1,19 @@
-"""The soak in the stand-in: what it counts, and that it notices what it is there for."""
+"""The soak in the stand-in: what it counts and what it notices."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("ldm")
 pytest.importorskip("psutil")
 pytest.importorskip("tqdm")
+
+import psutil
 
 from lab.bench import soak
 from lab.bench.__main__ import main
@@ -21,7 +25,7 @@ COMMAND = ("soak", "--count", "13", "--seed", "3", "--sizes", "256x256", "128x19
 
 @pytest.fixture
 def last_lines(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, dict[str, str]]]:
-    """Runs the soak; gives its exit status and what its last lines say."""
+    """Run the soak; return its status and its last lines by their titles."""
 
     def run(*arguments: str) -> tuple[int, dict[str, str]]:
         status = main([*COMMAND, *arguments])
@@ -32,7 +36,7 @@ def last_lines(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, dict[s
 
 @pytest.fixture
 def unet_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
-    """Hooks a function on the UNet of every model that the soak makes."""
+    """Hook a function on the UNet of every model that the soak makes."""
     hooks = []
     random = TinyModel.random
 
@@ -47,19 +51,13 @@ def unet_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
 
 def test_nothing_is_lost_and_wrong_requests_are_refused(last_lines: Callable) -> None:
     status, lines = last_lines()
-    assert list(lines) == [
-        "generations",
-        "pictures lost",
-        "unclean",
-        "refused rightly",
-        "memory growth",
-    ]
+    titles = ["generations", "pictures lost", "unclean", "refused rightly", "memory growth"]
+    assert list(lines) == titles
     assert (lines["generations"].split(",")[0], lines["pictures lost"]) == ("13", "0")
-    compared, (refused, wrong) = (
-        lines["unclean"].split(" ")[2],
-        lines["refused rightly"].split(" of "),
-    )
-    assert lines["unclean"].startswith("0 of ") and int(compared) >= 2 and refused == wrong != "0"
+    unclean, _, compared, *_ = lines["unclean"].split(" ")
+    assert unclean == "0" and int(compared) >= 2
+    refused, wrong = lines["refused rightly"].split(" of ")
+    assert refused == wrong != "0"
     assert "MB)" in lines["memory growth"] and status == 0
 
 
@@ -69,9 +67,9 @@ def test_an_unmerged_picture_that_changes_is_noticed(
     runs = []
     unet_forward(lambda out: out * (1 if runs.append(1) or len(runs) < 20 else 0.9))
     status, lines = last_lines()
-    assert (
-        status == 1 and not lines["unclean"].startswith("0 of ") and lines["pictures lost"] == "0"
-    )
+    assert status == 1
+    assert not lines["unclean"].startswith("0 of ")
+    assert lines["pictures lost"] == "0"
 
 
 def test_a_picture_that_fails_is_lost(last_lines: Callable, unet_forward: Callable) -> None:
@@ -81,28 +79,65 @@ def test_a_picture_that_fails_is_lost(last_lines: Callable, unet_forward: Callab
     assert status == 1 and int(lines["pictures lost"]) > 0
 
 
-def test_a_wrong_request_that_merges_is_not_refused() -> None:
-    picture, body = soak.Image.new("RGB", (8, 8)), {"width": 8, "height": 8}
-    for infotext, outcome, problem in (
-        ("ToMe ratio: 0.5", "told", "not refused"),
-        ("ToMe error: ratio", "told", ""),
-        ("", "refused", "not refused"),
-        ("ToMe error: ratio", "made", "lost"),
-    ):
-        answer = soak.Answer([picture], infotext)
-        assert (
-            soak._problem(soak.Request(body, outcome=outcome), answer).partition(":")[0] == problem
-        )
+@pytest.fixture
+def soaked(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
+    """Soak a server that gives one answer to every request; return the status and the output."""
+
+    def run(request: soak.Request, answer: soak.Answer, count: int, pid: int | None = None):
+        server = SimpleNamespace(make=lambda tab, body: answer, pid=pid)
+        status = soak.soak(server, itertools.repeat(request), count, 0, lambda line: None)
+        return status, capsys.readouterr().out
+
+    return run
 
 
-@pytest.mark.parametrize(("side", "problem"), [(81, ""), (128, ""), (160, "lost")])
-def test_a_host_may_round_the_size_of_a_hires_pass(side: int, problem: str) -> None:
+@pytest.mark.parametrize(
+    ("infotext", "outcome", "lost", "refused"),
+    [
+        ("ToMe ratio: 0.5", "told", 0, 0),
+        ("ToMe error: ratio", "told", 0, 1),
+        ("", "refused", 0, 0),
+        ("ToMe error: ratio", "made", 1, 0),
+    ],
+)
+def test_a_wrong_request_that_merges_is_not_refused(
+    soaked: Callable, infotext: str, outcome: str, lost: int, refused: int
+) -> None:
+    body = {"width": 8, "height": 8}
+    answer = soak.Answer([Image.new("RGB", (8, 8))], infotext)
+    status, printed = soaked(soak.Request(body, outcome=outcome), answer, 1)
+    assert status == (outcome == "made" or not refused)
+    assert f"pictures lost: {lost}\n" in printed
+    assert f"refused rightly: {refused} of {int(outcome != 'made')}\n" in printed
+
+
+@pytest.mark.parametrize(("side", "lost"), [(81, 0), (128, 0), (160, 1)])
+def test_a_host_may_round_the_size_of_a_hires_pass(soaked: Callable, side: int, lost: int) -> None:
     body = {"width": 64, "height": 64, "hr_scale": 1.28}
-    answer = soak.Answer([soak.Image.new("RGB", (side, side))], "ToMe ratio: 0.5")
-    assert soak._problem(soak.Request(body), answer).partition(":")[0] == problem
+    answer = soak.Answer([Image.new("RGB", (side, side))], "ToMe ratio: 0.5")
+    status, printed = soaked(soak.Request(body), answer, 1)
+    assert status == lost and f"pictures lost: {lost}\n" in printed
 
 
-def test_what_is_drawn_is_a_seeds_own_and_has_every_kind() -> None:
+@pytest.mark.parametrize(
+    ("readings", "growth"),
+    [([100, 100, 104, 106], "+6.0%"), ([200, *range(100, 119)], "-21.7%"), ([], "not measured")],
+    ids=["grown", "only the warm-up", "unknown process"],
+)
+def test_growth_is_that_of_the_last_tenth_over_the_first(
+    soaked: Callable, monkeypatch: pytest.MonkeyPatch, readings: list[int], growth: str
+) -> None:
+    memory = iter(readings)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(memory)))
+    monkeypatch.setattr(psutil, "Process", lambda pid: process)
+    request = soak.Request({"width": 8, "height": 8, soak.SCRIPTS: {}})
+    answer = soak.Answer([Image.new("RGB", (8, 8))], "")
+    status, printed = soaked(request, answer, len(readings) or 4, 1 if readings else None)
+    assert growth in printed.partition("memory growth: ")[2]
+    assert status == (growth == "+6.0%")
+
+
+def test_requests_follow_from_the_seed_and_have_every_kind() -> None:
     class Server:
         pixels, samplers, presets, upscaler = 8, ("Euler", "DDIM"), ("Fast", "Quality"), "Latent"
 
@@ -115,18 +150,11 @@ def test_what_is_drawn_is_a_seeds_own_and_has_every_kind() -> None:
     assert some[0] is some[10] is some[290]
     assert 50 < sum(request.outcome != "made" for request in some) < 100
     assert {request.ends_by for request in some} == {None, "interrupt", "skip"}
-    assert any("enable_hr" in request.body for request in some) and {"img2img"} < {
-        one.tab for one in some
-    }
+    assert any("enable_hr" in request.body for request in some)
+    assert {"img2img"} < {one.tab for one in some}
     arguments = [request.body[soak.SCRIPTS].get("ToMe", {}).get("args", []) for request in some]
     assert {
         name for args in arguments for name in (args or [{}])[0:1] if isinstance(name, bool)
     } == {True, False}
     named = {name for args in arguments for arg in args if isinstance(arg, dict) for name in arg}
     assert {"preset", *soak.SETTINGS} < named
-
-
-def test_growth_is_taken_behind_the_warm_up(capsys: pytest.CaptureFixture) -> None:
-    assert soak._growth([100, 100, 104, 106]) == pytest.approx(0.06)
-    assert soak._growth([200, *range(100, 119)]) == pytest.approx(117.5 / 150 - 1)
-    assert soak._growth([]) == 0 and "not measured" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import (
 )
 
 import tomesd_core as tome
-from tomesd_core import proportional
+from tomesd_core import probe
 from tomesd_core.settings import METHODS
 from tomesd_core.unet import find_layers
 
@@ -183,9 +183,9 @@ class Pipeline(diffusers.DiffusionPipeline):
 
 
 def test_each_processor_type_is_probed_once(make_unet, run, monkeypatch):
-    probes, usual = [], proportional._probed
-    monkeypatch.setattr(proportional, "_probed", lambda *args: probes.append(None) or usual(*args))
-    proportional._known.clear()
+    probes, usual = [], probe._probed
+    monkeypatch.setattr(probe, "_probed", lambda *args: probes.append(None) or usual(*args))
+    probe.forget_heads()
     unet = make_unet()
     for make in (AttnProcessor2_0, AttnProcessor, AttnProcessor2_0):
         for layer in find_layers(unet):

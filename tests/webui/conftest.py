@@ -1,5 +1,4 @@
-"""The extension in the stand-in for WebUI, with small random models; after every test nothing of it
-may be left."""
+"""The extension in the stand-in for WebUI, with small random models; nothing of it may stay."""
 
 from __future__ import annotations
 
@@ -10,6 +9,7 @@ import os
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from lab.demo.model import TinyModel
 from lab.host import Host
+from tomesd_core.webui import presets
 
 
 def small_model(seed: int, **shape: Any) -> TinyModel:
@@ -27,7 +28,7 @@ def small_model(seed: int, **shape: Any) -> TinyModel:
 
 
 class Joint(nn.Module):
-    """A model without a SpatialTransformer, as SD3's is."""
+    """A model without a SpatialTransformer, like SD3."""
 
     in_channels = 3
 
@@ -41,8 +42,7 @@ class Joint(nn.Module):
 
 @pytest.fixture(scope="session")
 def checkpoints(one_thread) -> dict[str, nn.Module]:
-    """Two checkpoints of one shape, which share a module in memory; one of another shape; one
-    without transformers."""
+    """Two checkpoints of one shape, one of another, and one without transformers."""
     joint = small_model(3)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -57,14 +57,13 @@ def checkpoints(one_thread) -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="session")
 def loaded() -> weakref.WeakSet:
-    """Every model that the host ever loaded and that is still alive."""
+    """Models that the host loaded and that are still alive."""
     return weakref.WeakSet()
 
 
 @pytest.fixture(scope="module")
 def host(checkpoints, loaded) -> Iterator[Host]:
-    """The host with this extension. One a module: there is one host a process, and other tests
-    start theirs."""
+    """The host with this extension; one per module, since a process can have one host at a time."""
 
     def load(name: str) -> nn.Module:
         model = copy.deepcopy(checkpoints[name])
@@ -81,13 +80,13 @@ def sampling(host) -> ModuleType:
 
 
 def of_any_steps(tome: list[Any] | None) -> list[Any] | None:
-    """An object that merges the small pictures of two steps at the ratio that it names."""
+    """An object's ratio holds for pictures of few steps too."""
     return [{"full_steps": 1, **tome[0]}, *tome[1:]] if tome and isinstance(tome[0], dict) else tome
 
 
 @pytest.fixture(scope="module")
 def make(host) -> Callable[..., Any]:
-    """Makes a small picture; `tome` are the script's arguments, the others the fields of `p`."""
+    """Make a small picture from the script's arguments and fields of `p`."""
     from modules import processing
 
     def run(tome: list[Any] | None = None, tab: str = "txt2img", **fields: Any):
@@ -99,7 +98,7 @@ def make(host) -> Callable[..., Any]:
 
 @pytest.fixture
 def make_p(host) -> Callable[..., Any]:
-    """What `process_images` takes; `tome=None` is one without scripts."""
+    """Make a `p`, without scripts if `tome` is None."""
 
     def build(tome: list[Any] | None, **fields: Any):
         p = host.make_p(of_any_steps(tome), **{**REQUEST, **fields})
@@ -112,7 +111,7 @@ def make_p(host) -> Callable[..., Any]:
 
 @pytest.fixture
 def process(host) -> Callable[..., Any]:
-    """`process_images`, of which `make` makes its own `p`."""
+    """`process_images`, for a `p` of `make_p`."""
     from modules import processing
 
     return processing.process_images
@@ -120,29 +119,35 @@ def process(host) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def plain(make) -> list[bytes]:
-    """The picture of `REQUEST` from the first checkpoint, made before anything was merged."""
+    """The picture of `REQUEST`, made before anything was merged."""
     return pixels(make())
 
 
 @pytest.fixture(scope="module")
 def merged(make, plain) -> list[bytes]:
-    """The same picture, half its tokens merged."""
+    """The picture of `REQUEST` with half of its tokens merged."""
     picture = pixels(make(HALVED))
     assert picture != plain
     return picture
 
 
 @pytest.fixture
+def presets_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The presets' file, in the test's folder."""
+    monkeypatch.setattr(presets, "PATH", tmp_path / "presets.json")
+    return presets.PATH
+
+
+@pytest.fixture
 def add_script(host) -> Iterator[Callable[..., None]]:
-    """Adds another extension's script until the test's end; see `other_script`."""
+    """Add another extension's script for this test; see `other_script`."""
     with contextlib.ExitStack() as stack:
         yield lambda first=False, **methods: stack.enter_context(other_script(first, **methods))
 
 
 @pytest.fixture
 def on_denoised(host) -> Iterator[Callable[[Callable], None]]:
-    """Registers a function that is called after every evaluation of the model, until the test's
-    end."""
+    """Register a function for this test that runs after every evaluation of the model."""
     from modules import script_callbacks
 
     registered = []
@@ -157,21 +162,40 @@ def on_denoised(host) -> Iterator[Callable[[Callable], None]]:
 
 
 @pytest.fixture
+def measure(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module, with the fewest rounds; afterwards no task waits and no lock is held."""
+    from modules import call_queue, progress, shared
+
+    module = running("webui.measure")
+    monkeypatch.setattr(module, "SECONDS", 0)
+    monkeypatch.setattr(module, "MOST_SECONDS", 0)
+    yield module
+    assert progress.pending_tasks == {} and progress.current_task is None
+    assert not call_queue.queue_lock.locked()
+    assert (shared.state.job, shared.state.interrupted, shared.state.skipped) == ("", False, False)
+
+
+@pytest.fixture
+def task(request: pytest.FixtureRequest) -> str:
+    """The id of a measurement, as the page makes one: each test has its own."""
+    return f"task({request.node.name})"
+
+
+@pytest.fixture
 def attention(host) -> Iterator[SimpleNamespace]:
-    """What reaches self-attention, whoever calls it: the UNet of each call, and how many keys its
-    first layer sees."""
+    """The UNet of each evaluation, and the number of keys in its first layer."""
     record = SimpleNamespace(tokens=[], unets=[], layer=None)
     keys: set[nn.Module] = set()
 
     def before(module: nn.Module, args: tuple) -> None:
-        # Called before the module's own hooks.
+        # Runs before the module's own hooks.
         if hasattr(module, "input_blocks"):
             record.unets.append(module)
             record.tokens.append(0)
             record.layer = None
             keys.update(block.attn1.to_k for block in module.modules() if hasattr(block, "attn1"))
         elif module in keys and record.layer in (None, module):
-            # The largest: a layer may first be asked, with a few tokens, how it splits its heads.
+            # The largest: the layer's heads may be probed on a few tokens first.
             record.layer, record.tokens[-1] = module, max(record.tokens[-1], args[0].shape[1])
 
     handle = nn.modules.module.register_module_forward_pre_hook(before)
@@ -181,14 +205,13 @@ def attention(host) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="module")
 def one_step(make, plain) -> list[bytes]:
-    """The picture of `REQUEST` in one step, which is what every test ends with."""
+    """The picture of `REQUEST` in one step, which follows every test."""
     return pixels(make(steps=1))
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After every test in the host: no exception of ours, no hook on any model, no wrapped
-    `sample`, off as it was."""
+    """After every test no exception, hook or wrapper of the extension is left, and off is off."""
     if "host" not in request.fixturenames:
         yield
         return
@@ -198,7 +221,7 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
 
     shared.opts.reset()
     errors.exceptions.clear()
-    sampling._too_large.clear()
+    sampling.stop()
     ps: list[Any] = []
     with other_script(first=True, before_process=ps.append):
         yield

@@ -1,10 +1,11 @@
-"""What the tests in the stand-in for WebUI share."""
+"""Requests and helpers of the tests in the stand-in for WebUI."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from PIL import Image, ImageChops
 from torch import nn
 
 from lab.host import Host
@@ -21,8 +23,7 @@ from tomesd_core.settings import FIELDS
 ROOT = Path(__file__).parents[2]
 
 SIDE = 32
-"""Of the pictures: 1024 tokens at level 1, 256 at level 2; fewer than 1024 would not be worth
-merging."""
+"""Side of the pictures: 1024 tokens at level 1, the fewest that are worth merging."""
 
 REQUEST = {
     "prompt": "cat",
@@ -33,7 +34,7 @@ REQUEST = {
     "sampler_name": "Euler",
 }
 HALVED = [True, 0.5, 0.2, "constant", 0.5, 1, 0, "both passes", 1, "paper"]
-"""The script's arguments that merge half of the tokens, matched anew in every step."""
+"""Arguments of the script that merge half of the tokens."""
 HIRES = {"enable_hr": True, "hr_scale": 1.125, "denoising_strength": 0.6}
 HIRES_TOKENS = 36 * 36
 
@@ -41,7 +42,7 @@ KEYS = [setting.infotext for setting in FIELDS.values() if setting.infotext]
 
 
 def script_module() -> ModuleType:
-    """The script file of this project as the host has executed it."""
+    """This project's script file, as the host has executed it."""
     from modules import scripts
 
     return next(
@@ -52,8 +53,49 @@ def script_module() -> ModuleType:
 
 
 def running(name: str) -> ModuleType:
-    """A module of the package as the extension in the host runs it, by its name in `tomesd_core`."""
+    """A module of the extension in the host, by its name in `tomesd_core`."""
     return importlib.import_module(f"{script_module().PACKAGE}.{name}")
+
+
+def arguments(
+    ratio=0.5,
+    late=0.2,
+    schedule="constant",
+    switch_at=0.5,
+    level=1,
+    least=0,
+    apply_to="both passes",
+):
+    """Arguments of the script, with the method of `HALVED`."""
+    return [True, ratio, late, schedule, switch_at, level, least, apply_to, 1, "paper"]
+
+
+def keys_of(processed: Any) -> dict[str, Any]:
+    """The extension's parameters of a picture, which must read back from its text."""
+    from modules import infotext_utils
+
+    parameters = processed.extra_generation_params
+    keys = {key: value for key, value in parameters.items() if key.startswith("ToMe")}
+    for text in processed.infotexts:
+        read = infotext_utils.parse_generation_parameters(text)
+        assert {key: str(value) for key, value in keys.items()} == {
+            key: value for key, value in read.items() if "ToMe" in key
+        }
+    return keys
+
+
+def untimed(text: str) -> str:
+    """A summary without its seconds, which differ from run to run."""
+    return re.sub(r"; sampled in [\d.]+ s", "", text)
+
+
+def largest_difference(one: Image.Image, other: Image.Image) -> int:
+    """Over all pixels and channels, from 0 to 255."""
+    return max(high for _, high in ImageChops.difference(one, other).getextrema())
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise ValueError("on purpose")
 
 
 def pixels(processed: Any) -> list[bytes]:
@@ -61,12 +103,15 @@ def pixels(processed: Any) -> list[bytes]:
 
 
 def left(ratio: float, tokens: int = SIDE * SIDE) -> int:
-    """How many tokens a ratio leaves."""
+    """Number of tokens that a ratio leaves."""
     return tokens - tokens_removed(tokens, ratio, rounded=True)
 
 
+HALF, FULL = left(0.5), left(0.0)
+
+
 def run(code, *arguments, cwd=ROOT, **env):
-    """Runs Python code in a process of its own, with this project's folder first on its path."""
+    """Run Python code in a new process, with this project's folder first on its path."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -84,14 +129,14 @@ def run(code, *arguments, cwd=ROOT, **env):
 
 
 @contextlib.contextmanager
-def failing_unet(host: Host, at: int = 2) -> Iterator[None]:
-    """The UNet raises in its call number `at`."""
+def failing_unet(host: Host, at: int = 2, error: Exception | None = None) -> Iterator[None]:
+    """Let the UNet raise in its call number `at`."""
     calls = []
 
     def fail(*_: Any) -> None:
         calls.append(None)
         if len(calls) == at:
-            raise ValueError("on purpose")
+            raise error or ValueError("on purpose")
 
     handle = host.sd_model.model.diffusion_model.register_forward_hook(fail)
     try:
@@ -101,7 +146,7 @@ def failing_unet(host: Host, at: int = 2) -> Iterator[None]:
 
 
 def hooked(model: nn.Module) -> list[str]:
-    """The modules of a model that have a hook of any kind."""
+    """The hook dictionaries of a model that aren't empty."""
     return [
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -112,8 +157,7 @@ def hooked(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def other_script(first: bool = False, **methods: Callable) -> Iterator[None]:
-    """Another extension's script on both tabs: functions by the callback's name; `first` puts it
-    before all others."""
+    """Add another extension's script to both tabs: functions by callback; `first` runs it first."""
     from modules import scripts
 
     kind = type(
@@ -129,3 +173,11 @@ def other_script(first: bool = False, **methods: Callable) -> Iterator[None]:
     finally:
         for runner, script in zip(runners, added, strict=True):
             runner.alwayson_scripts.remove(script)
+
+
+def element_functions(page: Any, elem_id: str) -> Iterator[Callable[..., Any]]:
+    """The functions that a page calls at an element's events."""
+    (element,) = (number for number, block in page.blocks.items() if block.elem_id == elem_id)
+    for dependency, function in zip(page.dependencies, page.fns, strict=True):
+        if function.fn is not None and element in {target[0] for target in dependency["targets"]}:
+            yield function.fn

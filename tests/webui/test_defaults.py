@@ -88,13 +88,10 @@ def ours(content):
 @pytest.mark.parametrize("version", FILES)
 def test_ranges_and_defaults_that_nobody_chose_are_those_of_today(updated, version):
     after = updated(FILES[version])
-    assert ours(after) == {} and not any(
-        field in name for name in after for field in ("minimum", "maximum", "step")
-    )
-    assert (
-        after["txt2img/Steps/value"] == 20
-        and after["customscript/tome.py/txt2img/Ratio/visible"] is True
-    )
+    assert ours(after) == {}
+    assert not any(field in name for name in after for field in ("minimum", "maximum", "step"))
+    assert after["txt2img/Steps/value"] == 20
+    assert after["customscript/tome.py/txt2img/Ratio/visible"] is True
     assert updated(after) == after
 
 
@@ -146,10 +143,8 @@ def test_a_value_that_cant_be_used_gives_the_default_and_is_logged_once(
 ):
     after = updated(FILES["1.0.0"] | {key(label, "value"): value})
     assert ours(after) == {} and len(log_lines) == 1
-    assert (
-        "a default in ui-config.json (txt2img) can't be used" in log_lines[0]
-        and repr(value) in log_lines[0]
-    )
+    assert "a default in ui-config.json (txt2img) can't be used" in log_lines[0]
+    assert repr(value) in log_lines[0]
     updated(after)
     assert len(log_lines) == 1
 
@@ -168,10 +163,8 @@ def test_the_file_is_written_before_webui_reads_it_and_only_where_it_changes(upd
 
 def test_a_file_that_is_not_there_yet_gets_the_copy_of_the_defaults(update):
     content = json.loads(update().read_text(encoding="utf-8"))
-    assert (
-        list(content) == [running("webui.defaults").COPY]
-        and content[running("webui.defaults").COPY]["ratio"] > 0
-    )
+    assert list(content) == [running("webui.defaults").COPY]
+    assert content[running("webui.defaults").COPY]["ratio"] > 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from in_host import KEYS, left
 
-from tomesd_core.settings import FIELDS
-from tomesd_core.webui.arguments import BEFORE_NAMED, CONTROLS, MAP_FIELDS, shown
+from tomesd_core.settings import BEFORE_NAMED, FIELDS
+from tomesd_core.webui.arguments import CONTROLS, MAP_FIELDS, shown
 
 PANEL = {name: setting for name, setting in FIELDS.items() if setting.infotext}
 

@@ -89,7 +89,7 @@ def lines(host, make):
     for values in ({"min_tokens": 65536}, {"ratio": 0, "schedule": "constant"}, {"ratio": 0.3}):
         lines.append(make([values]).comments.strip())
     lines += [
-        measure.line_of("64x64", *result, 0.5, 0.5)
+        running("webui.times_faster").line_of("64x64", *result, 0.5, 0.5)
         for result in ((2.0, 0.01), (0.5, 0.01), (2.0, 0.5))
     ]
     return lines
@@ -125,10 +125,8 @@ def test_before_1_7_another_extensions_file_of_a_language_is_the_one_that_counts
     from modules import scripts
 
     leave = running("webui.host").leave_languages_to_others
-    ours, theirs = (
-        str(ROOT / "localizations" / "ko_KR.json"),
-        "/webui/extensions/korean/localizations/ko_KR.json",
-    )
+    ours = str(ROOT / "localizations" / "ko_KR.json")
+    theirs = "/webui/extensions/korean/localizations/ko_KR.json"
     files = [SimpleNamespace(path=path, filename="ko_KR.json") for path in (theirs, ours)]
     monkeypatch.setattr(scripts, "list_scripts", lambda folder, ending: files, raising=False)
     languages = {

@@ -1,4 +1,4 @@
-"""Whatever stands where a value should: it is said, nothing else is raised, and no preset is lost."""
+"""Arbitrary values in arguments, parameters and presets: reported, and nothing else is raised."""
 
 from __future__ import annotations
 
@@ -28,12 +28,7 @@ def many(count):
     )
 
 
-@pytest.fixture(autouse=True)
-def path(tmp_path, monkeypatch):
-    monkeypatch.setattr(presets, "PATH", tmp_path / "presets.json")
-    return presets.PATH
-
-
+@pytest.mark.usefixtures("presets_path")
 @many(400)
 @given(
     st.lists(ANYTHING, max_size=14).map(lambda args: [True, *args])
@@ -41,7 +36,7 @@ def path(tmp_path, monkeypatch):
 )
 def test_arguments(args):
     try:
-        result = read_arguments(args, None, presets.get)
+        result = read_arguments(args)
     except SettingsError as error:
         message = str(error)
         assert "unknown setting" in message or (
@@ -65,13 +60,13 @@ def test_arguments(args):
 def test_parameters(log_lines, parameters):
     log_lines.clear()
     for name, value_of in infotext.paste_fields({name: name for name in PANEL_FIELDS}):
-        setting, is_told = PANEL_FIELDS[name], len(log_lines)
+        setting, logged = PANEL_FIELDS[name], len(log_lines)
         value = value_of(parameters)
         assert shown(name, setting.check(name, value)) == value
         if (
             value == shown(name, setting.default)
             and setting.infotext in parameters
-            and len(log_lines) == is_told
+            and len(log_lines) == logged
         ):
             text = parameters[setting.infotext]
             assert shown(name, setting.check(name, from_text(setting, text))) == value, (
@@ -81,11 +76,11 @@ def test_parameters(log_lines, parameters):
 
 @many(150)
 @given(BY_NAME | ANYTHING, st.text(max_size=5))
-def test_a_presets_file(path, entry, name):
-    path.write_text(
+def test_a_presets_file(presets_path, entry, name):
+    presets_path.write_text(
         json.dumps({"version": 1, "presets": {name: entry, "kept": {"ratio": 0.25}}}),
         encoding="utf-8",
     )
-    usable, said = presets.read()
+    usable, messages = presets.read()
     assert {*presets.BUILT_IN, "kept"} <= set(usable)
-    assert bool(said) == (len(usable) == len(presets.BUILT_IN) + 1 and name != "kept")
+    assert bool(messages) == (len(usable) == len(presets.BUILT_IN) + 1 and name != "kept")

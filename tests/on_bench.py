@@ -1,0 +1,29 @@
+"""Helpers of the benchmark's tests."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+
+from lab.bench.contenders import Contender, contenders
+from lab.bench.pictures import UNTRAINED, Studio
+from tomesd_core.settings import MergeSettings
+
+CPU = torch.device("cpu")
+TINY_STUDIO = Studio(UNTRAINED, steps=4, scale=3.0, attention="sdp", dtype="float32", device=CPU)
+"""A studio with a small untrained model."""
+
+
+def one_contender(name: str, ratio: float, tokens: int = 256) -> Contender:
+    """A contender that merges layers of any size."""
+    settings = MergeSettings(schedule="constant", skip_unprofitable=False)
+    (contender,), _ = contenders([name], ratio, tokens, torch.float32, settings)
+    return contender
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,234 @@
+"""The contenders that the benchmark compares, and how it times them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from on_bench import CPU, one_contender
+from torch import nn
+
+from lab.bench import memory, models, output, timing
+from lab.bench.contenders import (
+    CORNER,
+    EXACT,
+    KEYS,
+    LIMIT,
+    LIMIT_KEYS,
+    OURS,
+    PAPER,
+    QUERIES,
+    RANDOM,
+    TODO,
+    TODO_FACTORS,
+    TOKENS,
+    UNMERGED,
+    UNWEIGHTED,
+    Contender,
+    contenders,
+    matchers,
+    merged_layers,
+)
+from lab.bench.peers import TOMA
+from tomesd_core.probe import PROBE_TOKENS
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+EVERYONE = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, CORNER, RANDOM, QUERIES, TODO, TOMA]
+EVERYONE += [LIMIT_KEYS, LIMIT]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    return models.build_unet(models.TINY, CPU, torch.float32)
+
+
+def test_limit_touches_the_merged_layers_alone(tiny: nn.Module, watch: Callable) -> None:
+    step = models.one_step(tiny, models.TINY, (128, 128))
+    merged = {one.name for one in merged_layers(tiny)}
+    assert len(merged) == 3
+    with one_contender(LIMIT, 0.6).put_on(tiny), watch(tiny) as inputs_of:
+        step()
+    # 256 tokens at level 1, 64 at level 2.
+    lengths = {name: inputs[0].shape[1] for name, inputs in inputs_of.items()}
+    assert lengths == {name: 256 - int(256 * 0.6) if name in merged else 64 for name in inputs_of}
+
+
+@pytest.fixture
+def keys_of(tiny: nn.Module) -> Callable[[Contender], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Inputs of `to_q` and `to_k` in the merged layers, in a step of 256×256 pixels."""
+    step = models.one_step(tiny, models.TINY, (256, 256))
+
+    def run(contender: Contender) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        with contender.put_on(tiny), contextlib.ExitStack() as handles:
+            for one in merged_layers(tiny):
+                queries = []
+                attn1 = one.block.attn1
+                watched = (
+                    attn1.to_q.register_forward_pre_hook(
+                        lambda _, args, to=queries: to.append(args[0])
+                    ),
+                    attn1.to_k.register_forward_pre_hook(
+                        lambda _, args, of=queries: (
+                            inputs.append((of[-1], args[0]))
+                            if of[-1].shape[1] > PROBE_TOKENS
+                            else None
+                        )
+                    ),
+                )
+                for handle in watched:
+                    handles.callback(handle.remove)
+            step()
+        return inputs
+
+    return run
+
+
+def test_limits_attend_to_as_many_tokens_as_the_methods(keys_of: Callable) -> None:
+    lengths = {
+        name: {
+            (queries.shape[1], keys.shape[1])
+            for queries, keys in keys_of(one_contender(name, 0.6, 1024))
+        }
+        for name in (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, LIMIT_KEYS, LIMIT)
+    }
+    assert lengths == {
+        UNMERGED: {(1024, 1024)},
+        **{name: {(1024, 416)} for name in (KEYS, UNWEIGHTED, LIMIT_KEYS)},
+        **{name: {(416, 416)} for name in (TOKENS, PAPER, LIMIT)},
+    }
+    # No projection copies its input.
+    for limit in (LIMIT_KEYS, LIMIT):
+        for queries, keys in keys_of(one_contender(limit, 0.6, 1024)):
+            assert queries.is_contiguous() and keys.is_contiguous()
+
+
+@pytest.mark.parametrize(("ratio", "factor"), TODO_FACTORS.items())
+def test_todo_attends_to_every_nth_token_in_each_direction(
+    keys_of: Callable, ratio: float, factor: int
+) -> None:
+    inputs = keys_of(one_contender(TODO, ratio, 1024))
+    assert len(inputs) == 3
+    for queries, keys in inputs:
+        image = queries.transpose(1, 2).unflatten(2, (32, 32))
+        nearest = nn.functional.interpolate(image, scale_factor=1 / factor, mode="nearest")
+        assert torch.equal(keys, nearest.flatten(2).transpose(1, 2))
+        assert keys.shape[1] == (1 - ratio) * queries.shape[1]
+
+
+def test_unweighted_keys_are_those_of_keys(keys_of: Callable) -> None:
+    (_, merged), *_ = keys_of(one_contender(UNWEIGHTED, 0.6, 1024))
+    (_, weighted), *_ = keys_of(one_contender(KEYS, 0.6, 1024))
+    assert torch.equal(merged, weighted)
+
+
+def test_weighting_comes_nearer_to_the_unmerged_output(tiny: nn.Module) -> None:
+    step = models.one_step(tiny, models.TINY, (256, 256))
+
+    def output_of(name: str) -> torch.Tensor:
+        with one_contender(name, 0.6, 1024).put_on(tiny):
+            return step()
+
+    plain = output_of(UNMERGED)
+    wrong = {name: float((output_of(name) - plain).square().mean()) for name in (KEYS, UNWEIGHTED)}
+    assert 0 < wrong[KEYS] < wrong[UNWEIGHTED]
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+def test_contenders_leave_nothing_behind(tiny: nn.Module, hook_dicts: Callable, name: str) -> None:
+    if name in (CORNER, RANDOM, QUERIES):
+        pytest.importorskip("tomesd")
+    step = models.one_step(tiny, models.TINY, (64, 64))
+    registered, kinds, plain = hook_dicts(tiny), [type(module) for module in tiny.modules()], step()
+    attributes = [set(vars(module)) for module in tiny.modules()]
+    with one_contender(name, 0.75).put_on(tiny):
+        assert torch.equal(step(), plain) == (name == UNMERGED)
+    assert torch.equal(step(), plain)
+    assert hook_dicts(tiny) == registered
+    assert [type(module) for module in tiny.modules()] == kinds
+    assert [set(vars(module)) for module in tiny.modules()] == attributes
+
+
+def test_fused_attention_is_the_same_attention(tiny: nn.Module) -> None:
+    step = models.one_step(tiny, models.TINY, (64, 64))
+    plain = step()
+    with models.attention(tiny, "sdp"):
+        fused = step()
+        # On the class, as in WebUI: a layer with a `forward` of its own isn't merged.
+        assert not any("forward" in vars(module) for module in tiny.modules())
+        with one_contender(KEYS, 0.6).put_on(tiny) as running:
+            assert not torch.equal(step(), fused)
+            assert running.describe().startswith("3 of 7")
+    assert torch.allclose(plain, fused, atol=1e-4) and not torch.equal(plain, fused)
+    assert torch.equal(step(), plain)
+
+
+def test_contenders_that_need_too_much_memory_are_skipped() -> None:
+    # At 2048x2048 a peer's similarities take 6.4 GB. Nothing is allocated here.
+    some, notes = matchers(256, 0.5, torch.float32)
+    assert [one.name for one in some] == [OURS, EXACT]
+    assert any("GB" in note or "not installed" in note for note in notes)
+    able, _ = contenders(EVERYONE, 0.5, 256 * 256, torch.float32)
+    assert [one.name for one in able] == [
+        name for name in EVERYONE if name not in (CORNER, RANDOM, QUERIES, TODO)
+    ]
+
+
+def test_spread_and_pairs() -> None:
+    assert timing.spread([3.0]) == (3, 3, 3)
+    assert timing.spread([5, 1, 4, 2, 3]) == (3, 2, 4)
+    # A round that is slow for all changes no quotient.
+    assert timing.paired([1, 10, 2], [2, 20, 4]) == (0.5, 0.5, 0.5)
+    others = {"over_b": {"a": "b"}, "over_c": {"a": "c"}}
+    rows = timing.compared({"a": [4.0, 8.0], "b": [2.0, 4.0]}, "seconds", "a", others)
+    assert [
+        (row["contender"], row["seconds"], row["gain"], row["over_b"], row["over_c"])
+        for row in rows
+    ] == [
+        ("a", 6, 1, 2, None),
+        ("b", 3, 2, None, None),
+    ]
+
+
+def test_rounds_are_interleaved_and_rotate() -> None:
+    ticks, runs_in_order = [], []
+    runs = {
+        name: lambda name=name: runs_in_order.append(name) or len(runs_in_order) for name in "abc"
+    }
+    results = timing.interleaved(runs, rounds=3, tick=ticks.append, warmup=1)
+    assert ticks == runs_in_order
+    assert "".join(runs_in_order) == "cab" + "abc" + "bca" + "cab"
+    # Without the warm-up's results.
+    assert results == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
+
+
+def test_peak_bytes() -> None:
+    outside = torch.zeros(1000)
+
+    def work() -> torch.Tensor:
+        first = torch.zeros(2000)
+        second = first + 1
+        del first
+        return torch.cat([second, outside, second])
+
+    # At the end: `second` of 2000 and the result of 5000, without `first` and `outside`.
+    assert memory.peak_bytes(work, CPU) == pytest.approx(7000 * 4, abs=64)
+
+
+def test_table() -> None:
+    columns = {"name": ("name", str), "value": ("value", output.number(1)), "word": ("word", str)}
+    rows = [
+        {"name": "a", "value": 1.0},
+        {"name": "longer", "word": "none"},
+        {"name": "b", "value": 123.46},
+    ]
+    assert output.table(columns, rows).splitlines() == [
+        "| name   | value | word |",
+        "| ------ | ----: | ---- |",
+        "| a      |   1.0 | -    |",
+        "| longer |     - | none |",
+        "| b      | 123.5 | -    |",
+    ]

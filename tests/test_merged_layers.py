@@ -1,0 +1,259 @@
+"""Which layers merge, by which map, and the reasons of the others."""
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from layer_calls import FIRST, SD1, assert_merged, assert_unmerged, recorded
+from torch import nn
+
+import tomesd_core as tome
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ratio": 0.75},
+        {"ratio": 0.1},
+        {"stride": (2, 4)},
+        {"stride": (3, 1)},
+        {"partition": "corner"},
+        {"partition": "uniform"},
+        {"partition": "alternating"},
+        {"shared_draw": False},
+        {"window": 4},
+        {"window": 4, "partition": "uniform", "shared_draw": False},
+    ],
+    ids=str,
+)
+def test_attention_sees_tokens_merged_by_the_similarity_of_the_blocks_input(
+    unet, small_settings, make_inputs, options
+):
+    settings = small_settings(max_downsample=2, **{"window": None, **options})
+    with tome.attach(unet, settings) as merging, recorded(unet) as calls:
+        merging.set_step(3)
+        unet(*make_inputs((16, 12)))
+    for call in calls.values():
+        assert_merged(call, settings, step=3)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("options", "channels"),
+    [
+        ({}, 4),
+        ({"use_linear_in_transformer": True}, 4),
+        ({"in_channels": 9}, 9),
+        ({"transformer_depth": 2, "context_dim": [8, 8]}, 4),
+    ],
+    ids=["sd1", "sd2", "inpainting", "two blocks"],
+)
+def test_any_unet_and_any_batch(make_unet, whole, make_inputs, options, channels, batch):
+    unet, settings = make_unet(**options), whole()
+    if "transformer_depth" in options:
+        latent, timesteps, context = make_inputs(batch=batch)
+        inputs = latent, timesteps, [context, context]
+    else:
+        inputs = make_inputs(batch=batch, channels=channels)
+    with tome.attach(unet, settings) as merging, recorded(unet) as calls:
+        output = unet(*inputs)
+    assert output.shape == (batch, 4, 16, 16)
+    assert output.isfinite().all()
+    merged = {layer.name for layer in merging.report().merged_layers}
+    assert merged == {layer.name for layer in merging.report().layers if layer.level == 1}
+    for name, call in calls.items():
+        assert_merged(call, settings) if name in merged else assert_unmerged(call)
+
+
+@pytest.mark.parametrize("max_downsample", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("latent", "batch"),
+    [((64, 96), 1), ((65, 33), 2), ((125, 75), 1), ((8, 8), 2), ((9, 11), 2), ((40, 13), 2)],
+    ids=str,
+)
+def test_layers_merge_up_to_max_downsample_at_any_size(
+    make_unet, small_settings, make_inputs, odd_sizes, latent, batch, max_downsample
+):
+    unet = make_unet(**SD1, num_heads=1)
+    settings = small_settings(ratio=0.7, max_downsample=max_downsample)
+    with tome.attach(unet, settings) as merging, recorded(unet) as calls:
+        output = unet(*make_inputs(latent, batch))
+    assert output.shape == (batch, 4, *latent)
+    assert output.isfinite().all()
+    report = merging.report()
+    assert [layer.level for layer in report.layers] == [1, 2, 4, 8, 4, 4, 2, 2, 1, 1]
+    for layer in report.layers:
+        rows, columns = grid = tuple(-(-side // layer.level) for side in latent)
+        assert calls[layer.name].grid == grid
+        if layer.level <= max_downsample and min(grid) > 1:
+            assert_merged(calls[layer.name], settings)
+            assert layer.tokens == rows * columns
+            assert layer.merged_tokens == calls[layer.name].q.shape[1]
+        else:
+            assert_unmerged(calls[layer.name])
+            assert f"max downsample {max_downsample}" in layer.reason or min(grid) == 1
+
+
+def test_layers_with_fewer_than_min_tokens_are_not_merged(unet, whole, make_inputs):
+    for least, merged in ((64, 7), (65, 3), (256, 3), (257, 0)):
+        with tome.attach(unet, whole(max_downsample=2, min_tokens=least)) as merging:
+            unet(*make_inputs())
+        layers = merging.report().layers
+        assert sum(layer.merged_calls > 0 for layer in layers) == merged
+        for layer in layers:
+            assert layer.merged_calls or f"min tokens {least}" in layer.reason
+
+
+class Resized(nn.Module):
+    """A UNet entry that runs at another size and is scaled back, as other extensions wrap it."""
+
+    def __init__(self, inner, size):
+        super().__init__()
+        self.inner, self.size = inner, size
+
+    def forward(self, h, emb, context):
+        whole = h.shape[-2:]
+        if self.size is None:
+            return self.inner(h, emb, context)
+        return nn.functional.interpolate(
+            self.inner(nn.functional.interpolate(h, self.size), emb, context), whole, mode="nearest"
+        )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("size", [(8, 8), (8, 10), (7, 9)])
+def test_a_resized_layer_is_merged_on_the_grid_that_it_sees(unet, whole, make_inputs, size, when):
+    settings, wrapped = whole(max_downsample=2), None
+    if when == "before":
+        wrapped = unet.input_blocks[1] = Resized(unet.input_blocks[1], size)
+    with tome.attach(unet, settings) as merging:
+        if when == "after":
+            wrapped = unet.input_blocks[1] = Resized(unet.input_blocks[1], size)
+        with recorded(unet) as calls:
+            unet(*make_inputs())
+        (call,) = (call for name, call in calls.items() if name.startswith("input_blocks.1."))
+        assert call.grid == size
+        for each in calls.values():
+            assert_merged(each, settings)
+        assert [layer.level for layer in merging.report().layers] == [2, 2, 2, 2, 2, 1, 1]
+        wrapped.size = None
+        with recorded(unet) as calls:
+            unet(*make_inputs())
+        for each in calls.values():
+            assert_merged(each, settings, step=1)
+        assert [layer.level for layer in merging.report().layers] == [1, 2, 2, 2, 2, 1, 1]
+
+
+def test_a_unet_without_attention_at_max_downsample_merges_at_its_finest_level(
+    make_unet, whole, make_inputs
+):
+    unet = make_unet(attention_resolutions=[2, 4], channel_mult=(1, 1, 1))
+    with tome.attach(unet, whole()) as merging:
+        unet(*make_inputs())
+    report = merging.report()
+    assert {layer.level for layer in report.merged_layers} == {2}
+    assert {layer.level for layer in report.layers} == {2, 4}
+    (note,) = report.notes
+    assert "level 1" in note and "level 2" in note and note in str(report)
+    with tome.attach(unet, whole(max_downsample=4)) as merging:
+        unet(*make_inputs())
+    assert {layer.level for layer in merging.report().merged_layers} == {2, 4}
+    assert merging.report().notes == []
+
+
+def test_blocks_without_self_attention_are_not_merged_and_no_attention_level(
+    make_unet, whole, make_inputs
+):
+    unet = make_unet(disable_self_attentions=[True, False])
+    for max_downsample in (1, 2):
+        with (
+            tome.attach(unet, whole(max_downsample=max_downsample)) as merging,
+            recorded(unet) as calls,
+        ):
+            unet(*make_inputs())
+        assert bool(merging.report().notes) == (max_downsample == 1)
+        for layer in merging.report().layers:
+            if layer.level == 1:
+                assert_unmerged(calls[layer.name])
+                assert "disable_self_attn" in layer.reason
+            else:
+                assert_merged(calls[layer.name], merging.settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*autocast.*")
+@pytest.mark.parametrize("has_blocks", [False, True], ids=["convolution", "unet without attention"])
+def test_a_model_without_mergeable_layers_runs_and_the_report_has_the_reason(
+    make_unet, whole, make_inputs, hook_dicts, has_blocks
+):
+    model = (
+        make_unet(use_spatial_transformer=False, context_dim=None)
+        if has_blocks
+        else nn.Conv2d(4, 4, 3)
+    )
+    inputs = make_inputs()[: 2 if has_blocks else 1]
+    unmerged, before = model(*inputs), hook_dicts(model)
+    with tome.attach(model, whole()) as merging:
+        merging.set_step(0, 2)
+        assert torch.equal(model(*inputs), unmerged)
+    report = merging.report()
+    assert report.merged_layers == []
+    (note,) = report.notes
+    assert "no self-attention layers" in note and note in report.summary
+    assert hook_dicts(model) == before
+
+
+def test_a_unet_whose_blocks_never_run_works_and_the_report_has_the_reason(
+    unet, whole, make_inputs, monkeypatch
+):
+    monkeypatch.setattr(unet, "forward", lambda x, timesteps, context: x + 1)
+    inputs = make_inputs()
+    with tome.attach(unet, whole()) as merging:
+        assert torch.equal(unet(*inputs), inputs[0] + 1)
+    (note,) = merging.report().notes
+    assert "did not run" in note
+
+
+def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, make_inputs, blocks_of):
+    chosen = blocks_of(unet)[FIRST].attn1
+    leave_out = {chosen: "another extension tiles it"}.get
+    with tome.attach(unet, whole(), leave_out) as merging, recorded(unet) as calls:
+        unet(*make_inputs())
+    layers = {layer.name: layer for layer in merging.report().layers}
+    assert layers[FIRST].reason == layers[FIRST].conflict == "another extension tiles it"
+    assert [layer.name for layer in layers.values() if layer.conflict] == [FIRST]
+    assert "another extension tiles it" in merging.report().summary
+    assert_unmerged(calls[FIRST])
+    assert len(merging.report().merged_layers) == 2
+
+
+def test_a_ratio_that_removes_nothing_changes_no_bit(unet, whole, make_inputs):
+    inputs = make_inputs()
+    unmerged = unet(*inputs)
+    with tome.attach(unet, whole(ratio=0)) as merging:
+        assert torch.equal(unet(*inputs), unmerged)
+    assert "nothing" in merging.report().layers[0].reason
+    assert merging.report().summary.startswith("nothing merged: ")
+
+
+def test_a_unet_called_with_keywords_is_merged_the_same(unet, whole, make_inputs):
+    latent, timesteps, context = make_inputs()
+    with tome.attach(unet, whole()) as merging:
+        merging.set_step(1)
+        assert torch.equal(
+            unet(x=latent, timesteps=timesteps, context=context), unet(latent, timesteps, context)
+        )
+    assert merging.report().merged_layers
+
+
+def test_a_call_of_the_unets_forward_is_merged_the_same(unet, whole, make_inputs):
+    inputs, settings = make_inputs(), whole()
+    with tome.attach(unet, settings) as merging:
+        merging.set_step(2)
+        right = unet(*inputs)
+    with tome.attach(unet, settings) as merging:
+        merging.set_step(2)
+        assert torch.equal(unet.forward(*inputs), right)
+    assert len(merging.report().merged_layers) == 3
+    with tome.attach(unet, settings) as merging:
+        unet.forward(*inputs)
+    assert len(merging.report().merged_layers) == 3

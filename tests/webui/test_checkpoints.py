@@ -1,0 +1,145 @@
+"""The model that is sampled: refiners, hires checkpoints, replaced and other UNets."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from in_host import (
+    HALF,
+    HALVED,
+    HIRES,
+    HIRES_TOKENS,
+    hooked,
+    keys_of,
+    left,
+    pixels,
+)
+from torch import nn
+
+
+def test_refiner_that_takes_over_the_module(host, make, attention):
+    make(HALVED, refiner_checkpoint="twin", refiner_switch_at=0.5, steps=4, n_iter=2)
+    assert attention.tokens == [HALF] * 8
+    assert len(set(attention.unets)) == 1
+
+
+@pytest.mark.parametrize("refiner", ["twin", "other"])
+def test_refiner_that_stays_next_to_the_first_model(host, make, attention, refiner):
+    """Both stay in memory, and each is hooked in its own part only."""
+    from modules import shared
+
+    shared.opts.sd_checkpoints_limit = 2
+    states = []
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: (
+            states.append({unet: bool(hooked(unet)) for unet in attention.unets})
+            if type(module).__name__ == "CrossAttention"
+            else None
+        )
+    )
+    processed = make(HALVED, refiner_checkpoint=refiner, refiner_switch_at=0.5, steps=4)
+    handle.remove()
+    assert attention.tokens == [HALF] * 4
+    first, second = dict.fromkeys(attention.unets)
+    assert attention.unets[0] is first and attention.unets[-1] is second
+    assert states[-1] == {first: False, second: True}
+    assert [hooked(first), hooked(second)] == [[], []]
+    assert processed.comments.count("self-attention layers") == (1 if refiner == "twin" else 2)
+    # Equal halves are reported as two runs of two steps, not as half of the steps.
+    assert ("2 of 2 steps (2 times)" in processed.comments) == (refiner == "twin")
+
+
+def test_refiner_that_replaces_the_first_model(host, make, attention):
+    make(HALVED, refiner_checkpoint="other", refiner_switch_at=0.5, steps=4, n_iter=2)
+    assert attention.tokens == [HALF] * 8
+    assert {name for unet in attention.unets for name in hooked(unet)} == set()
+
+
+def test_hires_fix_with_a_checkpoint_of_its_own(make, attention):
+    processed = make(HALVED, hr_checkpoint_name="other", **HIRES)
+    assert attention.tokens == [HALF] * 2 + [left(0.5, HIRES_TOKENS)] * 2
+    assert attention.unets[0] is not attention.unets[-1]
+    assert processed.comments.count("self-attention layers") == 2
+
+
+def test_a_hires_pass_merges_after_a_first_pass_without_mergeable_layers(make, attention):
+    joint = {
+        "override_settings": {"sd_model_checkpoint": "joint"},
+        "hr_checkpoint_name": "base",
+        **HIRES,
+    }
+    expected = make(None, **joint)
+    attention.tokens.clear()
+    processed = make(HALVED, **joint)
+    assert attention.tokens == [left(0.5, HIRES_TOKENS)] * 2
+    assert pixels(processed) != pixels(expected)
+    first, _, second = processed.comments.partition("hires pass: ")
+    assert "first pass: nothing merged" in first and "no self-attention layers" in first
+    assert "3 of 4" in second
+    assert keys_of(processed)["ToMe ratio"] == 0.5
+
+
+def test_another_checkpoint_in_the_next_picture(make, attention, merged):
+    attention.tokens.clear()
+    for name in ("other", "base", "twin", "base"):
+        picture = pixels(make(HALVED, override_settings={"sd_model_checkpoint": name}))
+        assert (picture == merged) == (name == "base")
+    assert attention.tokens == [HALF] * 8
+
+
+def test_a_replaced_model_is_freed(host, make, loaded):
+    import gc
+    import weakref
+
+    from modules import shared
+
+    make(HALVED)
+    unet = weakref.ref(host.sd_model.model.diffusion_model)
+    shared.opts.sd_model_checkpoint = "other"
+    make(HALVED)
+    gc.collect()
+    assert unet() is None
+
+
+def test_a_model_without_mergeable_layers(make, log_lines):
+    joint = {"override_settings": {"sd_model_checkpoint": "joint"}}
+    expected = make(None, **joint)
+    processed = make(HALVED, **joint)
+    assert pixels(processed) == pixels(expected)
+    (line,) = log_lines
+    assert processed.comments == f"ToMe: {line}\n"
+    assert "nothing merged" in line and "no self-attention layers" in line
+
+
+def test_a_replaced_unet(make, monkeypatch):
+    from modules import sd_unet
+
+    monkeypatch.setattr(
+        sd_unet, "current_unet", SimpleNamespace(forward=lambda x, *_, **__: torch.zeros_like(x))
+    )
+    expected = make()
+    processed = make(HALVED)
+    assert pixels(processed) == pixels(expected)
+    assert "nothing merged" in processed.comments and "UNet was replaced" in processed.comments
+
+
+def test_layers_that_hypertile_tiles_are_not_merged(host, make, log_lines):
+    attentions = [module.attn1 for module in host.sd_model.modules() if hasattr(module, "attn1")]
+    tiling = SimpleNamespace(enabled=True)
+    try:
+        setattr(attentions[0], "__webui_hypertile_params", tiling)
+        make(HALVED)
+        for attention in attentions:
+            setattr(attention, "__webui_hypertile_params", tiling)
+        make(HALVED)
+        tiling.enabled = False
+        make(HALVED)
+    finally:
+        for attention in attentions:
+            delattr(attention, "__webui_hypertile_params")
+    some, nothing, off = log_lines
+    assert "2 of 4" in some and "Hypertile" in some
+    assert "nothing merged" in nothing and "Hypertile" in nothing
+    assert "3 of 4" in off and "Hypertile" not in off

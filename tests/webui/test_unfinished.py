@@ -1,0 +1,85 @@
+"""Generations that fail or are ended, and what is hooked outside of sampling: nothing."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from in_host import (
+    FULL,
+    HALF,
+    HALVED,
+    HIRES,
+    failing_unet,
+    hooked,
+    pixels,
+)
+from torch import nn
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_failure_in_the_unet_leaves_nothing(host, make, merged, at):
+    with failing_unet(host, at), pytest.raises(ValueError, match="on purpose"):
+        make(HALVED, n_iter=2)
+    assert hooked(host.sd_model) == []
+    assert pixels(make(HALVED)) == merged
+
+
+@pytest.mark.parametrize("how", ["interrupt", "skip", "stop_generating"])
+def test_an_ended_generation_leaves_nothing(host, make, merged, on_denoised, how):
+    from modules import script_callbacks, shared
+
+    def end(_):
+        getattr(shared.state, how)()
+
+    on_denoised(end)
+    assert make(HALVED, n_iter=2, steps=4).images
+    script_callbacks.remove_callbacks_for_function(end)
+    assert hooked(host.sd_model) == []
+    assert pixels(make(HALVED)) == merged
+
+
+def test_between_generations_nothing_is_attached(host, make, add_script):
+    """Other scripts may run the model there."""
+    hooks = []
+    names = ("process_batch", "post_sample", "postprocess_batch", "postprocess_image")
+    note = lambda *_, **__: hooks.append(hooked(host.sd_model))  # noqa: E731
+    add_script(**dict.fromkeys([*names, "postprocess"], note))
+    make(HALVED, n_iter=2)
+    assert hooks == [[]] * 9
+
+
+def test_unloading_scripts_ends_merging_at_the_next_step(make, on_denoised, attention):
+    from modules import script_callbacks
+
+    on_denoised(lambda _: script_callbacks.script_unloaded_callback())
+    make(HALVED, steps=3)
+    assert attention.tokens == [HALF, FULL, FULL]
+
+
+class Untouchable:
+    def __getattribute__(self, name):
+        raise AssertionError(f"{name} was read")
+
+
+def test_off_registers_no_hook_and_reads_nothing(host, make, sampling, monkeypatch, add_script):
+    registered = []
+    for name in (name for name in dir(nn.Module) if re.match("register_.*hook", name)):
+        before = getattr(nn.Module, name)
+
+        def register(*args, before=before, **kwargs):
+            registered.append(before.__name__)
+            return before(*args, **kwargs)
+
+        monkeypatch.setattr(nn.Module, name, register)
+    wrapped = []
+    add_script(process_batch=lambda p, **_: wrapped.append("sample" in vars(p)))
+    # Loading a model may register hooks.
+    host.sd_model.state_dict()
+    make([False], **HIRES)
+    make(None)
+    assert registered == []
+    assert wrapped == [False, False]
+    sampling.on_denoise(Untouchable())
+    make(HALVED)
+    assert registered, "this test notices hooks"
