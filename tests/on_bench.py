@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from lab.bench.contenders import Contender, contenders
-from lab.bench.pictures import UNTRAINED, Studio
+from lab.bench.pictures import UNTRAINED, Pipeline
 from tomesd_core.settings import MergeSettings
 
 CPU = torch.device("cpu")
-TINY_STUDIO = Studio(UNTRAINED, steps=4, scale=3.0, attention="sdp", dtype="float32", device=CPU)
+TINY_STUDIO = Pipeline(UNTRAINED, steps=4, scale=3.0, attention="sdp", dtype="float32", device=CPU)
 """A studio with a small untrained model."""
 
 

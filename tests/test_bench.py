@@ -22,7 +22,7 @@ from lab.bench.contenders import (
     LIMIT,
     LIMIT_KEYS,
     LIMIT_OF,
-    OURS,
+    MATCHING,
     PAPER,
     QUERIES,
     RANDOM,
@@ -82,8 +82,8 @@ def test_speed(bench: Callable) -> None:
     assert list(at["0.0"]) == list(at["0.6"]) == [UNMERGED, *OURS_AND_PEERS, *limits]
     assert list(at["0.75"]) == [UNMERGED, *OURS_AND_PEERS, TODO, *limits]
     assert list(at["0.84"]) == [UNMERGED, KEYS, PAPER, *limits]
-    assert "tomesd is left out above its highest ratio" in printed
-    assert "ToDo is left out but at" in printed
+    assert "tomesd is skipped above its highest ratio" in printed
+    assert "ToDo is skipped" in printed
     by_name = at["0.6"]
     # At one ratio keys leaves other pairs than the peers, so it isn't compared with them.
     assert by_name[KEYS]["over_tomesd_random"] == "" != by_name[PAPER]["over_tomesd_random"]
@@ -145,7 +145,7 @@ def test_layer(bench: Callable) -> None:
         assert set(by_name) - set(seconds) == set(matchers_alone)
         for name, row in by_name.items():
             # Tiny layers don't pay, except by the rule of the method paper.
-            rule = "merge" if name == PAPER and row["tokens"] == "256" else "leave out"
+            rule = "merge" if name == PAPER and row["tokens"] == "256" else "skip"
             assert row["rule"] == (rule if name in (KEYS, TOKENS, PAPER) else "")
             if name in seconds:
                 assert float(row["gain"]) == pytest.approx(seconds[UNMERGED] / seconds[name])
@@ -218,7 +218,7 @@ def test_memory(bench: Callable) -> None:
         )
     assert float(steps[KEYS]["gain"]) == pytest.approx(peaks[UNMERGED] / peaks[KEYS])
     matching = [row for row in rows if row["what"] == "matching"]
-    assert [row["contender"] for row in matching] == [OURS, EXACT, CORNER, RANDOM]
+    assert [row["contender"] for row in matching] == [MATCHING, EXACT, CORNER, RANDOM]
     assert all(int(row["bytes"]) > 0 for row in matching)
 
 

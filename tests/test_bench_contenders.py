@@ -17,7 +17,7 @@ from lab.bench.contenders import (
     KEYS,
     LIMIT,
     LIMIT_KEYS,
-    OURS,
+    MATCHING,
     PAPER,
     QUERIES,
     RANDOM,
@@ -29,9 +29,8 @@ from lab.bench.contenders import (
     Contender,
     contenders,
     matchers,
-    merged_layers,
 )
-from lab.bench.peers import TOMA
+from lab.bench.peers import TOMA, merged_layers
 from tomesd_core.probe import PROBE_TOKENS
 
 pytest.importorskip("matplotlib")
@@ -49,7 +48,7 @@ def test_limit_touches_the_merged_layers_alone(tiny: nn.Module, watch: Callable)
     step = models.one_step(tiny, models.TINY, (128, 128))
     merged = {one.name for one in merged_layers(tiny)}
     assert len(merged) == 3
-    with one_contender(LIMIT, 0.6).put_on(tiny), watch(tiny) as inputs_of:
+    with one_contender(LIMIT, 0.6).attach(tiny), watch(tiny) as inputs_of:
         step()
     # 256 tokens at level 1, 64 at level 2.
     lengths = {name: inputs[0].shape[1] for name, inputs in inputs_of.items()}
@@ -63,7 +62,7 @@ def keys_of(tiny: nn.Module) -> Callable[[Contender], list[tuple[torch.Tensor, t
 
     def run(contender: Contender) -> list[tuple[torch.Tensor, torch.Tensor]]:
         inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        with contender.put_on(tiny), contextlib.ExitStack() as handles:
+        with contender.attach(tiny), contextlib.ExitStack() as handles:
             for one in merged_layers(tiny):
                 queries = []
                 attn1 = one.block.attn1
@@ -129,7 +128,7 @@ def test_weighting_comes_nearer_to_the_unmerged_output(tiny: nn.Module) -> None:
     step = models.one_step(tiny, models.TINY, (256, 256))
 
     def output_of(name: str) -> torch.Tensor:
-        with one_contender(name, 0.6, 1024).put_on(tiny):
+        with one_contender(name, 0.6, 1024).attach(tiny):
             return step()
 
     plain = output_of(UNMERGED)
@@ -144,7 +143,7 @@ def test_contenders_leave_nothing_behind(tiny: nn.Module, hook_dicts: Callable, 
     step = models.one_step(tiny, models.TINY, (64, 64))
     registered, kinds, plain = hook_dicts(tiny), [type(module) for module in tiny.modules()], step()
     attributes = [set(vars(module)) for module in tiny.modules()]
-    with one_contender(name, 0.75).put_on(tiny):
+    with one_contender(name, 0.75).attach(tiny):
         assert torch.equal(step(), plain) == (name == UNMERGED)
     assert torch.equal(step(), plain)
     assert hook_dicts(tiny) == registered
@@ -159,7 +158,7 @@ def test_fused_attention_is_the_same_attention(tiny: nn.Module) -> None:
         fused = step()
         # On the class, as in WebUI: a layer with a `forward` of its own isn't merged.
         assert not any("forward" in vars(module) for module in tiny.modules())
-        with one_contender(KEYS, 0.6).put_on(tiny) as running:
+        with one_contender(KEYS, 0.6).attach(tiny) as running:
             assert not torch.equal(step(), fused)
             assert running.describe().startswith("3 of 7")
     assert torch.allclose(plain, fused, atol=1e-4) and not torch.equal(plain, fused)
@@ -169,7 +168,7 @@ def test_fused_attention_is_the_same_attention(tiny: nn.Module) -> None:
 def test_contenders_that_need_too_much_memory_are_skipped() -> None:
     # At 2048x2048 a peer's similarities take 6.4 GB. Nothing is allocated here.
     some, notes = matchers(256, 0.5, torch.float32)
-    assert [one.name for one in some] == [OURS, EXACT]
+    assert [one.name for one in some] == [MATCHING, EXACT]
     assert any("GB" in note or "not installed" in note for note in notes)
     able, _ = contenders(EVERYONE, 0.5, 256 * 256, torch.float32)
     assert [one.name for one in able] == [

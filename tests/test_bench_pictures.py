@@ -16,8 +16,8 @@ from on_bench import TINY_STUDIO
 from lab.bench import distances, pictures
 from lab.bench.contenders import KEYS, TOKENS, UNWEIGHTED
 from lab.bench.peers import CORNER, RANDOM, TODO
-from lab.bench.pictures import CHUNK, Album
-from lab.bench.variants import WHOLE, Variant, ours
+from lab.bench.pictures import BATCH, PictureCache
+from lab.bench.variants import UNMERGED_ROW, Variant, base_variant
 
 pytest.importorskip("ldm")
 pytest.importorskip("skimage")
@@ -26,8 +26,8 @@ pytest.importorskip("skimage")
 def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
     from ldm.models.diffusion.plms import PLMSSampler
 
-    model, numbers = TINY_STUDIO.model(), TINY_STUDIO.captions(CHUNK + 3)
-    number = CHUNK + 2
+    model, numbers = TINY_STUDIO.model(), TINY_STUDIO.captions(BATCH + 3)
+    number = BATCH + 2
     x, _ = PLMSSampler(model).sample(
         S=4,
         batch_size=1,
@@ -41,8 +41,8 @@ def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
     alone = torch.frombuffer(bytearray(model.to_images(x)[0].tobytes()), dtype=torch.uint8).view(
         8, 8, 3
     )
-    pictures_of_chunk, seconds, merged, _ = TINY_STUDIO.make(WHOLE.variant, CHUNK)
-    assert pictures_of_chunk.shape == (CHUNK, 8, 8, 3) and pictures_of_chunk.dtype == torch.uint8
+    pictures_of_chunk, seconds, merged, _ = TINY_STUDIO.make(UNMERGED_ROW.variant, BATCH)
+    assert pictures_of_chunk.shape == (BATCH, 8, 8, 3) and pictures_of_chunk.dtype == torch.uint8
     assert (pictures_of_chunk[2].int() - alone.int()).abs().max() <= 1
     assert seconds > 0 and merged == ""
 
@@ -50,21 +50,23 @@ def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
 def test_merging_follows_the_steps(watch: Callable) -> None:
     unet = TINY_STUDIO.model().model.diffusion_model
     with watch(unet) as inputs_of:
-        merged = TINY_STUDIO.make(ours(schedule="step", ratio=0.75, late_ratio=0.25), 0).merged
+        merged = TINY_STUDIO.make(
+            base_variant(schedule="step", ratio=0.75, late_ratio=0.25), 0
+        ).merged
     first, *_ = inputs_of.values()
     # PLMS runs the UNet twice in its first step.
     assert [tokens.shape[1] for tokens in first] == [16, 16, 16, 48, 48]
-    assert {tokens.shape[0] for tokens in first} == {2 * CHUNK}
+    assert {tokens.shape[0] for tokens in first} == {2 * BATCH}
     assert "4 of 4 steps" in merged
 
 
 @pytest.mark.parametrize("contender", [KEYS, RANDOM])
 def test_pictures_neither_read_nor_change_random_state(contender: str) -> None:
     pytest.importorskip("tomesd")
-    variant = ours(KEYS) if contender == KEYS else Variant(contender, 0.75)
+    variant = base_variant(KEYS) if contender == KEYS else Variant(contender, 0.75)
     random_state = torch.get_rng_state()
     first, again, plain = (
-        TINY_STUDIO.make(each, 0)[0] for each in (variant, variant, WHOLE.variant)
+        TINY_STUDIO.make(each, 0)[0] for each in (variant, variant, UNMERGED_ROW.variant)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, plain)
@@ -72,21 +74,30 @@ def test_pictures_neither_read_nor_change_random_state(contender: str) -> None:
 
 
 def test_digests_differ_by_all_that_pictures_depend_on() -> None:
-    variants = [WHOLE.variant, ours(), ours(ratio=0.4), ours(window=8), ours(KEYS), ours(TOKENS)]
-    variants += [ours(UNWEIGHTED), *(Variant(one, 0.75) for one in (CORNER, RANDOM, TODO))]
+    variants = [
+        UNMERGED_ROW.variant,
+        base_variant(),
+        base_variant(ratio=0.4),
+        base_variant(window=8),
+        base_variant(KEYS),
+        base_variant(TOKENS),
+    ]
+    variants += [base_variant(UNWEIGHTED), *(Variant(one, 0.75) for one in (CORNER, RANDOM, TODO))]
     changes = [{}, {"steps": 5}, {"scale": 2.0}, {"attention": "plain"}, {"dtype": "bfloat16"}]
     changes += [{"name": "emoji"}, {"name": "photos"}, {"side": 16}]
     studios = [dataclasses.replace(TINY_STUDIO, **change) for change in changes]
     digests = {studio.digest(variant) for studio in studios for variant in variants}
     assert len(digests) == len(studios) * len(variants)
-    assert TINY_STUDIO.digest(ours()) == TINY_STUDIO.digest(ours(partition="random"))
+    assert TINY_STUDIO.digest(base_variant()) == TINY_STUDIO.digest(
+        base_variant(partition="random")
+    )
     # A variant's own steps replace the studio's.
-    of_4 = dataclasses.replace(ours(), steps=4)
-    assert TINY_STUDIO.digest(of_4) == studios[1].digest(of_4) == TINY_STUDIO.digest(ours())
+    of_4 = dataclasses.replace(base_variant(), steps=4)
+    assert TINY_STUDIO.digest(of_4) == studios[1].digest(of_4) == TINY_STUDIO.digest(base_variant())
 
 
 def test_digests_differ_by_the_code_that_merges(monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = [ours(KEYS), Variant(CORNER, 0.5), WHOLE.variant]
+    variants = [base_variant(KEYS), Variant(CORNER, 0.5), UNMERGED_ROW.variant]
     before, source = [TINY_STUDIO.digest(variant) for variant in variants], inspect.getsource
     for changed in ("hooks", "matching", "plan", "proportional"):
         name = f"tomesd_core.{changed}"
@@ -100,22 +111,22 @@ def test_digests_differ_by_the_code_that_merges(monkeypatch: pytest.MonkeyPatch)
             spec = importlib.util.find_spec(pictures.__name__)
             again = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(again)
-            studio = again.Studio(**vars(TINY_STUDIO))
+            studio = again.Pipeline(**vars(TINY_STUDIO))
             differs = [studio.digest(variant) for variant in variants] != before
             others = [studio.digest(variant) for variant in variants[1:]]
         assert differs and others == before[1:], changed
 
 
 def test_chunks_are_made_in_turns_and_once(tmp_path: Path) -> None:
-    album = Album(tmp_path, TINY_STUDIO)
-    half, whole = ours(), WHOLE.variant
-    everything = [(whole, 0), (half, 0), (whole, CHUNK), (half, CHUNK)]
-    assert [*album.missing([whole, half, whole], CHUNK + 1).values()] == everything
+    album = PictureCache(tmp_path, TINY_STUDIO)
+    half, whole = base_variant(), UNMERGED_ROW.variant
+    everything = [(whole, 0), (half, 0), (whole, BATCH), (half, BATCH)]
+    assert [*album.missing([whole, half, whole], BATCH + 1).values()] == everything
     assert list(album.make(everything[:3], 1, 1)) == [whole, half, whole]
-    assert [*album.missing([whole, half], CHUNK + 1).values()] == [(half, CHUNK)]
-    series = album.read(whole, CHUNK + 1)
-    expected = [TINY_STUDIO.make(whole, first)[0] for first in (0, CHUNK)]
-    assert torch.equal(series.pictures, torch.cat(expected)[: CHUNK + 1])
+    assert [*album.missing([whole, half], BATCH + 1).values()] == [(half, BATCH)]
+    series = album.read(whole, BATCH + 1)
+    expected = [TINY_STUDIO.make(whole, first)[0] for first in (0, BATCH)]
+    assert torch.equal(series.pixels, torch.cat(expected)[: BATCH + 1])
 
 
 def test_psnr_and_ssim() -> None:

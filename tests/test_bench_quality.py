@@ -23,8 +23,8 @@ from lab.bench.__main__ import main
 from lab.bench.ablations import TABLES
 from lab.bench.contenders import KEYS, PAPER, UNMERGED, UNWEIGHTED
 from lab.bench.peers import CORNER, RANDOM
-from lab.bench.pictures import CHUNK, UNTRAINED, Album, Chunk, Studio
-from lab.bench.variants import WHOLE, Variant, ours
+from lab.bench.pictures import BATCH, UNTRAINED, Batch, PictureCache, Pipeline
+from lab.bench.variants import UNMERGED_ROW, Variant, base_variant
 from lab.demo import model as demo_model
 
 
@@ -47,9 +47,9 @@ def bench(tmp_path: Path, capfd: pytest.CaptureFixture) -> Callable[..., str]:
 def chunks_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
     """Chunks that are made, in order."""
     chunks: list[tuple[Variant, int]] = []
-    make = Studio.make
+    make = Pipeline.make
     monkeypatch.setattr(
-        Studio, "make", lambda self, *chunk: chunks.append(chunk) or make(self, *chunk)
+        Pipeline, "make", lambda self, *chunk: chunks.append(chunk) or make(self, *chunk)
     )
     return chunks
 
@@ -89,13 +89,13 @@ def test_all_tables_share_what_they_have_in_common(
     pytest.importorskip("tomesd")
     made: list[tuple[Variant, int]] = []
 
-    def noise(studio: Studio, variant: Variant, first: int) -> Chunk:
+    def noise(studio: Pipeline, variant: Variant, first: int) -> Batch:
         made.append((variant, first))
-        generator, shape = torch.Generator().manual_seed(len(made)), (CHUNK, 8, 8, 3)
+        generator, shape = torch.Generator().manual_seed(len(made)), (BATCH, 8, 8, 3)
         pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        return Chunk(pixels, 1.0, "", math.nan)
+        return Batch(pixels, 1.0, "", math.nan)
 
-    monkeypatch.setattr(Studio, "make", noise)
+    monkeypatch.setattr(Pipeline, "make", noise)
     bench("--tiny", "--steps", 1)
     ways = [row.variant for table in TABLES.values() for row in table.rows]
     assert len(made) == len(set(made)) == len({*ways, *(way.unmerged for way in ways)})
@@ -125,11 +125,11 @@ def test_pictures_are_compared_with_unmerged_ones_of_as_many_steps(
     assert [variant for variant, _ in chunks_made if variant.steps is None] == [
         row.variant for row in TABLES["defaults"].rows[1:]
     ]
-    album = Album(tmp_path / "quality", TINY_STUDIO)
+    album = PictureCache(tmp_path / "quality", TINY_STUDIO)
     for four, row in ((4, rows[1]), (8, rows[5])):
-        variant = dataclasses.replace(ours(KEYS, ratio=0.84), steps=four)
+        variant = dataclasses.replace(base_variant(KEYS, ratio=0.84), steps=four)
         merged, twins = (
-            album.read(one, 6).pictures for one in (variant, Variant(UNMERGED, steps=four))
+            album.read(one, 6).pixels for one in (variant, Variant(UNMERGED, steps=four))
         )
         assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, twins).mean()))
         assert f"{four} of {four} steps" in row["merged"]
@@ -161,8 +161,8 @@ def test_two_processes_make_the_same_pictures(bench: Callable, tmp_path: Path) -
     bench("--tiny", "--tables", "where", "--processes", 2, "--threads", 1)
     studio = dataclasses.replace(TINY_STUDIO, steps=2)
     for row in TABLES["where"].rows:
-        series = Album(tmp_path / "quality", studio).read(row.variant, CHUNK)
-        assert (series.pictures.int() - studio.make(row.variant, 0)[0].int()).abs().max() <= 1
+        series = PictureCache(tmp_path / "quality", studio).read(row.variant, BATCH)
+        assert (series.pixels.int() - studio.make(row.variant, 0)[0].int()).abs().max() <= 1
         assert series.seconds > 0
 
 
@@ -252,7 +252,9 @@ def test_larger_pictures_have_more_tokens(bench: Callable, tmp_path: Path) -> No
     row = rows_of(tmp_path / "quality-where.csv")[1]
     assert (row["model"], row["side"]) == (UNTRAINED, "16")
     studio = dataclasses.replace(TINY_STUDIO, steps=2, side=16)
-    plain, merged = (studio.make(variant, 0)[0][:6] for variant in (WHOLE.variant, ours()))
+    plain, merged = (
+        studio.make(variant, 0)[0][:6] for variant in (UNMERGED_ROW.variant, base_variant())
+    )
     assert plain.shape == (6, 16, 16, 3)
     assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, plain).mean()), abs=0.2)
     with pytest.raises(SystemExit):

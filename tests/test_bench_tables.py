@@ -12,7 +12,7 @@ from lab.bench import contenders, equal_time
 from lab.bench.ablations import TABLES
 from lab.bench.contenders import FORMER, KEYS, PAPER, UNMERGED, UNWEIGHTED
 from lab.bench.peers import CORNER, QUERIES, TODO
-from lab.bench.variants import Row, shipped
+from lab.bench.variants import Row, shipped_settings
 from tomesd_core.settings import FIELDS
 
 pytest.importorskip("ldm")
@@ -46,7 +46,7 @@ def test_every_row_runs(row: Row) -> None:
     pytest.importorskip("tomesd")
     model = TINY_STUDIO.model()
     x, prompts = torch.ones(2, *model.image_shape), model.encode_prompts(["cat", "apple"])
-    with row.variant.put_on(model.model.diffusion_model) as running:
+    with row.variant.attach(model.model.diffusion_model) as running:
         running.begin_step(0, 1)
         assert model.apply_model(x, torch.tensor([500, 500]), prompts).isfinite().all()
 
@@ -73,7 +73,7 @@ def test_presets_are_compared_with_their_former_values() -> None:
         reference = rows[name].reference
         assert (reference or rows[name]).variant.settings == before
     assert TABLES["defaults"].rows[1].variant == rows["Balanced, before"].variant
-    assert TABLES["defaults"].rows[2].variant.settings == shipped()
+    assert TABLES["defaults"].rows[2].variant.settings == shipped_settings()
 
 
 def test_at_equal_time_keys_has_the_lowest_ratio_that_is_as_fast() -> None:

@@ -10,7 +10,7 @@ import tomesd_core as tome
 
 
 class Model(nn.Module):
-    """What a script has in its hands: a model with `.model.diffusion_model`."""
+    """A model with `.model.diffusion_model`, as scripts have it."""
 
     def __init__(self, unet):
         super().__init__()
@@ -20,7 +20,7 @@ class Model(nn.Module):
 
 @pytest.fixture
 def run(make_unet, make_inputs, watch):
-    """The output of a pass, and the tokens that attention saw, of a UNet patched by `apply_patch`."""
+    """Run a pass of a patched UNet; return its output and the tokens per layer."""
 
     def running(apply_patch, size=(16, 16), batch=2, unet_options=None, **options):
         unet = make_unet(**(unet_options or {}))
@@ -81,20 +81,17 @@ def test_the_random_choice_stays_on_for_odd_batches(run):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "words"),
     [
-        ({"ratio": 0.9}, "ratio 0.9 is capped to 0.75, the most that a 2×2 stride allows"),
-        (
-            {"ratio": 0.8, "sx": 4, "sy": 1},
-            "ratio 0.8 is capped to 0.75, the most that a 1×4 stride allows",
-        ),
+        ({"ratio": 0.9}, ["0.9", "0.75", "2×2"]),
+        ({"ratio": 0.8, "sx": 4, "sy": 1}, ["0.8", "0.75", "1×4"]),
     ],
 )
-def test_a_ratio_over_the_maximum_is_capped_with_a_warning(run, options, message):
+def test_a_ratio_over_the_maximum_is_capped_with_a_warning(run, options, words):
     with pytest.warns(UserWarning) as caught:
         ours, tokens = run(tome.apply_patch, use_rand=False, **options)
-    assert [str(warning.message) for warning in caught] == [message]
-    assert caught[0].filename == __file__
+    (warning,) = caught
+    assert all(word in str(warning.message) for word in words) and warning.filename == __file__
     theirs, their_tokens = run(tomesd.apply_patch, use_rand=False, **options)
     assert tokens == their_tokens
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
@@ -109,32 +106,21 @@ def test_a_ratio_in_range_warns_of_nothing(make_unet):
 
 
 @pytest.mark.parametrize("ratio", [-0.1, float("nan"), None, "abc"], ids=str)
-def test_a_ratio_that_is_none_is_refused(make_unet, ratio):
+def test_what_is_no_ratio_is_refused(make_unet, ratio):
     with pytest.raises((ValueError, TypeError)):
         tome.apply_patch(make_unet(), ratio=ratio)
 
 
 @pytest.mark.parametrize("name", ["merge_crossattn", "merge_mlp"])
-def test_merging_anything_but_self_attention_is_refused_and_the_error_says_why(
-    make_unet, hook_dicts, name
-):
+def test_merging_anything_but_self_attention_is_refused(make_unet, hook_dicts, name):
     unet = make_unet()
     before = hook_dicts(unet)
-    with pytest.raises(
-        ValueError, match=f"^{name} must be False, got True: only self-attention is merged, since"
-    ):
+    with pytest.raises(ValueError, match=f"{name} .*only self-attention"):
         tome.apply_patch(unet, **{name: True})
     assert hook_dicts(unet) == before
 
 
-@pytest.mark.parametrize("function", [tome.apply_patch, tome.remove_patch])
-def test_a_diffusers_model_without_a_unet_is_refused(function):
-    diffusers = type("SD3Transformer2DModel", (type("ModelMixin", (nn.Module,), {}),), {})
-    with pytest.raises(TypeError, match="SD3Transformer2DModel has no UNet"):
-        function(diffusers())
-
-
-def test_remove_patch_brings_back_the_unmerged_output_and_does_no_harm_twice(
+def test_remove_patch_restores_the_output_and_removing_twice_is_harmless(
     make_unet, make_inputs, hook_dicts
 ):
     model, inputs = Model(make_unet()), make_inputs()
@@ -148,7 +134,7 @@ def test_remove_patch_brings_back_the_unmerged_output_and_does_no_harm_twice(
     assert torch.equal(unet(*inputs), unmerged)
 
 
-def test_without_merge_attn_nothing_is_merged_and_what_was_is_removed(make_unet, hook_dicts):
+def test_without_merge_attn_merging_is_removed(make_unet, hook_dicts):
     unet = make_unet()
     before = hook_dicts(unet)
     tome.apply_patch(unet)

@@ -1,4 +1,4 @@
-"""The demo's command, with whichever model there is; and what it lays its pictures out with."""
+"""The demo's command and the layout of its pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pictures_of(path, width=256, height=256):
-    """The pictures on a saved sheet."""
+    """Cut a saved sheet into its pictures."""
     whole = Image.open(path)
     count, rest = divmod(whole.width - MARGIN, width + MARGIN)
     assert rest == 0 and whole.height == height + LINE + 2 * MARGIN
@@ -45,7 +45,7 @@ def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
     assert without.tobytes() != with_merging.tobytes()
     assert apart.tobytes() == difference(without, with_merging).tobytes()
     small = without.resize((32, 32), Image.NEAREST)
-    assert enlarged(small).tobytes() == without.tobytes(), "each of the model's pixels is a square"
+    assert enlarged(small).tobytes() == without.tobytes(), "each pixel is a square"
     is_plain = [a == b for a, b in zip(with_merging.getdata(), merge_map.getdata(), strict=True)]
     assert 0.05 < sum(is_plain) / len(is_plain) < 0.95, "some tokens merged and some didn't"
 
@@ -77,21 +77,22 @@ def test_where_nothing_merges_the_pictures_are_equal_and_there_is_no_map(tmp_pat
     assert "nothing merged: at ratio 0" in capsys.readouterr().out
 
 
-def test_a_wrong_ratio_is_said_and_saves_nothing(tmp_path, capsys):
+def test_a_wrong_ratio_is_named_and_nothing_is_saved(tmp_path, capsys):
     assert main(["cat", "--ratio", "0.95", "--steps", "1", "--out", str(tmp_path / "out.png")]) == 2
-    assert "ratio must lie in [0, 0.9375]" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ratio" in printed and "[0, 0.9375]" in printed
     assert not (tmp_path / "out.png").exists()
 
 
 @pytest.mark.parametrize("size", ["33x32", "32", "8x32", "32x104", "x", "-32x32"])
-def test_a_size_that_the_model_can_not_make_is_refused(capsys, size):
+def test_an_impossible_size_is_refused(capsys, size):
     with pytest.raises(SystemExit) as exit_:
         main(["cat", f"--size={size}"])
     assert exit_.value.code == 2
-    assert "must be two multiples of 8 in [16, 96]" in capsys.readouterr().err
+    assert "multiples of 8" in capsys.readouterr().err
 
 
-def test_without_weights_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_without_weights_a_random_model_is_used(tmp_path, monkeypatch, capsys):
     from lab.demo import model
 
     monkeypatch.setattr(model, "WEIGHTS", tmp_path)
@@ -126,24 +127,17 @@ def test_without_a_prompt_a_page_is_served_until_ctrl_c():
     assert (rest, process.returncode) == ("Stopping.\n", 0)
 
 
-def test_a_port_that_is_taken_is_said():
+def test_a_taken_port_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(
-            SystemExit, match=f"The page can't be served: .*{taken.getsockname()[1]}"
-        ):
-            main(["--port", str(taken.getsockname()[1])])
-
-
-# Laying out
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit, match=port):
+            main(["--port", port])
 
 
 def test_the_difference_is_amplified_and_clipped():
     one, other = Image.new("RGB", (2, 1), (100, 100, 100)), Image.new("RGB", (2, 1), (100, 107, 0))
     expected = (0, 7 * AMPLIFIED, 255)
-    assert (
-        list(difference(one, other).getdata())
-        == list(difference(other, one).getdata())
-        == [expected] * 2
-    )
+    for pair in ((one, other), (other, one)):
+        assert list(difference(*pair).getdata()) == [expected] * 2

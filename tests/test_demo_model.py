@@ -1,4 +1,4 @@
-"""A tiny model: its words, its shapes, what the samplers ask of it, and the shipped weights."""
+"""The tiny models: words, shapes, predictions, and the shipped weights."""
 
 import json
 
@@ -40,14 +40,14 @@ def test_words_are_split_without_punctuation_or_case():
     assert split_words(" ,. ") == []
 
 
-def test_an_unknown_word_is_said_and_left_out(small):
+def test_unknown_words_are_named_and_skipped(small):
     assert small.unknown_words("A red DRAGON, a cat") == ["a", "dragon"]
     assert small.unknown_words("red apple") == small.unknown_words("") == []
     with_unknown, without = small.encode_prompts(["red dragon cat", "red cat"])
     assert torch.equal(with_unknown, without)
 
 
-def test_prompts_are_told_apart(small):
+def test_prompts_have_different_encodings(small):
     prompts = ["cat", "face", "cat face", "face cat", ""]
     context = small.encode_prompts(prompts)
     assert context.shape == (5, small.shape["prompt_length"], 32)
@@ -81,22 +81,20 @@ def test_the_prediction_depends_on_picture_step_and_prompt(small):
 
 
 def test_between_two_steps_the_noise_level_is_k_diffusions(small):
-    """Its samplers hand over fractional steps; whole ones must give the same either way."""
+    """Its samplers pass fractional steps."""
     x, context = torch.ones(3, *small.image_shape), small.encode_prompts(["cat"] * 3)
     whole = torch.tensor([0, 400, 999])
-    assert torch.allclose(
-        small.apply_model(x, whole.float(), context),
-        small.apply_model(x, whole, context),
-        atol=1e-4,
-    )
-    sigma = ((1 - small.alphas_cumprod) / small.alphas_cumprod).sqrt()
-    alpha = small._alpha(torch.tensor([400.25]))
-    expected = sigma[400].log() * 0.75 + sigma[401].log() * 0.25
-    assert torch.allclose(((1 - alpha) / alpha).sqrt().log(), expected, atol=1e-5)
-    assert not torch.isclose(expected, sigma[400].log(), atol=1e-4)
+    as_float, as_int = (small.apply_model(x, t, context) for t in (whole.float(), whole))
+    assert torch.allclose(as_float, as_int, atol=1e-4)
+    log_sigma = 0.5 * ((1 - small.alphas_cumprod) / small.alphas_cumprod).log()
+    between = torch.lerp(log_sigma[400], log_sigma[401], 0.25).expand(3)
+    alpha = torch.sigmoid(-2 * between)[:, None, None, None]
+    t = torch.full((3,), 400.25)
+    expected = alpha.sqrt() * small.velocity(x, t, context) + (1 - alpha).sqrt() * x
+    assert torch.allclose(small.apply_model(x, t, context), expected, atol=1e-5)
 
 
-def test_random_is_a_function_of_its_seed_and_leaves_the_global_state_alone():
+def test_random_depends_on_its_seed_and_keeps_the_global_state():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -108,7 +106,7 @@ def test_random_is_a_function_of_its_seed_and_leaves_the_global_state_alone():
     assert all(value.any() for name, value in first.items() if value.ndim > 1)
 
 
-def test_pictures_survive_the_way_there_and_back(small):
+def test_pictures_survive_the_round_trip(small):
     image = Image.effect_noise((8, 8), 80).convert("RGB")
     assert small.to_images(small.from_images([image, image]))[1].tobytes() == image.tobytes()
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
@@ -158,7 +156,7 @@ def test_shipped_model_knows_its_captions(shipped):
 
 
 def pictures_of(model, prompts, side=32):
-    """RGB in [0, 1], by ldm's own sampler in a few steps."""
+    """RGB in [0, 1], by ldm's own sampler in ten steps."""
     from ldm.models.diffusion.plms import PLMSSampler
 
     shape = (3, side, side)
@@ -166,7 +164,7 @@ def pictures_of(model, prompts, side=32):
         torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         for seed in range(len(prompts))
     ]
-    # The whole matrix of 64×64 tokens would take most of the time.
+    # Plain attention over 64×64 tokens would take most of the time.
     with attention(model, "sdp"):
         x, _ = PLMSSampler(model).sample(
             S=10,
@@ -189,9 +187,7 @@ def pictures_of(model, prompts, side=32):
         ("photos", 64, ["cat fur", "galaxies", "wooden table"]),
     ],
 )
-def test_pictures_of_a_prompt_are_nearer_to_each_other_than_to_those_of_another(
-    request, name, side, prompts
-):
+def test_pictures_of_a_prompt_resemble_each_other(request, name, side, prompts):
     model = request.getfixturevalue({"emoji": "shipped", "photos": "photos"}[name])
     rgb = pictures_of(model, prompts * 2, side)
     blocks = torch.nn.functional.adaptive_avg_pool2d(rgb, 4).flatten(1)

@@ -1,5 +1,4 @@
-"""The samplers, on data whose every score is known: x0 ~ N(0, I), where a perfect model's path is a
-mere scaling."""
+"""The samplers on data with a known score: x0 ~ N(0, I), where the exact path is a scaling."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ class GaussianModel(nn.Module):
 
 
 def evaluating(model, indices):
-    """What samplers are given: notes the steps that they tell."""
+    """The function that samplers evaluate; it notes their steps."""
 
     def evaluate(x, level, step=None):
         if step is not None:
@@ -46,7 +45,7 @@ def evaluating(model, indices):
         (samplers.sample_dpmpp_2m, 50, 50, 0.02),
     ],
 )
-def test_ends_where_the_exact_path_ends(sampler, steps, calls, error):
+def test_samplers_end_where_the_exact_path_ends(sampler, steps, calls, error):
     model = GaussianModel()
     denoiser = samplers.EpsDenoiser(model)
     sigmas = denoiser.get_sigmas(steps)
@@ -59,7 +58,7 @@ def test_ends_where_the_exact_path_ends(sampler, steps, calls, error):
     assert indices == list(range(steps))
 
 
-def test_ancestral_steps_keep_the_spread_and_ask_for_noise_once_a_step_but_in_the_last():
+def test_ancestral_steps_keep_the_spread_and_draw_noise_in_all_steps_but_the_last():
     denoiser = samplers.EpsDenoiser(GaussianModel())
     sigmas, generator = denoiser.get_sigmas(100), torch.Generator().manual_seed(0)
     draws = []
@@ -78,7 +77,7 @@ def test_ancestral_steps_keep_the_spread_and_ask_for_noise_once_a_step_but_in_th
     ("sampler", "extra_calls", "error"),
     [(samplers.sample_ddim, 0, 0.05), (samplers.sample_plms, 1, 0.01)],
 )
-def test_timestep_samplers_keep_standard_normal_data_as_it_is(sampler, extra_calls, error):
+def test_timestep_samplers_keep_standard_normal_data(sampler, extra_calls, error):
     model = GaussianModel()
     timesteps = torch.arange(0, 1000, 20) + 1
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Training a tiny model: on a few made-up pictures, small enough for a test."""
+"""Training a tiny model on a few made-up pictures."""
 
 import signal
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_batches_depend_on_seed_and_step_alone(pictures):
         assert not torch.equal(train.draw_batch(pictures, model, recipe, step)[3], first[3])
 
 
-def test_learning_rate_rises_stays_and_falls():
+def test_the_learning_rate_rises_stays_and_falls():
     recipe = train.Recipe(lr=1.0, warmup=10, decay_part=0.5)
     rates = [train.learning_rate(recipe, step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
@@ -90,18 +90,14 @@ def test_learning_rate_rises_stays_and_falls():
     assert rates[100] == pytest.approx(0, abs=1e-6)
 
 
-def test_run_ends_saves_and_goes_on(pictures, tmp_path):
+def test_a_run_ends_saves_and_continues(pictures, tmp_path):
     training = train.Training(pictures, RECIPE, SMALL)
     assert train.run(training, tmp_path, steps=3)
     resumed = train.Training.resume(tmp_path / "checkpoint.pt", pictures)
     assert train.run(resumed, tmp_path, steps=5)
     assert resumed.step == train.Training.resume(tmp_path / "checkpoint.pt", pictures).step == 5
-    assert [
-        line[:8] for line in (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
-    ] == [
-        "step 3/3",
-        "step 5/5",
-    ]
+    lines = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert [line[:8] for line in lines] == ["step 3/3", "step 5/5"]
 
 
 def test_sigterm_ends_the_run_after_its_step_and_saves(pictures, tmp_path, monkeypatch):
@@ -133,28 +129,25 @@ def test_export_writes_what_load_reads(pictures, tmp_path):
     assert (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()[0] == "line 20"
 
 
-# Pictures of several sizes, with captions that several share
-
-
-def test_sizes_take_turns_with_as_many_pixels_and_every_picture_once_an_epoch(both_sizes):
+def test_sizes_alternate_with_equal_pixels_and_each_picture_once_per_epoch(both_sizes):
     recipe = train.Recipe(batch=8)
     model = TinyModel.random(0, words=both_sizes.words, **SMALL)
     batches = [train.draw_batch(both_sizes, model, recipe, step)[0] for step in range(8)]
     assert [batch.shape for batch in batches] == [(8, 3, 8, 8), (2, 3, 16, 16)] * 4
-    # Eight pictures are four colours twice: one turn of the small ones, four of the large ones.
+    # Eight pictures are four colours twice: one batch of small ones, four of large ones.
     for epoch in (batches[0], torch.cat(batches[1::2])):
         middles = [tuple(picture[:, 4, 4].tolist()) for picture in epoch]
         assert sorted(middles.count(middle) for middle in set(middles)) == [2] * 4
 
 
-def test_both_sizes_are_trained_on_and_their_captions_are_kept_once(both_sizes, tmp_path):
+def test_both_sizes_are_trained_and_captions_are_stored_once(both_sizes, tmp_path):
     training = train.Training(both_sizes, train.Recipe(batch=8), SMALL)
     assert training.model.captions == both_sizes.captions[:4]
     shapes = []
     training.model.model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     losses = steps_of(training, 2)
     assert sorted(shapes) == [(1, 3, 16, 16)] * 2 + [(4, 3, 8, 8)] * 2
-    # At first nothing but the noise is to be predicted: a mean of the shards, not their sum.
+    # The first loss is about 1: the shards' mean, not their sum.
     assert 0.3 < losses[0] < 1.2 and 0.3 < losses[1] < 1.2
     training.save(tmp_path / "checkpoint.pt")
     assert (
@@ -163,10 +156,7 @@ def test_both_sizes_are_trained_on_and_their_captions_are_kept_once(both_sizes, 
     )
 
 
-# The photographs
-
-
-def test_crops_lie_in_their_boxes_at_several_scales_and_are_the_same_in_each_size(
+def test_crops_lie_in_their_boxes_at_several_scales_and_are_equal_in_each_size(
     tmp_path, monkeypatch
 ):
     across = torch.arange(200, dtype=torch.uint8).expand(100, 200)
@@ -201,7 +191,7 @@ def test_the_photographs_are_in_scikit_images_package():
         (len(train.REGIONS), 3, side, side) for side in (32, 64)
     ]
     assert len(crops.names) == len(train.REGIONS)
-    # Cut from the photograph that is named, and inside of it.
+    # The boxes lie inside the photographs.
     folder = Path(skimage.__file__).parent / "data"
     for file, caption, boxes in train.REGIONS:
         width, height = Image.open(folder / file).size
@@ -209,22 +199,17 @@ def test_the_photographs_are_in_scikit_images_package():
             assert 0 <= left < right <= width and 0 <= top < bottom <= height, caption
 
 
-def test_without_scikit_image_that_is_said(monkeypatch, tmp_path, capsys):
+def test_a_missing_scikit_image_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install scikit-image"):
+    with pytest.raises(FileNotFoundError, match="scikit-image"):
         train.load_photographs()
     with pytest.raises(SystemExit):
         train.main(["emoji", "--out", str(tmp_path)])
-    assert "emoji needs --data" in capsys.readouterr().err
-
-
-# bf16
+    assert "--data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_bf16_is_used_where_the_cpu_multiplies_it_by_itself(
-    pictures, monkeypatch, tmp_path, has_bf16
-):
+def test_bf16_is_used_where_the_cpu_supports_it(pictures, monkeypatch, tmp_path, has_bf16):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16, raising=False)
     training = train.Training(pictures, train.Recipe(batch=6), SMALL)
     dtypes = set()
@@ -233,7 +218,7 @@ def test_bf16_is_used_where_the_cpu_multiplies_it_by_itself(
     )
     training.train_step(1e-3)
     assert dtypes == {torch.bfloat16 if has_bf16 else torch.float32}
-    # A run that is resumed on another machine stays what it was.
+    # A run resumed on another machine keeps its dtype.
     training.save(tmp_path / "checkpoint.pt")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not has_bf16)
     assert train.Training.resume(tmp_path / "checkpoint.pt", pictures).recipe.bf16 == has_bf16

@@ -1,4 +1,4 @@
-"""What a merged layer asks of a GPU: the budget of launches, and what the table says."""
+"""Estimates for GPUs: launches of a merged layer, and the table."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ BUDGET = [
     ("sd15", 64, KEYS, 0.84, {**REUSED, "schedule": "linear", "late_ratio": 0.6}, 30),
     ("sdxl", 64, KEYS, 0.84, {}, 40),
 ]
-"""Model, side of the token grid, method, ratio, settings, and the most launches of a call in the
-steady state."""
+"""Model, side of the token grid, method, ratio, settings, and the most launches per call."""
 
 
 @pytest.mark.parametrize(("model", "side", "method", "ratio", "settings", "most"), BUDGET)
@@ -44,7 +43,7 @@ def test_a_layer_without_merging_is_a_norm_an_attention_and_its_projections(dtyp
     assert recorder.launches == 6 and recorder.waits == []
 
 
-def test_the_peer_asks_for_as_many_launches_as_its_code_has():
+def test_the_peer_has_the_launches_of_its_code():
     assert record(64, SHAPES["sd15"], torch.float16, CORNER, 0.5).launches == 46
 
 
@@ -68,14 +67,8 @@ def test_the_table_calls_every_time_an_estimate(tmp_path, capsys):
     assert text.count("estimated times faster") == len(CARDS)
     with open(tmp_path / "estimate.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["contender"] for row in rows] == [
-        UNMERGED,
-        "keys",
-        "tokens",
-        "paper",
-        CORNER,
-        "ToDo",
-    ]
+    names = [row["contender"] for row in rows]
+    assert names == [UNMERGED, "keys", "tokens", "paper", CORNER, "ToDo"]
     assert all(float(row[card]) > 0 for row in rows for card in CARDS)
 
 
@@ -110,7 +103,7 @@ def test_48x48_tokens_of_a_finest_layer_do_not_merge_on_a_gpu(layer):
     )
 
 
-def test_a_peak_is_not_far_above_the_unmerged_one():
+def test_the_peak_is_close_to_the_unmerged_one():
     whole, merged = (
         record(128, SHAPES["sd15"], torch.float16, *what)
         for what in ((UNMERGED, 0.0), (KEYS, 0.75))
@@ -133,8 +126,7 @@ def test_a_whole_step_gains_less_than_a_layer_and_more_at_a_larger_size(kind):
 def test_sdxl_has_its_own_depths_and_no_attention_at_full_resolution():
     whole = record_step("sdxl", 32, torch.float16, "sdp", UNMERGED, 0.0)
     calls = [one.inputs[0].shape[2] for one in whole.operations if one.name == "fused_attention"]
-    # Each block attends twice: 2 levels of 2 + 3 transformers, 2 and 10 blocks each, and 10 blocks
-    # in the middle.
+    # Each block attends twice: 2 + 3 transformers per level, of 2 and 10 blocks; 10 in the middle.
     assert calls.count(16 * 16) == 2 * 5 * 2 and calls.count(8 * 8) == 2 * (5 + 1) * 10
 
 

@@ -1,8 +1,7 @@
-"""Attention kernels, imitated on the CPU by their published rules: each merges, or its own words
-are the reason.
+"""Attention kernels, imitated on the CPU: each merges, or its own error is the reason.
 
-Which head sizes a kernel takes, and what it rounds, is what its sources say: SageAttention's
-`core.py` and `qattn`, flash-attn's `flash_api.cpp`, PyTorch's `sdp_utils.cpp`.
+Head sizes and rounding follow their sources: SageAttention's `core.py` and `qattn`, flash-attn's
+`flash_api.cpp`, PyTorch's `sdp_utils.cpp`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from single_block import Block, Projected, block_around, skip_without_half
+from torch import Tensor
 
 import tomesd_core as tome
 from tomesd_core import hooks
@@ -22,12 +22,12 @@ from tomesd_core.token_map import TokenMap
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, heads, N, size], with the scale of the heads that it sees."""
+    """[B, heads, N, size], scaled by the size of its heads."""
     return (q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v.float()
 
 
 def taking(allows):
-    """A kernel that takes some sizes of heads alone."""
+    """A kernel that takes some head sizes only."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert allows(q.shape[-1]), f"head size {q.shape[-1]} is not supported"
@@ -37,12 +37,12 @@ def taking(allows):
 
 
 def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As IPEX's: a part of the queries at a time."""
+    """A part of the queries at a time, as IPEX does."""
     return torch.cat([plain(part, k, v) for part in q.split(128, dim=2)], dim=2)
 
 
 def in_int8(x: Tensor, block: int) -> Tensor:
-    """Rounded to int8 with a scale for each block of tokens, and back."""
+    """Round to int8 with a scale per block of tokens."""
     groups = torch.arange(x.shape[-2]) // block
     most = torch.stack(
         [x[..., groups == group, :].abs().amax((-2, -1)) for group in groups.unique()], -1
@@ -83,126 +83,93 @@ KERNELS = {
     "SageAttention 2, fp8": sage_2(is_fp8=True),
 }
 ROUNDING = {"SageAttention 2, fp16": 0.06, "SageAttention 2, fp8": 0.12}
-"""Root mean square of the errors of those that round to int8, over that of the output; others round
-to half."""
+"""Relative root mean square error of kernels that round to int8."""
 
 
-class Attention(nn.Module):
-    """As Forge's: the kernel sees the heads, and has the scale of their size."""
+class Attention(Projected):
+    """Attention like Forge's, which passes its heads to a kernel."""
 
     def __init__(self, heads: int, size: int, kernel) -> None:
-        super().__init__()
-        inner = heads * size
-        self.heads, self.kernel = heads, kernel
-        self.to_q, self.to_k, self.to_v = (nn.Linear(inner, inner, bias=False) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Linear(inner, inner), nn.Dropout(0.0))
+        super().__init__(heads, size)
+        self.kernel = kernel
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
         q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.project(x, context)
         )
         return self.to_out(self.kernel(q, k, v).to(q.dtype).transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
-    """A SpatialTransformer of one block, of attention alone."""
-
-    def __init__(self, attention: Attention, channels: int) -> None:
-        super().__init__()
-        inner = nn.Module()
-        inner.norm1, inner.attn1 = nn.LayerNorm(channels), attention
-        self.transformer_blocks = nn.ModuleList([inner])
-
-    def forward(self, x: Tensor) -> Tensor:
-        block = self.transformer_blocks[0]
-        return block.attn1(block.norm1(x.flatten(2).transpose(1, 2)))
-
-
-def make(kernel, heads: int, size: int, dtype: torch.dtype) -> Block:
+def make(kernel, size: int, dtype: torch.dtype = torch.float16) -> Block:
     torch.manual_seed(0)
-    block = Block(Attention(heads, size, kernel), heads * size)
-    for projection in (
-        block.transformer_blocks[0].attn1.to_q,
-        block.transformer_blocks[0].attn1.to_k,
-    ):
-        nn.init.normal_(projection.weight, std=1.5 * (heads * size) ** -0.5)
-    return block.to(dtype).requires_grad_(False)
+    return block_around(Attention(2, size, kernel), dtype)
 
 
-def image(channels: int, dtype: torch.dtype) -> Tensor:
+def image(channels: int, dtype: torch.dtype = torch.float16) -> Tensor:
     low = torch.randn(1, channels, 4, 4, generator=torch.Generator().manual_seed(1))
     return F.interpolate(low, size=(16, 16), mode="bilinear").to(dtype)
 
 
+SETTINGS = tome.MergeSettings(ratio=0.75, schedule="constant", skip_unprofitable=False)
+
+
 def merged(block: Block, x: Tensor) -> tuple[Tensor, str]:
-    settings = tome.MergeSettings(ratio=0.75, schedule="constant", skip_unprofitable=False)
-    with tome.attach(block, settings) as merging:
+    with tome.attach(block, SETTINGS) as merging:
         return block(x), merging.report().summary
 
 
 @pytest.fixture(autouse=True)
 def has_half():
-    """Older torch has no half precision on the CPU."""
-    try:
-        F.layer_norm(torch.ones(2, 2).half() @ torch.ones(2, 2).half(), (2,))
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    skip_without_half()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [40, 64, 80])
 @pytest.mark.parametrize("name", KERNELS)
-def test_what_a_kernel_can_compute_unmerged_it_merges(name, size, dtype):
-    block, x = make(KERNELS[name], 2, size, dtype), image(2 * size, dtype)
+def test_a_kernel_merges_what_it_can_compute_unmerged(name, size, dtype):
+    block, x = make(KERNELS[name], size, dtype), image(2 * size, dtype)
     try:
         block(x)
     except AssertionError as error:
         pytest.skip(f"unmerged it raises too: {error}")
     output, summary = merged(block, x)
-    assert summary.startswith("1 of 1 self-attention layers, 256 → 64 keys")
-    right, _ = merged(make(plain, 2, size, torch.float32), x.float())
+    assert "1 of 1" in summary and "256 → 64 keys" in summary
+    right, _ = merged(make(plain, size, torch.float32), x.float())
     error = (output.float() - right).square().mean().sqrt() / right.square().mean().sqrt()
     assert error < ROUNDING.get(name, 0) + (0.01 if dtype == torch.float16 else 0.03)
 
 
-def test_a_kernel_that_takes_no_padded_heads_says_so_in_its_own_words():
-    block = make(taking(lambda size: size == 64), 2, 64, torch.float16)
-    x = image(128, torch.float16)
+def test_the_error_of_a_kernel_that_takes_no_padded_heads_is_the_reason():
+    block, x = make(taking(lambda size: size == 64), 64), image(128)
     unmerged = block(x)
     output, summary = merged(block, x)
     assert torch.equal(output, unmerged)
-    assert "refuses padded heads: AssertionError: head size 72 is not supported" in summary
+    assert "AssertionError: head size 72 is not supported" in summary
 
 
-def test_a_refusal_is_probed_once_in_an_attach():
+def test_a_refusal_is_probed_once_per_attach():
     sizes = []
-    kernel = taking(lambda size: sizes.append(size) or size == 64)
-    block, x = make(kernel, 2, 64, torch.float16), image(128, torch.float16)
-    settings = tome.MergeSettings(ratio=0.75, schedule="constant", skip_unprofitable=False)
+    block = make(taking(lambda size: sizes.append(size) or size == 64), 64)
     for attaches in (1, 2):
-        with tome.attach(block, settings) as merging:
+        with tome.attach(block, SETTINGS) as merging:
             for _ in range(3):
-                block(x)
+                block(image(128))
         assert sizes.count(72) == attaches and "72 is not supported" in merging.report().summary
 
 
-def test_another_kernel_behind_the_same_function_is_probed_anew():
-    """As where a person chooses another one while the host runs."""
-    block, x = make(plain, 2, 64, torch.float16), image(128, torch.float16)
+def test_another_kernel_behind_the_same_function_is_probed():
+    """As when the user chooses another one while the host runs."""
+    block, x = make(plain, 64), image(128)
     assert "256 → 64 keys" in merged(block, x)[1]
     block.transformer_blocks[0].attn1.kernel = KERNELS["SageAttention 1"]
     assert "256 → 64 keys" in merged(block, x)[1]
 
 
-def test_after_a_pass_that_a_kernel_refused_it_is_probed_anew(monkeypatch):
-    """Where nothing on the attention tells that another one runs."""
+def test_a_kernel_is_probed_again_after_it_refused_a_pass():
+    """Nothing on the attention shows that another kernel runs."""
     kernels = [plain]
-    block = make(lambda *heads: kernels[-1](*heads), 2, 64, torch.float16)
-    x = image(128, torch.float16)
-    settings = tome.MergeSettings(ratio=0.75, schedule="constant", skip_unprofitable=False)
-    with tome.attach(block, settings) as merging:
+    block, x = make(lambda *heads: kernels[-1](*heads), 64), image(128)
+    with tome.attach(block, SETTINGS) as merging:
         block(x)
         kernels.append(KERNELS["SageAttention 1"])
         with pytest.raises(AssertionError, match="72 is not supported"):
@@ -211,17 +178,13 @@ def test_after_a_pass_that_a_kernel_refused_it_is_probed_anew(monkeypatch):
         assert merging.report().layers[0].merged_calls == 2
 
 
-# What a GPU would wait for.
-
-
 @pytest.mark.parametrize("reuse_steps", [1, 3])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "step"])
 @pytest.mark.parametrize("method", ["keys", "tokens", "paper"])
 def test_no_step_but_the_first_waits_for_the_device(
     make_unet, make_inputs, crossings, method, schedule, reuse_steps
 ):
-    """On the meta device whatever reads a value raises, and a tensor from the CPU is seen on its
-    way."""
+    """On the meta device reading a value raises, and copies from the CPU are counted."""
     settings = tome.MergeSettings(
         ratio=0.8,
         late_ratio=0.3,
@@ -250,7 +213,7 @@ def test_no_step_but_the_first_waits_for_the_device(
     [(hooks, "match"), (Weighted, "keys"), (TokenMap, "merge")],
     ids=lambda one: str(one)[-20:],
 )
-def test_a_copy_anywhere_in_a_merged_call_is_seen(
+def test_copies_anywhere_in_a_merged_call_are_counted(
     make_unet, make_inputs, crossings, monkeypatch, small_settings, module, name
 ):
     unet, inputs = make_unet().to("meta"), [each.to("meta") for each in make_inputs()]
@@ -275,5 +238,5 @@ def test_a_large_grid_is_laid_out_without_a_loop_over_its_tokens(operations):
             make_partition((side, side), (4, 4), window=32)
         return len(operations_run.names)
 
-    # Sides that nothing else has: layouts and draws are kept.
+    # Sides of no other test, since layouts and draws are cached.
     assert operations_of(44) == operations_of(268) > 0

@@ -20,7 +20,7 @@ def tokens(grid, channels=6, batch=2, seed=0):
 
 
 def groups(token_map):
-    """For each item, which tokens fall together."""
+    """The groups of merged tokens, for each item."""
     items = []
     for slots in token_map.slots.tolist():
         together = {}
@@ -32,8 +32,7 @@ def groups(token_map):
 
 
 def window_of(token, grid, stride, window):
-    """The window of a token: as many whole cells as fit, spread evenly; what is outside a cell
-    joins the last one."""
+    """The window of a token: whole cells, spread evenly; the rest joins the last cell."""
     home = []
     for place, side, cell in zip(divmod(token, grid[1]), grid, stride, strict=True):
         cells = side // cell
@@ -44,7 +43,7 @@ def window_of(token, grid, stride, window):
 
 
 def matched_one_by_one(x, src, dst, removed, home):
-    """Bipartite soft matching of one item in plain loops: which tokens fall together."""
+    """Groups of one item by bipartite soft matching in plain loops."""
     points = x.double().tolist()
     norms = [math.sqrt(sum(value * value for value in point)) for point in points]
 
@@ -71,7 +70,7 @@ def matched_one_by_one(x, src, dst, removed, home):
 
 
 def assert_matched(token_map, x, split, removed, home):
-    """Each item's tokens fall together as the plain loops say."""
+    """The groups of each item are those of the plain loops."""
     src, dst = (rows.expand(len(x), -1).tolist() for rows in (split.src, split.dst))
     for item, together, *rows in zip(x, groups(token_map), src, dst, strict=True):
         assert together == matched_one_by_one(item, *rows, removed, home)
@@ -87,7 +86,7 @@ def assert_matched(token_map, x, split, removed, home):
     shared_draw=st.booleans(),
     share=st.floats(0, 1),
 )
-def test_the_most_similar_src_of_the_image_fall_into_the_best_dst_of_their_window(
+def test_the_most_similar_src_are_merged_into_the_best_dst_of_their_window(
     grid, stride, partition, window, step, shared_draw, share
 ):
     x, ratio = tokens(grid), share * max_ratio(stride, partition)
@@ -102,8 +101,7 @@ def test_the_most_similar_src_of_the_image_fall_into_the_best_dst_of_their_windo
         }
         token_map = tome.match_tokens(x, grid, ratio, window=None, **options)
     else:
-        # With a window the tokens that `match_tokens` leaves are rounded, and their similarities
-        # too.
+        # With a window `match_tokens` rounds the number of tokens and the similarities.
         token_map = match(x, split, exact=True).token_map(removed)
     assert token_map.merged_tokens == x.shape[1] - removed
     cell = (1, 2) if partition == "alternating" else stride
@@ -113,8 +111,8 @@ def test_the_most_similar_src_of_the_image_fall_into_the_best_dst_of_their_windo
     )
 
 
-def test_what_match_tokens_uses_by_default_is_nearly_as_similar():
-    """In windows a lower precision may be used where that is faster."""
+def test_the_default_precision_finds_nearly_as_similar_tokens():
+    """In windows a lower, faster precision is allowed."""
     grid, x = (16, 16), tokens((16, 16), channels=32, batch=1)
     split = make_partition(grid, window=8)
     result = match(x, split)
@@ -139,8 +137,7 @@ def test_what_match_tokens_uses_by_default_is_nearly_as_similar():
     "bad", [[0], [1], [18, 27], [0, 2, 9]], ids=["dst", "src", "dst and src", "dst, dst and src"]
 )
 def test_a_token_of_zero_norm_is_similar_to_none(bad, ratio, window):
-    """With corners on 8×8 the tokens 0, 2 and 18 are dst, 1, 9 and 27 src; all others are more
-    similar than not."""
+    """With corners on 8×8 the tokens 0, 2 and 18 are dst, 1, 9 and 27 src."""
     grid, x, removed = (8, 8), tokens((8, 8)) + 1.5, int(64 * ratio)
     x[0, bad] = 0
     split = make_partition(grid, (2, 2), "corner", window=window)
@@ -154,7 +151,7 @@ def test_a_token_of_zero_norm_is_similar_to_none(bad, ratio, window):
 @pytest.mark.parametrize("ratio", [0.3, 0.75])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("where", [slice(None), slice(10, 11)], ids=["all", "one"])
-def test_what_is_not_finite_or_zero_in_an_item_spoils_no_other_item(where, window, ratio, kind):
+def test_nan_inf_or_zero_in_an_item_spoils_no_other_item(where, window, ratio, kind):
     x = tokens((7, 9), batch=3)
     healthy = tome.match_tokens(x, (7, 9), ratio, window=window)
     x[1, where] = kind
@@ -165,8 +162,8 @@ def test_what_is_not_finite_or_zero_in_an_item_spoils_no_other_item(where, windo
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_tiny_token_is_no_more_similar_than_its_direction_says(dtype):
-    """The inverse of its norm is larger than the largest number."""
+def test_a_tiny_token_is_matched_by_its_direction(dtype):
+    """The inverse of its norm overflows."""
     x = tokens((8, 8), batch=1).to(dtype)
     x[:, 9] = 6e-8 if dtype == torch.float16 else 1e-40
     split = make_partition((8, 8), (2, 2), "corner")
@@ -186,7 +183,7 @@ def test_a_tiny_token_is_no_more_similar_than_its_direction_says(dtype):
     [(torch.float16, (-3, 12)), (torch.bfloat16, (-60, 60)), (torch.float32, (-60, 60))],
 )
 def test_a_tokens_length_does_not_change_what_it_is_similar_to(dtype, powers, exact):
-    """Powers of two scale without rounding, so the similarities are the very same."""
+    """Powers of two scale without rounding, so the similarities are equal."""
     x = tokens((8, 8), channels=16, batch=1).to(dtype)
     power = torch.randint(*powers, (64, 1), generator=torch.Generator().manual_seed(0))
     split = make_partition((8, 8), step=1)
@@ -206,7 +203,6 @@ def test_a_tokens_length_does_not_change_what_it_is_similar_to(dtype, powers, ex
     ids=str,
 )
 def test_the_similarity_never_takes_more_than_64_mib(operations, device, dtype, side, batch):
-    """The meta device counts bytes as a GPU would, and computes nothing."""
     x = torch.randn(batch, side**2, 4, dtype=dtype, device=device)
     whole = (side**2 * 3 / 4) * (side**2 / 4) * x.element_size()
     with operations() as operations_run:
@@ -220,7 +216,7 @@ def test_the_similarity_never_takes_more_than_64_mib(operations, device, dtype, 
 
 @pytest.mark.parametrize("limit", [1, 1000, 2**14, 2**30])
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_memory_limit_does_not_change_what_is_found(monkeypatch, window, limit):
+def test_the_memory_limit_does_not_change_the_result(monkeypatch, window, limit):
     x, split = tokens((10, 14), batch=3), make_partition((10, 14), window=window)
     whole = match(x, split, exact=True)
     monkeypatch.setattr(matching, "CACHED_BYTES", limit)
@@ -231,7 +227,7 @@ def test_the_memory_limit_does_not_change_what_is_found(monkeypatch, window, lim
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_a_picture_alone_has_the_map_that_it_has_in_a_batch(partition, window):
+def test_a_picture_alone_has_its_map_of_the_batch(partition, window):
     x = tokens((13, 10), channels=16, batch=4)
     together = tome.match_tokens(x, (13, 10), 0.4, partition=partition, window=window, step=2)
     for item in range(4):
@@ -243,32 +239,24 @@ def test_a_picture_alone_has_the_map_that_it_has_in_a_batch(partition, window):
 
 
 @pytest.mark.parametrize("shape", [(2, 63, 4), (64, 4), (2, 8, 8, 4)])
-def test_what_is_not_on_the_grid_is_refused_by_name(shape):
-    with pytest.raises(
-        ValueError, match=r"^x must be \[B, 64, C\] on a grid of 8×8, got \["
-    ) as caught:
+def test_tokens_that_are_not_on_the_grid_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\[B, 64, C\]") as caught:
         tome.match_tokens(torch.zeros(shape), (8, 8), 0.5)
     assert str(list(shape)) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ratio": 0.9}, "ratio must lie in [0, 0.75] for a 2×2 stride, got 0.9"),
-        (
-            {"ratio": 0.6, "partition": "alternating"},
-            "ratio must lie in [0, 0.5] for the alternating partition, got 0.6",
-        ),
-        ({"window": 0}, "window must lie in [1, 4096], got 0"),
-    ],
+    ("options", "words"),
+    [({"ratio": 0.9}, ["ratio", "0.9"]), ({"window": 0}, ["window", "[1, 4096]", "0"])],
+    ids=str,
 )
-def test_an_option_out_of_range_is_refused_as_in_the_settings(options, message):
+def test_an_option_out_of_range_is_refused_as_in_the_settings(options, words):
     with pytest.raises(tome.SettingsError) as caught:
         tome.match_tokens(tokens((8, 8)), (8, 8), **{"ratio": 0.5, **options})
-    assert str(caught.value) == message
+    assert all(word in str(caught.value) for word in words)
 
 
-def test_autocast_does_not_lower_the_precision_of_an_exact_matching():
+def test_autocast_keeps_the_precision_of_an_exact_matching():
     x = tokens((24, 24), channels=16)
     expected = tome.match_tokens(x, (24, 24), 0.5, window=None)
     with torch.autocast("cpu", dtype=torch.bfloat16):

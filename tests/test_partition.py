@@ -1,8 +1,11 @@
+import contextlib
+import importlib.util
+
 import pytest
 import torch
 
 from tomesd_core.matching import match_tokens
-from tomesd_core.partition import _layout, make_partition
+from tomesd_core.partition import make_partition
 from tomesd_core.settings import PARTITIONS
 
 GRIDS = [(8, 8), (65, 33), (7, 9), (1, 5), (2, 1), (6, 40)]
@@ -10,19 +13,13 @@ STRIDES = [(2, 2), (3, 2), (1, 4), (1, 1)]
 
 
 def cells_of(grid, stride):
-    """The tokens of each whole cell, in row order."""
+    """Tokens of each whole cell, in row order."""
     (rows, columns), (down, across) = grid, stride
     return [
         [(top + y) * columns + left + x for y in range(down) for x in range(across)]
         for top in range(0, rows - down + 1, down)
         for left in range(0, columns - across + 1, across)
     ]
-
-
-def forget():
-    """Lets the next partition be made anew."""
-    make_partition.cache_clear()
-    _layout.cache_clear()
 
 
 def dst_of(*args, **options):
@@ -33,7 +30,7 @@ def dst_of(*args, **options):
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_src_and_dst_are_disjoint_and_complete(grid, stride, window, partition):
+def test_every_token_is_src_or_dst(grid, stride, window, partition):
     split = make_partition(grid, stride, partition, step=5, window=window, items=2)
     assert split.tokens == grid[0] * grid[1]
     for src, dst in zip(split.src, split.dst, strict=True):
@@ -89,7 +86,7 @@ def test_uniform_leaves_some_cells_without_a_dst():
     ],
 )
 def test_the_draw_is_the_same_on_every_machine(partition, step, dst):
-    """A change of these numbers changes the picture of every seed."""
+    """Other numbers would change the picture of every seed."""
     assert dst_of((4, 12), (2, 2), partition, step=step).tolist() == [dst]
 
 
@@ -113,7 +110,7 @@ def test_the_draw_is_uniform_over_a_cell(stride):
 
 
 def test_draws_of_neighbouring_steps_items_and_cells_are_independent():
-    """Independent draws from 4 tokens agree in a quarter of the cells."""
+    """Independent draws of one in 4 tokens agree in a quarter of the cells."""
     corner = dst_of((64, 64), (2, 2), "corner")
     place = torch.stack(
         [dst_of((64, 64), (2, 2), "random", step, items=2) - corner for step in range(20)]
@@ -126,7 +123,7 @@ def test_draws_of_neighbouring_steps_items_and_cells_are_independent():
 
 
 @pytest.mark.parametrize("partition", ["random", "uniform"])
-def test_a_draw_that_is_not_shared_differs_between_items_and_not_with_their_number(partition):
+def test_a_separate_draw_depends_on_the_item_and_not_on_their_number(partition):
     three = dst_of((8, 8), (2, 2), partition, step=4, items=3)
     assert len({tuple(dst.tolist()) for dst in three}) == 3
     assert torch.equal(dst_of((8, 8), (2, 2), partition, step=4, items=2), three[:2])
@@ -154,7 +151,7 @@ def test_the_windows_hold_each_src_and_each_dst_once(grid, window, partition):
 
 
 @pytest.mark.parametrize("window", [2, 4, 5, 8])
-def test_a_window_is_a_rectangle_of_whole_cells_no_wider_than_asked_for(window):
+def test_a_window_is_a_rectangle_of_whole_cells_within_its_size(window):
     split = make_partition((12, 20), (2, 2), "corner", window=window)
     tokens_of = [
         set(split.src[0, src].tolist()) | set(split.dst[0, dst].tolist())
@@ -178,25 +175,42 @@ def test_a_uniform_draw_has_no_windows():
     assert split.most_removed == 192
 
 
+@pytest.fixture
+def other_defaults(dtype):
+    """Another default dtype and device of torch while open."""
+
+    @contextlib.contextmanager
+    def opened():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+    return opened
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_a_matching_is_the_same_whatever_torchs_defaults_are(partition, window, dtype):
-    x = torch.randn(2, 15 * 31, 8)
-    options = {"partition": partition, "step": 3, "window": window, "shared_draw": False}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    # Partitions are kept from call to call, whatever the defaults were at the first.
-    forget()
-    try:
-        with torch.device("meta"):
-            token_map = match_tokens(x, (15, 31), 0.5, **options)
-            merged = token_map.merge(x)
-            counts = token_map.counts
-    finally:
-        torch.set_default_dtype(before)
-    forget()
-    usual = match_tokens(x, (15, 31), 0.5, **options)
-    assert torch.equal(token_map.slots, usual.slots)
-    assert torch.equal(merged, usual.merge(x))
-    assert torch.equal(counts, usual.counts)
+def test_torchs_defaults_change_no_partition_and_no_matching(other_defaults, partition, window):
+    # Partitions are cached, so that the defaults at their first use count: a new copy has none.
+    spec = importlib.util.find_spec("tomesd_core.partition")
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    x, grid, options = torch.randn(2, 15 * 31, 8), (15, 31), {"step": 3, "window": window}
+    usual = make_partition(grid, (2, 2), partition, items=2, **options)
+    with other_defaults():
+        split = fresh.make_partition(grid, (2, 2), partition, items=2, **options)
+        maps = [match_tokens(x, grid, 0.5, partition=partition, **options)]
+        merged = maps[0].merge(x)
+    maps.append(match_tokens(x, grid, 0.5, partition=partition, **options))
+    pairs = [(split.src, usual.src), (split.dst, usual.dst), (merged, maps[1].merge(x))]
+    pairs += [
+        (getattr(split.windows, part), getattr(usual.windows, part))
+        for part in ("src", "dst", "src_place")
+    ]
+    pairs += [(maps[0].slots, maps[1].slots), (maps[0].counts, maps[1].counts)]
+    assert all(torch.equal(one, other) for one, other in pairs)

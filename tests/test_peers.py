@@ -1,4 +1,4 @@
-"""The methods of others as the bench runs them."""
+"""Other methods as the bench runs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("ldm", reason="the peers run on ldm's own UNet")
 
 from lab.bench import models, peers
-from lab.bench.peers import CA_TOME, PUT_ON, QUERIES, TOMA
+from lab.bench.peers import ATTACH_PEER, CA_TOME, QUERIES, TOMA
 
 
 @pytest.fixture
@@ -17,9 +17,9 @@ def tiny():
 
 
 def tokens_of(unet, name, ratio, size=(128, 128)):
-    """The numbers of queries and keys of each merged layer, in one pass."""
+    """Numbers of queries and keys of each merged layer in one pass."""
     counts, step = [], models.one_step(unet, models.TINY, size)
-    with PUT_ON[name](unet, ratio):
+    with ATTACH_PEER[name](unet, ratio):
         for layer in peers.merged_layers(unet):
             attn1 = layer.block.attn1
             for projection in (attn1.to_q, attn1.to_k):
@@ -30,7 +30,7 @@ def tokens_of(unet, name, ratio, size=(128, 128)):
     return counts
 
 
-def test_forges_own_merging_shortens_the_queries_alone(tiny):
+def test_forges_own_merging_shortens_the_queries_only(tiny):
     pytest.importorskip("tomesd")
     counts = tokens_of(tiny, QUERIES, 0.5)
     assert set(counts[::2]) == {128} and set(counts[1::2]) == {256}
@@ -53,7 +53,7 @@ def test_each_of_tomas_destinations_covers_more_than_any_other_token_would():
 
 
 @pytest.mark.parametrize("grid", [(16, 8), (8, 24), (5, 8)], ids=str)
-def test_tiles_are_put_back_where_they_were(grid):
+def test_untiling_restores_the_tokens(grid):
     x = torch.arange(2 * grid[0] * grid[1] * 3.0).view(2, -1, 3)
     assert torch.equal(peers._untiled(peers._tiles(x, grid), grid), x)
 
@@ -64,14 +64,14 @@ def test_with_every_token_a_destination_toma_changes_nothing():
     assert keys is queries and torch.allclose(unmerge(queries), x, atol=1)
 
 
-def test_ca_tome_matches_in_its_own_steps_alone(tiny, monkeypatch):
+def test_ca_tome_matches_in_its_own_steps_only(tiny, monkeypatch):
     pytest.importorskip("tomesd")
     if peers.importlib.util.find_spec("ca_tome") is None:
         pytest.skip("ca-tome is not installed")
     step, matched = models.one_step(tiny, models.TINY, (128, 128)), []
     merge = peers._ca_tome_patch().merge
     usual = merge.torch.Tensor.argsort
-    with PUT_ON[CA_TOME](tiny, -1.0) as running:
+    with ATTACH_PEER[CA_TOME](tiny, -1.0) as running:
         monkeypatch.setattr(
             merge.torch.Tensor,
             "argsort",

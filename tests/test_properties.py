@@ -1,4 +1,4 @@
-"""Laws that hold for any grid, stride, ratio and batch."""
+"""Properties of token maps for any grid, stride, ratio and batch."""
 
 import math
 
@@ -12,7 +12,7 @@ from tomesd_core.plan import tokens_removed
 from tomesd_core.settings import PARTITIONS, max_ratio
 
 ROUNDING = 64
-"""With windows the number of tokens left may be rounded to what is faster, by so many at most."""
+"""With windows, the most by which the number of removed tokens is rounded."""
 
 NO_WINDOW, SOME_WINDOW = st.none(), st.integers(1, 40)
 WINDOWS = NO_WINDOW | SOME_WINDOW
@@ -22,7 +22,7 @@ quick = settings(max_examples=120, deadline=None, derandomize=True)
 
 @st.composite
 def matchings(draw, windows=WINDOWS):
-    """A token map, the tokens that it was made of, their partition, and the ratio."""
+    """A token map, its tokens, their partition and the ratio."""
     grid = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
     options = {
         "stride": draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
@@ -74,18 +74,18 @@ def test_unmerge_of_merge_is_the_identity_on_what_is_constant_over_slots(case):
 
 @quick
 @given(matchings(windows=NO_WINDOW))
-def test_over_the_whole_image_the_ratio_is_removed_as_far_as_there_are_sources(case):
+def test_over_the_whole_image_the_ratio_is_removed_while_sources_last(case):
     token_map, x, split, ratio = case
     tokens = x.shape[1]
     assert tokens_removed(tokens, ratio) == int(tokens * ratio)
-    # Over the whole image every source finds a destination, where there is one.
+    # Over the whole image every source has a destination, if there is one.
     assert split.most_removed == (split.src.shape[1] if split.dst.numel() else 0)
     assert token_map.merged_tokens == tokens - min(int(tokens * ratio), split.most_removed)
 
 
 @quick
 @given(matchings(windows=SOME_WINDOW))
-def test_in_windows_the_ratio_is_removed_as_far_as_sources_find_a_destination_up_to_rounding(case):
+def test_in_windows_the_ratio_is_removed_up_to_rounding(case):
     token_map, x, split, ratio = case
     removed = x.shape[1] - token_map.merged_tokens
     assert 0 <= removed <= split.most_removed
@@ -94,7 +94,7 @@ def test_in_windows_the_ratio_is_removed_as_far_as_sources_find_a_destination_up
 
 @quick
 @given(matchings())
-def test_a_slot_holds_one_destination_and_what_fell_into_it_or_a_token_alone(case):
+def test_a_slot_holds_one_destination_with_its_sources_or_one_token(case):
     token_map, x, split, _ = case
     dst = split.dst.expand(x.shape[0], -1)
     is_dst = torch.zeros(x.shape[:2], dtype=torch.long).scatter_(1, dst, 1)

@@ -1,15 +1,14 @@
-"""Weighted keys: exact for equal tokens, and what softmax with log-counts added gives for any."""
+"""Proportional attention: softmax with log n added, exact where merged tokens are equal."""
 
 import contextlib
 import math
 
 import pytest
 import torch
-from torch import nn
+from single_block import Projected, block_around, skip_without_half
 
 import tomesd_core as tome
-from tomesd_core import probe
-from tomesd_core.probe import probe_heads
+from tomesd_core.probe import PROBE_TOKENS, probe_heads
 from tomesd_core.proportional import (
     BIAS_CHANNELS,
     WIDTH,
@@ -25,33 +24,23 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 @pytest.fixture(autouse=True)
 def has_half(request):
-    """Older torch has no half precision on the CPU."""
     if "torch.float16" in request.node.name:
-        try:
-            nn.functional.layer_norm(torch.ones(2, 2).half() @ torch.ones(2, 2).half(), (2,))
-        except RuntimeError as error:
-            pytest.skip(str(error))
+        skip_without_half()
 
 
 def plain_softmax(q, k, v, scale):
     return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
 
 
-class Attention(nn.Module):
-    """An attention as WebUI's: `kind` says where its scale and the size of its heads come from."""
+class Attention(Projected):
+    """Attention like WebUI's; `kind` chooses where its scale and head size come from."""
 
     def __init__(self, kind, heads, size):
-        super().__init__()
-        inner = heads * size
-        self.kind, self.heads, self.scale = kind, heads, size**-0.5
-        self.to_q = nn.Linear(inner, inner, bias=False)
-        self.to_k = nn.Linear(inner, inner, bias=False)
-        self.to_v = nn.Linear(inner, inner, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, inner), nn.Dropout(0.0))
+        super().__init__(heads, size)
+        self.kind, self.scale = kind, size**-0.5
 
     def forward(self, x, context=None, mask=None):
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = self.project(x, context)
         size = x.shape[-1] // self.heads if self.kind == "by input" else q.shape[-1] // self.heads
         q, k, v = (
             each.view(each.shape[0], -1, self.heads, size).transpose(1, 2) for each in (q, k, v)
@@ -61,7 +50,7 @@ class Attention(nn.Module):
 
 
 class Strange(Attention):
-    """One whose scale nothing tells."""
+    """Attention with an unusual scale."""
 
     def forward(self, x, context=None, mask=None):
         self.scale = 0.5 * (self.to_q.in_features // self.heads) ** -0.5
@@ -70,35 +59,20 @@ class Strange(Attention):
         return out
 
 
-class Block(nn.Module):
-    """A SpatialTransformer of one block, of attention alone."""
-
-    def __init__(self, attention, channels):
-        super().__init__()
-        inner = nn.Module()
-        inner.norm1, inner.attn1 = nn.LayerNorm(channels), attention
-        self.transformer_blocks = nn.ModuleList([inner])
-
-    def forward(self, x):
-        block = self.transformer_blocks[0]
-        return block.attn1(block.norm1(x.flatten(2).transpose(1, 2)))
-
-
 def make(kind, heads=2, size=8, dtype=torch.float32, cls=Attention):
     torch.manual_seed(0)
-    # An implementation of its own, which is probed anew.
-    attention = type(
-        "Attention",
-        (cls,),
-        {"forward": lambda self, *args, **named: cls.forward(self, *args, **named)},
-    )(kind, heads, size)
-    for projection in (attention.to_q, attention.to_k):
-        nn.init.normal_(projection.weight, std=1.5 * (heads * size) ** -0.5)
-    return Block(attention, heads * size).to(dtype).requires_grad_(False)
+
+    class New(cls):
+        """Another function, so that it is probed."""
+
+        def forward(self, *args, **named):
+            return super().forward(*args, **named)
+
+    return block_around(New(kind, heads, size), dtype)
 
 
 def image(channels, dtype=torch.float32, cells=False, batch=2):
-    """Tokens on `GRID`; in `cells` all tokens of a 2×2 cell are equal."""
+    """Tokens on `GRID`; with `cells` those of each 2×2 cell are equal."""
     generator = torch.Generator().manual_seed(1)
     side = 4 if cells else 8
     x = torch.randn(batch, channels, side, side, generator=generator, dtype=torch.double)
@@ -106,14 +80,8 @@ def image(channels, dtype=torch.float32, cells=False, batch=2):
 
 
 def settings(method, ratio=0.75, **values):
-    return MergeSettings(
-        ratio=ratio,
-        schedule="constant",
-        method=method,
-        window=None,
-        skip_unprofitable=False,
-        **values,
-    )
+    always = {"schedule": "constant", "window": None, "skip_unprofitable": False}
+    return MergeSettings(ratio=ratio, method=method, **always, **values)
 
 
 def run(block, x, how):
@@ -155,7 +123,7 @@ KINDS = "own scale", "by heads", "by input"
     ("heads", "size"), [(8, 40), (1, 64), (10, 64), (5, 80), (2, 160), (3, 7), (2, 4)]
 )
 @pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_where_all_tokens_of_a_slot_are_equal_merging_changes_nothing(kind, heads, size, method):
+def test_merging_equal_tokens_changes_nothing(kind, heads, size, method):
     block, x = make(kind, heads, size), image(heads * size, cells=True)
     out, token_map = run(block, x, settings(method))
     assert token_map.merged_tokens == 16 and token_map.counts.unique().tolist() != [1]
@@ -187,7 +155,7 @@ def test_gradients_are_the_references(kind, method):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [4, 8, 40, 64, 80, 160])
-def test_the_scale_is_read_off_the_attention(kind, dtype, size):
+def test_the_probe_finds_the_scale_of_an_attention(kind, dtype, size):
     attention = make(kind, 2, size, dtype).transformer_blocks[0].attn1
     running = []
 
@@ -208,7 +176,7 @@ def test_the_scale_is_read_off_the_attention(kind, dtype, size):
 
 
 @pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_an_attention_whose_scale_is_unknown_is_left_alone_and_that_is_said(method):
+def test_an_attention_of_unknown_scale_is_not_merged(method):
     block, x = make("own scale", cls=Strange), image(16)
     unmerged = block(x)
     with tome.attach(block, settings(method)) as merging:
@@ -217,18 +185,23 @@ def test_an_attention_whose_scale_is_unknown_is_left_alone_and_that_is_said(meth
     assert run(block, x, settings("paper"))
 
 
-def test_a_counter_on_an_attention_does_not_have_it_probed_anew(monkeypatch):
-    block, x, probes = make("by heads"), image(16), []
-    usual = probe._probed
-    monkeypatch.setattr(probe, "_probed", lambda *args: probes.append(None) or usual(*args))
+def test_a_counter_on_an_attention_does_not_have_it_probed_again():
+    lengths = []
+
+    class Counting(Attention):
+        def forward(self, x, context=None, mask=None):
+            lengths.append(x.shape[1])
+            return super().forward(x, context)
+
+    block, x = make("by heads", cls=Counting), image(16)
     with tome.attach(block, settings("keys")):
         for count in range(3):
             block.transformer_blocks[0].attn1.calls = count
             block(x)
-    assert len(probes) == 1
+    assert lengths.count(PROBE_TOKENS) == 1 and lengths.count(x[0, 0].numel()) == 3
 
 
-def test_an_attention_without_heads_is_none_that_can_be_merged():
+def test_an_attention_without_heads_can_not_be_merged():
     attention = make("own scale").transformer_blocks[0].attn1
     assert has_projections(attention)
     del attention.heads
@@ -236,7 +209,7 @@ def test_an_attention_without_heads_is_none_that_can_be_merged():
 
 
 @pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_pre_hooks_of_others_on_to_q_and_to_out_see_the_width_that_they_would_see(method):
+def test_foreign_pre_hooks_on_projections_see_unpadded_inputs(method):
     block, x, widths = make("by input"), image(16), set()
     attention = block.transformer_blocks[0].attn1
     for module in (attention.to_q, attention.to_out, attention.to_out[0]):

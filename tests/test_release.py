@@ -1,4 +1,4 @@
-"""The archive of a release holds what WebUI users need, and nothing that only tries or measures it."""
+"""The archive of a release has what WebUI users need, and neither tests nor lab."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ RUN_OR_READ = (
     "metadata.ini",
     "README.md",
 )
-"""What WebUI runs, and what its users read."""
+"""Files that WebUI runs or its users read."""
 
 
 @pytest.fixture(scope="module")
 def archived():
-    """The names of the archive's files, of the last commit by the attributes as they are now."""
+    """Names of the files in an archive of the last commit, by the current attributes."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("this is no clone of the repository")
     command = ["git", "archive", "--worktree-attributes", "HEAD"]

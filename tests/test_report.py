@@ -33,7 +33,7 @@ def test_the_summary_names_layers_tokens_and_steps():
     assert "\n" not in report.summary
 
 
-def test_on_is_never_silently_nothing():
+def test_a_report_without_merging_has_the_reasons():
     reasons = "level 2 is above max downsample 1", "64 tokens are under min tokens 100"
     report = Report(
         [layer(calls=1, reason=reasons[0]), layer(calls=1, reason=reasons[1])], 1, 0, 0.5, []
@@ -43,7 +43,7 @@ def test_on_is_never_silently_nothing():
     assert "this model has no layers" in Report([], 1, 0, 0.5, ["this model has no layers"]).summary
 
 
-def test_layers_reason_for_another_extension_are_in_the_summary_beside_merged_ones():
+def test_conflicts_are_in_the_summary_next_to_merged_layers():
     layers = [
         layer("a", 2, 512, 256, 2, 2),
         layer("b", 1, 0, 0, 2, 0, "tiled"),
@@ -53,9 +53,9 @@ def test_layers_reason_for_another_extension_are_in_the_summary_beside_merged_on
     for tiled in layers[1:3]:
         tiled.conflict = "tiled"
     summary = Report(layers, 2, 2, 0.5, []).summary
-    assert (
-        summary == "1 of 4 self-attention layers, 512 → 256 tokens, 2 of 2 steps; 2 left out: tiled"
-    )
+    for part in ("1 of 4", "512 → 256 tokens", "2 of 2 steps"):
+        assert part in summary
+    assert summary.count("tiled") == 1 and "2 " in summary.rpartition(";")[2]
 
 
 def test_a_failure_is_the_reason_before_all_others():
@@ -63,24 +63,22 @@ def test_a_failure_is_the_reason_before_all_others():
         layer("a", calls=1, reason="merging failed: x"),
         layer("b", 2, calls=1, reason="level 2 is above 1"),
     ]
-    assert Report(layers, 1, 0, 0.5, ["no attention at level 1"], "merging failed: x").summary == (
-        "nothing merged: merging failed: x"
-    )
+    summary = Report(layers, 1, 0, 0.5, ["no attention at level 1"], "merging failed: x").summary
+    assert "nothing merged" in summary and summary.endswith("merging failed: x")
+    assert "level" not in summary
     merged = layer("a", 1, 64, 32, 2, 1)
     merged.count_unmerged("merging failed: x")
-    assert (
-        Report([merged], 2, 1, 0.5, [], "merging failed: x").summary.count("merging failed: x") == 1
-    )
+    summary = Report([merged], 2, 1, 0.5, [], "merging failed: x").summary
+    assert summary.count("merging failed: x") == 1
 
 
-def test_a_note_does_not_hide_why_nothing_was_merged():
-    summary = Report(
-        [layer(calls=1, reason="too small")], 1, 0, 0.5, ["no attention at level 1"]
-    ).summary
-    assert summary == "nothing merged: too small; no attention at level 1"
+def test_a_note_does_not_hide_the_reason():
+    layers = [layer(calls=1, reason="too small")]
+    summary = Report(layers, 1, 0, 0.5, ["no attention at level 1"]).summary
+    assert all(part in summary for part in ("too small", "no attention at level 1"))
 
 
-def test_the_whole_report_names_every_layer_and_why_it_was_reason():
+def test_the_whole_report_names_every_layer_and_its_reason():
     why = "level 8 is above max downsample 1"
     layers = [
         layer("input_blocks.1.1", 1, 4096, 2048, 20, 15),
@@ -111,7 +109,7 @@ def test_a_report_can_be_read_before_during_and_after(make_unet, make_inputs, sm
     assert len(before.merged_layers) == 0, "a report read earlier does not change"
 
 
-def test_a_report_says_tokens_before_and_after(make_unet, make_inputs, small_settings):
+def test_a_report_has_the_tokens_before_and_after(make_unet, make_inputs, small_settings):
     unet = make_unet()
     with tome.attach(unet, small_settings(ratio=0.3, window=None, max_downsample=2)) as merging:
         unet(*make_inputs((16, 12)))

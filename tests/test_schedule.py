@@ -31,12 +31,12 @@ def test_linear_goes_from_ratio_to_late_ratio():
     assert ratio_at(0.5, "linear", 0.2, 0.6, 0.5) == pytest.approx(0.4)
 
 
-def test_step_changes_over_at_switch_at_which_belongs_to_the_late_part():
+def test_step_changes_at_switch_at():
     ratios = [ratio_at(progress, "step", 0.6, 0.2, 0.5) for progress in (0, 0.49, 0.5, 0.51, 1)]
     assert ratios == [0.6, 0.6, 0.2, 0.2, 0.2]
 
 
-def test_switch_at_0_is_late_throughout_and_1_is_late_in_the_last_step():
+def test_switch_at_0_is_always_late_and_1_only_in_the_last_step():
     assert ratio_at(0, "step", 0.6, 0.2, 0) == 0.2
     assert ratio_at(0.99, "step", 0.6, 0.2, 1) == 0.6
     assert ratio_at(1, "step", 0.6, 0.2, 1) == 0.2

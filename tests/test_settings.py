@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import re
 
 import pytest
 
@@ -17,39 +16,35 @@ def error_of(**values):
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "words"),
     [
-        ({"ratio": 0.95}, "ratio must lie in [0, 0.9375], got 0.95"),
-        ({"ratio": 1.5, "method": "paper"}, "ratio must lie in [0, 0.9375], got 1.5"),
-        ({"ratio": 0.9, "stride": (2, 2)}, "ratio must lie in [0, 0.75] for a 2×2 stride, got 0.9"),
+        ({"ratio": 0.95}, ["ratio", "[0, 0.9375]"]),
+        ({"ratio": 0.9, "stride": (2, 2)}, ["ratio", "[0, 0.75]", "2×2"]),
+        ({"ratio": 0.7, "stride": (1, 3)}, ["ratio", "[0, 0.666667]", "1×3"]),
+        ({"ratio": 0.6, "partition": "alternating"}, ["ratio", "[0, 0.5]", "alternating"]),
         (
-            {"ratio": 0.7, "stride": (1, 3)},
-            "ratio must lie in [0, 0.666667] for a 1×3 stride, got 0.7",
+            {"late_ratio": 0.8, "ratio": 0.5, "schedule": "linear", "stride": (2, 2)},
+            ["late_ratio", "[0, 0.75]", "2×2"],
         ),
-        (
-            {"ratio": 0.6, "partition": "alternating"},
-            "ratio must lie in [0, 0.5] for the alternating partition, got 0.6",
-        ),
-        (
-            {"ratio": 0.5, "late_ratio": 0.8, "schedule": "linear", "stride": (2, 2)},
-            "late_ratio must lie in [0, 0.75] for a 2×2 stride, got 0.8",
-        ),
-        ({"late_ratio": 1.1, "schedule": "constant"}, "late_ratio must lie in [0, 1], got 1.1"),
-        ({"schedule": "cosine"}, "schedule must be one of constant, linear, step, got 'cosine'"),
-        ({"switch_at": 2}, "switch_at must lie in [0, 1], got 2"),
-        ({"max_downsample": 3}, "max_downsample must be one of 1, 2, 4, 8, got 3"),
-        ({"min_tokens": 0.5}, "min_tokens must be an integer in [0, 65536], got 0.5"),
-        ({"stride": 2}, "stride must be two integers in [1, 16], got 2"),
-        ({"stride": (2,)}, "stride must be two integers in [1, 16], got (2,)"),
-        ({"stride": (0, 2)}, "stride must lie in [1, 16], got 0"),
-        ({"stride": (2, 17)}, "stride must lie in [1, 16], got 17"),
-        ({"stride": (2, 1.5)}, "stride must be an integer in [1, 16], got 1.5"),
-        ({"stride": ("2", 2)}, "stride must be an integer in [1, 16], got '2'"),
-        ({"stride": "2x2"}, "stride must be two integers in [1, 16], got '2x2'"),
+        ({"late_ratio": 1.1, "schedule": "constant"}, ["late_ratio", "[0, 1]"]),
+        ({"schedule": "cosine"}, ["schedule", "constant, linear, step"]),
+        ({"max_downsample": 3}, ["max_downsample", "1, 2, 4, 8"]),
+        ({"min_tokens": 0.5}, ["min_tokens", "integer", "[0, 65536]"]),
+        ({"stride": 2}, ["stride", "two integers", "[1, 16]"]),
+        ({"stride": (2,)}, ["stride", "two integers"]),
+        ({"stride": "2x2"}, ["stride", "two integers"]),
     ],
+    ids=str,
 )
-def test_a_wrong_value_names_the_setting_the_value_and_the_range(values, message):
-    assert error_of(**values) == message
+def test_a_wrong_value_is_named_with_its_setting_and_range(values, words):
+    error = error_of(**values)
+    assert all(word in error for word in [*words, repr(next(iter(values.values())))])
+
+
+@pytest.mark.parametrize("side", [0, 17, 1.5, "2"], ids=repr)
+def test_a_wrong_side_of_a_stride_is_named(side):
+    error = error_of(stride=(2, side))
+    assert all(word in error for word in ("stride", "[1, 16]", repr(side)))
 
 
 def of_kind(*kinds):
@@ -60,32 +55,32 @@ def of_kind(*kinds):
     "name", [name for name in of_kind("number", "integer") if not FIELDS[name].optional]
 )
 @pytest.mark.parametrize("value", NOT_A_NUMBER, ids=repr)
-def test_what_is_no_number_is_refused_with_name_value_and_range(name, value):
+def test_what_is_no_number_is_refused(name, value):
     if (name, value) == ("late_ratio", None):
-        pytest.skip("the late ratio beside the ratio")
+        pytest.skip("None: a late ratio that follows the ratio")
     message = error_of(**{name: value})
-    assert message.startswith(f"{name} must ")
-    assert message.endswith(f", got {value!r}")
-    assert f" in [{FIELDS[name].minimum}, " in message
+    assert all(part in message for part in (name, repr(value), f"[{FIELDS[name].minimum}, "))
 
 
 @pytest.mark.parametrize("name", of_kind("number", "integer"))
-def test_a_range_holds_its_ends_and_nothing_beside_them(name):
+def test_a_range_includes_its_ends_and_nothing_outside(name):
     lowest, highest = FIELDS[name].minimum, FIELDS[name].maximum
-    for end, beside in ((lowest, lowest - 1), (highest, highest + 1)):
+    for end, outside in ((lowest, lowest - 1), (highest, highest + 1)):
         assert getattr(tome.MergeSettings(**{name: end}), name) == end
-        assert re.fullmatch(rf"{name} must lie in \[.*\], got {beside}", error_of(**{name: beside}))
+        error = error_of(**{name: outside})
+        assert name in error and str(outside) in error
 
 
 @pytest.mark.parametrize("name", of_kind("choice"))
 @pytest.mark.parametrize(
     "value", [math.nan, None, True, False, "", "nothing", "3", [], {}, 1j], ids=repr
 )
-def test_what_is_no_choice_is_refused_with_name_value_and_choices(name, value):
+def test_what_is_no_choice_is_refused(name, value):
     if (name, value) == ("schedule", None):
-        pytest.skip("the schedule beside the late ratio")
+        pytest.skip("None: a schedule that follows the late ratio")
     choices = ", ".join(map(str, FIELDS[name].choices))
-    assert error_of(**{name: value}) == f"{name} must be one of {choices}, got {value!r}"
+    error = error_of(**{name: value})
+    assert all(part in error for part in (name, choices, repr(value)))
 
 
 @pytest.mark.parametrize("value", [2, "2", 2.0], ids=repr)
@@ -97,7 +92,7 @@ def test_a_choice_may_be_its_text(value):
 def test_a_ratio_alone_never_merges_more_late_than_early():
     assert tome.MergeSettings(ratio=0.5).late_ratio == 0.5
     assert tome.MergeSettings(ratio=0.9).late_ratio == tome.MergeSettings().late_ratio == 0.75
-    assert tome.MergeSettings(ratio=0.5, late_ratio=0.9).late_ratio == 0.9, "who sets both means it"
+    assert tome.MergeSettings(ratio=0.5, late_ratio=0.9).late_ratio == 0.9
 
 
 def test_a_late_ratio_alone_is_reached():
@@ -109,13 +104,14 @@ def test_a_late_ratio_alone_is_reached():
 @pytest.mark.parametrize("name", of_kind("flag"))
 @pytest.mark.parametrize("value", [0, 1, "yes", [], 1j], ids=repr)
 def test_what_is_neither_true_nor_false_is_refused(name, value):
-    assert error_of(**{name: value}) == f"{name} must be true or false, got {value!r}"
+    error = error_of(**{name: value})
+    assert all(part in error for part in (name, "true or false", repr(value)))
 
 
 @pytest.mark.parametrize("name", of_kind("number", "integer"))
 @pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["huge", "minus huge"])
-def test_an_integer_too_large_for_a_float_is_refused_like_any_other(name, value):
-    """JSON knows no largest integer."""
+def test_an_integer_too_large_for_a_float_is_refused(name, value):
+    """JSON has no largest integer."""
     assert name in error_of(**{name: value})
 
 
@@ -156,9 +152,9 @@ def test_the_highest_ratio_is_the_share_of_sources(stride, partition, highest):
         ratio=highest, late_ratio=highest, stride=stride, partition=partition
     )
     assert (settings.ratio, settings.late_ratio) == (highest, highest)
-    with pytest.raises(tome.SettingsError, match=r"^ratio must lie in"):
+    with pytest.raises(tome.SettingsError, match=r"^ratio "):
         tome.MergeSettings(ratio=highest + 1e-6, stride=stride, partition=partition)
-    with pytest.raises(tome.SettingsError, match=r"^late_ratio must lie in"):
+    with pytest.raises(tome.SettingsError, match=r"^late_ratio "):
         tome.MergeSettings(
             ratio=highest,
             late_ratio=highest + 1e-6,
@@ -169,10 +165,8 @@ def test_the_highest_ratio_is_the_share_of_sources(stride, partition, highest):
 
 
 def test_a_late_ratio_that_is_never_reached_may_be_any():
-    assert (
-        tome.MergeSettings(ratio=0, late_ratio=0.2, schedule="constant", stride=(1, 1)).late_ratio
-        == 0.2
-    )
+    settings = tome.MergeSettings(ratio=0, late_ratio=0.2, schedule="constant", stride=(1, 1))
+    assert settings.late_ratio == 0.2
 
 
 @pytest.mark.parametrize(
@@ -195,7 +189,7 @@ def test_cells_follow_the_largest_ratio_that_the_schedule_reaches(values, cell):
 
 @pytest.mark.parametrize("method", FIELDS["method"].choices)
 @pytest.mark.parametrize("schedule", FIELDS["schedule"].choices)
-def test_no_part_of_the_ratio_sliders_gives_an_error(method, schedule):
+def test_every_position_of_the_ratio_sliders_is_valid(method, schedule):
     for name in ("ratio", "late_ratio"):
         setting = FIELDS[name]
         steps = round((setting.maximum - setting.minimum) / setting.step)
@@ -243,6 +237,6 @@ def test_pictures_of_few_steps_keep_more_tokens(steps, ratio):
     assert settings.cell == ((4, 4) if ratio > 0.75 else (2, 2))
 
 
-def test_one_step_for_the_full_ratio_is_the_full_ratio_in_any_steps():
+def test_full_steps_of_1_keep_the_ratio():
     settings = tome.MergeSettings(full_steps=1)
     assert settings.in_steps(1) is settings.in_steps(4) is settings

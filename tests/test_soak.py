@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 
 import psutil
 
-from lab.bench import soak
+from lab.bench import soak, soak_requests
 from lab.bench.__main__ import main
 from lab.demo.model import TinyModel
 
@@ -94,8 +94,8 @@ def soaked(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
 @pytest.mark.parametrize(
     ("infotext", "outcome", "lost", "refused"),
     [
-        ("ToMe ratio: 0.5", "told", 0, 0),
-        ("ToMe error: ratio", "told", 0, 1),
+        ("ToMe ratio: 0.5", "reported", 0, 0),
+        ("ToMe error: ratio", "reported", 0, 1),
         ("", "refused", 0, 0),
         ("ToMe error: ratio", "made", 1, 0),
     ],
@@ -146,7 +146,7 @@ def test_requests_follow_from_the_seed_and_have_every_kind() -> None:
 
     assert some_requests(1) == some_requests(1) != some_requests(2)
     some = some_requests(1)
-    assert {request.outcome for request in some} == {"made", "told", "refused", "either"}
+    assert {request.outcome for request in some} == {"made", "reported", "refused", "either"}
     assert some[0] is some[10] is some[290]
     assert 50 < sum(request.outcome != "made" for request in some) < 100
     assert {request.ends_by for request in some} == {None, "interrupt", "skip"}
@@ -157,4 +157,4 @@ def test_requests_follow_from_the_seed_and_have_every_kind() -> None:
         name for args in arguments for name in (args or [{}])[0:1] if isinstance(name, bool)
     } == {True, False}
     named = {name for args in arguments for arg in args if isinstance(arg, dict) for name in arg}
-    assert {"preset", *soak.SETTINGS} < named
+    assert {"preset", *soak_requests.SETTINGS} < named

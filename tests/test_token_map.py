@@ -11,8 +11,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(params=["bags", "scan"], autouse=True)
 def way(request, monkeypatch):
-    """Every law holds for both ways to take the mean: `embedding_bag`, and the fallback for devices
-    without it."""
+    """Both ways to take the mean: `embedding_bag`, and the fallback for devices without it."""
     if request.param == "scan":
         monkeypatch.setattr(module, "BAG_DEVICES", frozenset())
     return request.param
@@ -54,14 +53,14 @@ def test_merge_is_the_mean_over_each_slot_rounded_once(dtype, channels):
     assert merged.dtype == dtype
     assert merged.shape == (2, 20, channels)
     half_a_place = torch.finfo(dtype).eps / 2 * torch.exp2(torch.frexp(exact).exponent - 1.0)
-    # Sums are made in fp32 at least: its own rounding comes on top.
+    # Sums are made in fp32 at least, which rounds too.
     slack = 4 * torch.finfo(torch.float32).eps * x.double().abs().amax()
     assert ((merged.double() - exact).abs() <= half_a_place + slack).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_slot_loses_no_precision(dtype):
-    """In fp16 a sum of these would overflow, in bf16 it would stand still at 256 times the value."""
+    """In fp16 a sum of these would overflow, in bf16 it would stop at 256 times the value."""
     token_map = tome.TokenMap(torch.zeros(1, 4096, dtype=torch.long), 1)
     assert token_map.merge(torch.full((1, 4096, 3), 100.0, dtype=dtype)).tolist() == [[[100.0] * 3]]
     x = (1 + noise(1, 4096, 8) / 4).to(dtype)
@@ -101,7 +100,7 @@ def test_what_is_not_finite_stays_in_its_slot(kind):
     assert torch.equal(merged, healthy)
 
 
-def test_both_give_the_same_bits_at_every_run_and_with_any_number_of_threads():
+def test_merging_gives_the_same_bits_with_any_number_of_threads():
     token_map, x = random_map(tokens=1000, merged=30), noise(2, 1000, 64)
     merged, threads = token_map.merge(x), torch.get_num_threads()
     try:
@@ -128,7 +127,7 @@ def test_the_gradients_are_right():
 def test_the_gradient_comes_in_the_dtype_of_the_tokens(dtype):
     token_map, x = random_map(), noise(2, 63, 4).to(dtype).requires_grad_()
     token_map.unmerge(token_map.merge(x)).sum().backward()
-    # Each token's share of the sum: its slot's value counts once for each of the slot's tokens.
+    # A slot's mean is counted once for each of its tokens.
     assert x.grad.dtype == dtype
     torch.testing.assert_close(x.grad, torch.ones_like(x), rtol=0.02, atol=0)
 
@@ -147,15 +146,15 @@ def test_a_map_serves_any_tensor_on_its_grid():
 
 
 @pytest.mark.parametrize("shape", [(2, 62, 4), (3, 63, 4), (63, 4), (2, 63, 4, 1)])
-def test_merge_refuses_what_is_not_of_its_grid_and_names_both_shapes(shape):
-    with pytest.raises(ValueError) as caught:
+def test_merge_refuses_another_shape(shape):
+    with pytest.raises(ValueError, match=r"\[2, 63, C\]") as caught:
         random_map().merge(torch.zeros(shape))
-    assert str(caught.value) == f"x must be [2, 63, C] for this map, got {list(shape)}"
+    assert str(list(shape)) in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(2, 63, 4), (1, 20, 4), (20, 4), (2, 20, 4, 1)])
-def test_unmerge_refuses_what_is_not_merged_and_names_both_shapes(shape):
-    with pytest.raises(ValueError, match=r" must be \[2, 20, C\] for this map, got \[") as caught:
+def test_unmerge_refuses_another_shape(shape):
+    with pytest.raises(ValueError, match=r"\[2, 20, C\]") as caught:
         random_map().unmerge(torch.zeros(shape))
     assert str(list(shape)) in str(caught.value)
 

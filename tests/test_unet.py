@@ -14,7 +14,7 @@ def levels_of(unet):
 @pytest.mark.parametrize(
     "options", [{}, {"resblock_updown": True}, {"use_linear_in_transformer": True}], ids=str
 )
-def test_every_self_attention_layer_is_found_with_the_level_of_the_structure(make_unet, options):
+def test_every_self_attention_layer_is_found_with_its_level(make_unet, options):
     assert levels_of(make_unet(**SD1, **options)) == {
         "input_blocks.1.1.transformer_blocks.0": 1,
         "input_blocks.3.1.transformer_blocks.0": 2,
@@ -37,14 +37,14 @@ def test_every_block_of_a_transformer_is_a_layer(make_unet, blocks_of):
     assert all(layer.block in layer.transformer.transformer_blocks for layer in layers)
 
 
-def test_the_finest_level_is_the_structures_first_with_self_attention(make_unet):
+def test_the_finest_level_is_the_first_with_self_attention(make_unet):
     assert finest_level(find_layers(make_unet())) == 1
     assert finest_level(find_layers(make_unet(attention_resolutions=[2]))) == 2
     assert finest_level(find_layers(make_unet(disable_self_attentions=[True, False]))) == 2
     assert finest_level([]) is None
 
 
-def test_a_layer_without_self_attention_says_so(make_unet):
+def test_layers_without_self_attention_are_marked(make_unet):
     layers = find_layers(make_unet(disable_self_attentions=[True, False]))
     assert [layer.is_self_attention for layer in layers] == [layer.level == 2 for layer in layers]
 
@@ -97,23 +97,20 @@ def test_the_unet_is_found_in_a_model_or_is_the_model(make_unet):
     [None, "unet", object(), type("Model", (), {"model": None})()],
     ids=["none", "text", "object", "model of none"],
 )
-def test_what_holds_no_unet_is_refused_with_its_type(model):
-    with pytest.raises(
-        TypeError, match=rf"model must be a UNet module or .*, got {type(model).__name__}$"
-    ):
+def test_a_model_without_a_unet_is_refused_with_its_type(model):
+    with pytest.raises(TypeError, match=type(model).__name__):
         find_unet(model)
 
 
 @pytest.mark.parametrize("base", ["ModelMixin", "DiffusionPipeline"])
 def test_a_diffusers_model_without_a_unet_is_refused(base):
     diffusers = type("SD3Transformer2DModel", (type(base, (nn.Module,), {}),), {})
-    with pytest.raises(TypeError, match=r"^SD3Transformer2DModel has no UNet"):
+    with pytest.raises(TypeError, match="SD3Transformer2DModel has no UNet"):
         find_unet(diffusers())
 
 
-def test_the_measured_level_is_the_structures_for_every_size_that_halves_upwards():
-    """From 64 pixels to 1024, a side at a time and both. Without the structure, tiny sizes can't be
-    told apart."""
+def test_the_measured_level_is_the_structures_for_sizes_that_halve():
+    """From 64 pixels to 1024. Without the structure, tiny sizes are ambiguous."""
     for rows in range(8, 129):
         for columns in {8, 9, rows, 64, 75, 128}:
             grid = rows, columns
@@ -133,8 +130,8 @@ def test_the_measured_level_is_the_structures_for_every_size_that_halves_upwards
         ((64, 64), (128, 128), 1),
     ],
 )
-def test_the_measured_level_of_a_size_that_does_not_halve_is_the_nearest(latent, grid, level):
-    """Average pooling rounds down, and what resizes inside the UNet keeps to no power of two."""
+def test_the_measured_level_of_another_size_is_the_nearest(latent, grid, level):
+    """Average pooling rounds down, and resizing inside the UNet may have any factor."""
     for expected in (None, 1, 2, 4, 8):
         assert measured_level(latent, grid, expected) == level
 

@@ -1,4 +1,4 @@
-"""UNets and pipelines of diffusers, small and of random weights."""
+"""Small UNets and pipelines of diffusers with random weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def make_unet() -> Callable[..., Any]:
-    """A UNet of a family's shape, always the same."""
+    """Make the UNet of a model family."""
 
     def make(shape: str = "sd15", **changes: Any) -> Any:
         config = {
@@ -59,7 +59,7 @@ def make_unet() -> Callable[..., Any]:
 
 @pytest.fixture
 def run() -> Callable[..., Tensor]:
-    """One pass of a UNet, batch 2; `equal` gives it a latent whose tokens are all the same."""
+    """Run one pass with batch 2; with `equal` all tokens of the latent are equal."""
 
     def run(unet: Any, size: tuple[int, int] = (32, 32), equal: bool = False) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -81,7 +81,7 @@ def run() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def make_pipeline(make_unet) -> Callable[..., Any]:
-    """A pipeline around such a UNet; text is left to prompt embeddings."""
+    """Make a pipeline around such a UNet, for prompt embeddings."""
 
     def make(kind: str = "StableDiffusionPipeline", shape: str = "sd15") -> Any:
         parts: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def make_pipeline(make_unet) -> Callable[..., Any]:
 
 @pytest.fixture
 def picture() -> Callable[..., Tensor]:
-    """What a pipeline makes, always of the same seed."""
+    """Make the picture of a fixed seed."""
 
     def picture(pipeline: Any, **inputs: Any) -> Tensor:
         generator = torch.Generator().manual_seed(1)

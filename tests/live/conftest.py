@@ -1,17 +1,12 @@
-"""The WebUI that WEBUI_URL names, started with --api; without one, the panel alone is tried, on the
-demo's page.
+"""The WebUI at WEBUI_URL, started with --api, or else the demo's page for the panel's tests.
 
-WEBUI_SIDE sets the width and height of the pictures in WebUI, 512 by default; a smaller one is
-quicker where merging still pays.
+WEBUI_SIDE sets the width and height of the pictures, 512 by default; smaller ones are faster.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import functools
 import importlib.util
-import io
 import json
 import os
 import re
@@ -29,14 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from webui_api import Picture, WebUI
 
 URL = os.environ.get("WEBUI_URL", "").rstrip("/")
 PATIENCE_MS = 180_000
-"""A busy machine is waited for; a server that has ended isn't: see `browser`."""
+"""Long, for busy machines; `browser` ends when the server does."""
 SIDE = int(os.environ.get("WEBUI_SIDE", "512")) if URL else 32
-MAP_PLACE = 10
-"""Of the merge map's two arguments; those of later versions come behind them, `full_steps` first.
-"""
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     "--no-sandbox",
@@ -45,101 +38,6 @@ FLAGS = [
     "--no-first-run",
     "--disable-background-networking",
 ]
-
-
-class Picture:
-    """One answer of the API: the pictures, the first one's pixels and parameters."""
-
-    def __init__(self, answer: dict[str, Any]) -> None:
-        from PIL import Image
-
-        info = json.loads(answer["info"])
-        self.infotext: str = info["infotexts"][0]
-        self.parameters: dict[str, Any] = info["extra_generation_params"]
-        self.images = [
-            Image.open(io.BytesIO(base64.b64decode(image))) for image in answer["images"]
-        ]
-        self.png: str = answer["images"][0]
-        self.pixels = self.images[0].convert("RGB").tobytes()
-
-
-class WebUI:
-    """A WebUI's API, as far as these tests need it."""
-
-    def __init__(self, url: str, side: int) -> None:
-        self.url = url
-        self.side = side
-        """Width and height of the pictures: what gives the finest layers some thousand tokens."""
-
-    @functools.cached_property
-    def fields(self) -> set[str]:
-        """What a request for a picture may hold; the hosts differ in that."""
-        answer = self.get("/openapi.json")
-        schemas = answer.json()["components"]["schemas"] if answer.ok else {}
-        return set(schemas.get("StableDiffusionProcessingTxt2Img", {}).get("properties", ()))
-
-    @property
-    def is_forge(self) -> bool:
-        """Whether it is Forge, whose hires fix may load other modules of a model for its second
-        pass."""
-        return "hr_additional_modules" in self.fields
-
-    @functools.cached_property
-    def checks_for_nan(self) -> bool:
-        """Whether it refuses a picture of NaN. Forge and its kin, which can be told to run on a
-        CPU, don't."""
-        flags = self.get("/sdapi/v1/cmd-flags").text
-        return '"always_cpu"' not in flags and '"cpu"' not in flags
-
-    @functools.cached_property
-    def upscaler(self) -> str:
-        """An upscaler for hires fix: one of latents, or else one that loads no model."""
-        modes = self.get("/sdapi/v1/latent-upscale-modes")
-        return next(iter(modes.json() if modes.ok else []), {"name": "None"})["name"]
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """POST to a route of WebUI's own."""
-        import requests
-
-        return requests.post(f"{self.url}/sdapi/v1/{path}", json=body, timeout=1200)
-
-    def get(self, path: str) -> Any:
-        """GET from any route."""
-        import requests
-
-        return requests.get(f"{self.url}{path}", timeout=60)
-
-    def request(self, arguments: list[Any] | None = None, **settings: Any) -> dict[str, Any]:
-        """A request for a picture of three steps; `arguments` are the script's, and merge as if it
-        had twenty."""
-        body: dict[str, Any] = {
-            "prompt": "cat",
-            "seed": 1,
-            "steps": 3,
-            "width": self.side,
-            "height": self.side,
-            "sampler_name": "Euler",
-            **settings,
-        }
-        if "enable_hr" in body:
-            body["hr_upscaler"] = self.upscaler
-        if "enable_hr" in body and self.is_forge:
-            body["hr_additional_modules"] = ["Use same choices"]  # Forge's own default fails.
-        if arguments is not None:
-            if arguments and isinstance(arguments[0], dict):
-                arguments = [{"full_steps": 1, **arguments[0]}]
-            elif len(arguments) <= MAP_PLACE:
-                arguments = [*arguments, *[None] * (MAP_PLACE + 2 - len(arguments)), 1]
-            body["alwayson_scripts"] = {"ToMe": {"args": arguments}}
-        return body
-
-    def make(
-        self, arguments: list[Any] | None = None, path: str = "txt2img", **settings: Any
-    ) -> Picture:
-        """The picture of such a request."""
-        answer = self.post(path, self.request(arguments, **settings))
-        assert answer.status_code == 200, answer.text[:500]
-        return Picture(answer.json())
 
 
 @pytest.fixture(scope="session")
@@ -151,8 +49,7 @@ def webui() -> WebUI:
 
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
-    """A page with the panel: WebUI's, or the demo's, which is started and ended as a person does
-    it."""
+    """Address of a page with the panel: WebUI's, or that of a demo started here."""
     if URL:
         yield URL
         return
@@ -161,7 +58,7 @@ def address() -> Iterator[str]:
     ]
     if missing:
         pytest.skip(f"WEBUI_URL names no running WebUI, and the demo needs {', '.join(missing)}")
-    # One of its own: of two demos that start at once both may find the first one free.
+    # Two demos that start at once could choose the same free port.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -183,7 +80,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def side() -> int:
-    """Width and height of a small picture that is worth merging on the page."""
+    """Width and height of a small picture that is worth merging."""
     return SIDE
 
 
@@ -195,7 +92,7 @@ def tabs() -> list[str]:
 
 @pytest.fixture
 def tab(request: pytest.FixtureRequest, tabs: list[str], page: Any) -> str:
-    """The name of a tab, to which the page was turned."""
+    """A tab's name, once the page shows it."""
     from on_page import go_to
 
     if request.param not in tabs:
@@ -207,7 +104,7 @@ def tab(request: pytest.FixtureRequest, tabs: list[str], page: Any) -> str:
 
 @pytest.fixture(scope="session")
 def names_of_presets(address: str) -> Callable[[], list[str]]:
-    """Asks for the names of all presets."""
+    """Return the names of all presets."""
 
     def ask() -> list[str]:
         with urllib.request.urlopen(f"{address}/tome/presets", timeout=180) as answer:
@@ -218,20 +115,20 @@ def names_of_presets(address: str) -> Callable[[], list[str]]:
 
 @pytest.fixture(scope="session")
 def baseline(webui: WebUI) -> Picture:
-    """A picture made without a word of the extension, before the other tests."""
+    """A picture made before the other tests, without the script's arguments."""
     return webui.make()
 
 
 @pytest.fixture(scope="session")
 def loaded_model(request: pytest.FixtureRequest) -> None:
-    """A model, which some hosts load at the first picture."""
+    """Have a model loaded, which some hosts do at the first picture."""
     if URL:
         request.getfixturevalue("baseline")
 
 
 @pytest.fixture(scope="session")
 def browser(address: str) -> Iterator[Any]:
-    """Headless Chromium, where that and Playwright are installed; it ends when the server has."""
+    """Headless Chromium, which ends when the server does."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     chromium = (
         shutil.which("chromium")
@@ -260,8 +157,7 @@ def _descendants() -> list[Any]:
 
 
 def _end_with_server(address: str, browsers: set[Any], is_done: threading.Event) -> None:
-    """Ends the browser as soon as nobody listens at the address: a slow server is waited for, a
-    dead one is not."""
+    """Kill the browser once nothing listens at the address: a slow server is waited for."""
     host, port = re.search(r"//([^/:]+):?(\d*)", address).groups()
     refusals = 0
     while not is_done.wait(2):
@@ -270,9 +166,9 @@ def _end_with_server(address: str, browsers: set[Any], is_done: threading.Event)
             refusals = 0
         except OSError:
             refusals += 1
-        # Reload UI has nobody listen for a moment.
+        # During Reload UI nothing listens for a moment.
         if refusals == 30:
-            print(f"nobody listens at {address} any more", file=sys.stderr)
+            print(f"nothing listens at {address} any more", file=sys.stderr)
             for process in browsers:
                 with contextlib.suppress(Exception):
                     process.kill()
@@ -281,8 +177,7 @@ def _end_with_server(address: str, browsers: set[Any], is_done: threading.Event)
 
 @pytest.fixture
 def open_page(browser: Any, address: str, tabs: list[str]) -> Iterator[Callable[..., Any]]:
-    """Opens the page; the extension's scripts must report no error. WebUI's own may: 1.6.1's do,
-    without it too."""
+    """Open the page; the extension's scripts must report no error. WebUI's own may: 1.6.1's do."""
     errors: list[str] = []
     pages = []
     questions: list[Any] = []
@@ -294,7 +189,7 @@ def open_page(browser: Any, address: str, tabs: list[str]) -> Iterator[Callable[
         page.on("pageerror", lambda error: errors.append(f"{error}\n{error.stack}"))
         page.on("websocket", lambda question: questions.append(question))
         page.goto(f"{address}/{query}")
-        # The panels' titles can be reached by keyboard once their scripts have run.
+        # The panel's script makes its title reachable by keyboard.
         for tab in tabs:
             page.locator(f"#script_{tab}_tome_enabled .label-wrap[aria-expanded]").wait_for(
                 state="attached"
@@ -302,8 +197,8 @@ def open_page(browser: Any, address: str, tabs: list[str]) -> Iterator[Callable[
         return page
 
     yield open_it
-    # A page that leaves before its question was taken up stays open on gradio's side for ever, and
-    # WebUI's Reload UI waits for it, with or without this extension.
+    # A page that closes before gradio took up its request stays open there for ever, and Reload UI
+    # waits for it, with or without this extension.
     quiet, deadline = 0, time.monotonic() + 30
     while pages and quiet < 6 and time.monotonic() < deadline:
         pages[0].wait_for_timeout(50)
@@ -330,8 +225,7 @@ def panel(page: Any) -> Any:
 def own_name(
     names_of_presets: Callable[[], list[str]], open_page: Callable[..., Any]
 ) -> Iterator[str]:
-    """A name for a preset that nobody else has; nothing of it is left afterwards, whatever is made
-    of it."""
+    """A unique preset name, whose presets are deleted afterwards."""
     from on_page import Panel
 
     name = f"test {uuid.uuid4().hex[:8]}"

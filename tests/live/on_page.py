@@ -1,4 +1,4 @@
-"""What the tests that click on a page share."""
+"""Helpers of the tests that click on a page."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OTHERS = {
 
 
 class Panel:
-    """One tab's panel, as a person sees and uses it."""
+    """One tab's panel, as a user sees it."""
 
     def __init__(self, page: Any, tab: str = "txt2img") -> None:
         self.page = page
@@ -50,18 +50,17 @@ class Panel:
         self.root = self.element("enabled")
         self.title = self.root.locator(".label-wrap").first
         self.switch = page.locator(f"#script_{tab}_tome_enabled-checkbox input")
-        """The hidden checkbox whose value is sent."""
+        """The hidden checkbox with the value that is sent."""
         self.preview = self.element("preview")
         self.message = self.element("preset_message")
         self.preset = self.element("preset").locator("input")
 
     def element(self, name: str) -> Any:
-        """An element by its field's name; gradio gives the name of a piece of HTML to two, one in
-        the other."""
+        """An element by its field's name; gradio nests two elements of an HTML component's id."""
         return self.page.locator(f"#script_{self.tab}_tome_{name}").first
 
     def unfold(self) -> Panel:
-        """Opens the fold, which switches merging on, unless it is open: the demo's is."""
+        """Open the fold, which switches merging on; the demo's is open."""
         if self.title.get_attribute("aria-expanded") != "true":
             self.title.click(position={"x": 150, "y": 10})
         expect(self.preview).to_be_visible()
@@ -75,7 +74,7 @@ class Panel:
         return self.element(name).locator("input[type=number]")
 
     def set(self, **values: Any) -> Panel:
-        """Sets fields; the schedule and other choices first, since they show and hide the numbers."""
+        """Set fields, choices first, since they show and hide the numbers."""
         for name, value in sorted(values.items(), key=lambda item: not isinstance(item[1], str)):
             if isinstance(value, str):
                 self.element(name).get_by_text(value, exact=True).click()
@@ -85,7 +84,7 @@ class Panel:
         return self
 
     def expect(self, values: dict[str, Any]) -> None:
-        """Waits until the fields have these values, whether they are shown or not."""
+        """Wait until the fields, shown or hidden, have these values."""
         for name, value in values.items():
             if isinstance(value, str):
                 expect(self.element(name).locator("label.selected")).to_have_text(value)
@@ -93,25 +92,25 @@ class Panel:
                 expect(self.number(name)).to_have_value(f"{value:g}")
 
     def press(self, button: str, says: str) -> Panel:
-        """Presses one of the buttons beside the preset's name, and waits until the panel says so."""
+        """Press a button next to the preset's name, and wait for the message."""
         self.element(f"preset_{button}").click()
         expect(self.message).to_contain_text(says)
         return self
 
     def save(self, name: str, says: str = "Saved") -> Panel:
-        """Saves the settings under a name."""
+        """Save the settings under a name."""
         self.name_preset(name)
         return self.press("save", says)
 
     def name_preset(self, name: str) -> None:
-        """Writes a name into the preset field."""
+        """Type a name into the preset field."""
         self.preset.fill(name)
-        self.preset.press("End")  # gradio takes a text over when a key is let go
+        self.preset.press("End")  # gradio reads the text on keyup
         self.preset.blur()
 
 
 def go_to(page: Any, tab: str) -> None:
-    # Forge writes its tabs' names with capitals.
+    # Forge's tab names have capitals.
     page.locator("#tabs > .tab-nav > button").get_by_text(
         re.compile(f"^\\s*{tab}\\s*$", re.IGNORECASE)
     ).click()
@@ -132,8 +131,7 @@ def options_of(dropdown: Any) -> list[str]:
 
 
 def await_option(dropdown: Any, option: str, is_there: bool = True) -> None:
-    """Waits until a dropdown has an option, or hasn't: the page asks for the presets after it is
-    there."""
+    """Wait until a dropdown has an option, or hasn't: the page loads its presets late."""
     deadline = time.monotonic() + PATIENCE_MS / 1000
     while (option in options_of(dropdown)) != is_there:
         assert time.monotonic() < deadline, f"the option {option!r} is there: {not is_there}"
@@ -141,7 +139,7 @@ def await_option(dropdown: Any, option: str, is_there: bool = True) -> None:
 
 
 def set_tab(page: Any, tab: str = "txt2img", **values: Any) -> None:
-    """Sets numbers of the tab's own, such as its width."""
+    """Set numbers of the tab, such as its width."""
     for name, value in values.items():
         number = page.locator(f"#{tab}_{name} input[type=number]").first
         number.fill(str(value))

@@ -1,4 +1,4 @@
-"""The switch, as a user of WebUI's API sees it."""
+"""Merging through the API of a running WebUI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
 
 @pytest.fixture(autouse=True)
 def off_is_still_the_baseline(webui, baseline):
-    """Whatever a test does, the next picture without merging is bit for bit what it was before."""
+    """After every test a picture without merging is bit for bit as before."""
     yield
     assert webui.make().pixels == baseline.pixels
 
@@ -25,9 +25,7 @@ def off_is_still_the_baseline(webui, baseline):
 def test_the_script_is_listed_for_both_tabs(webui):
     answer = webui.get("/sdapi/v1/script-info")
     if answer.status_code == 500 and "ValidationError" in answer.text:
-        pytest.skip(
-            "WebUI 1.6 can't list scripts with gradio 3.41: its own scripts' choices aren't texts for it"
-        )
+        pytest.skip("WebUI 1.6 can't list its scripts with gradio 3.41")
     tabs = {
         script["is_img2img"]
         for script in answer.json()
@@ -44,7 +42,7 @@ def test_on_changes_the_picture_and_writes_its_parameters(webui, baseline):
     assert "ToMe late ratio" not in picture.infotext
 
 
-def test_the_same_request_gives_the_same_picture(webui):
+def test_equal_requests_give_equal_pictures(webui):
     assert webui.make([True, 0.6]).pixels == webui.make([True, 0.6]).pixels
 
 
@@ -72,7 +70,7 @@ def test_a_schedule_differs_from_both_its_ends(webui):
         (["yes"], ("enabled", "yes", "true or false")),
     ],
 )
-def test_a_wrong_value_leaves_the_picture_unmerged_and_says_why(webui, baseline, arguments, words):
+def test_a_wrong_value_leaves_the_picture_unmerged(webui, baseline, arguments, words):
     picture = webui.make(arguments)
     assert picture.pixels == baseline.pixels
     assert all(word in picture.parameters["ToMe error"] for word in words)
@@ -98,13 +96,13 @@ def test_hires_pass_without_hires_fix_merges_nothing(webui, baseline):
     assert "ToMe ratio" not in picture.infotext
 
 
-def test_an_object_of_names_switches_merging_on(webui):
+def test_an_object_switches_merging_on(webui):
     picture = webui.make([{"ratio": 0.6, "late_ratio": 0.3}])
     assert picture.parameters["ToMe schedule"] == "linear"
     assert picture.pixels == webui.make([True, 0.6, 0.3, "linear"]).pixels
 
 
-def test_a_preset_can_be_asked_for_by_name(webui):
+def test_a_preset_by_name(webui):
     presets = {preset["name"]: preset["settings"] for preset in webui.get("/tome/presets").json()}
     picture = webui.make([{"preset": "Fast"}])
     assert picture.parameters["ToMe ratio"] == presets["Fast"]["ratio"]
@@ -146,7 +144,7 @@ def test_the_status_names_the_layers_of_the_loaded_model(webui):
     assert status["layers"] and min(layer["level"] for layer in status["layers"]) >= 1
 
 
-def test_measuring_answers_and_refuses_what_is_wrong(webui):
+def test_measure_answers_and_refuses_wrong_values(webui):
     requests = pytest.importorskip("requests")
     request = {"width": webui.side, "height": webui.side, "settings": {"ratio": 0.9}}
     answer = requests.post(f"{webui.url}/tome/measure", json=request, timeout=1200)
@@ -164,7 +162,7 @@ def test_img2img_merges(webui, baseline):
     assert merged.parameters["ToMe ratio"] == 0.6
 
 
-def test_a_batch_holds_the_pictures_that_are_made_alone(webui):
+def test_pictures_of_a_batch_are_those_made_alone(webui):
     batch = webui.make([True, 0.5], n_iter=2, steps=2)
     second = webui.make([True, 0.5], seed=2, steps=2)
     assert batch.images[-1].convert("RGB").tobytes() == second.pixels
@@ -173,8 +171,7 @@ def test_a_batch_holds_the_pictures_that_are_made_alone(webui):
 def test_a_request_that_fails_while_sampling_leaves_nothing_behind(webui):
     if not webui.checks_for_nan:
         pytest.skip("this host makes a picture of NaN")
-    # The second step gets what such a guidance made of the first: WebUI's check for NaN raises in
-    # the middle.
+    # Such a guidance makes NaN in the first step, and WebUI's check raises in the second.
     answer = webui.post("txt2img", webui.request([True], cfg_scale=1e38))
     assert answer.status_code >= 400, answer.text[:300]
 
@@ -192,7 +189,7 @@ def test_an_interrupted_generation_leaves_nothing_behind(webui):
     assert not generation.is_alive()
 
 
-def test_webuis_own_merging_is_left_out_and_stays_as_it_was(webui):
+def test_webuis_own_merging_is_off_while_merging_and_keeps_its_option(webui):
     options = webui.get("/sdapi/v1/options").json()
     before = options.get("token_merging_ratio")
     webui.post("options", {"token_merging_ratio": 0.3})

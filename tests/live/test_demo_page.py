@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page, loaded. It must ask no other server for anything, and report no error."""
+    """The page, which must ask no other server and report no error."""
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     page.set_default_timeout(PATIENCE_MS)
     complaints = []
@@ -48,7 +48,7 @@ def value(page: Any, name: str) -> str:
 
 
 def generate(page: Any, says: str, **values: Any) -> str:
-    """Presses Generate, and waits until this stands under the pictures; gives all that does."""
+    """Press Generate, and wait for a text under the pictures; return all of it."""
     set_tab(page, **{"steps": 2, **values})
     page.click("#txt2img_generate")
     expect(page.locator("#html_info_txt2img").first).to_contain_text(says)
@@ -56,22 +56,15 @@ def generate(page: Any, says: str, **values: Any) -> str:
 
 
 def labels(page: Any) -> list[str]:
-    """What the pictures are called."""
+    """Labels of the pictures."""
     page.wait_for_selector("#txt2img_gallery img")
     return [label.inner_text() for label in page.locator("#txt2img_gallery .caption-label").all()]
 
 
-def test_the_page_starts_with_what_the_model_is_made_for_and_the_panel_on(page, panel):
+def test_the_page_starts_with_the_models_values_and_the_panel_on(page, panel):
     controls = ["prompt", "sampling", "steps", "width", "height", "cfg_scale", "seed"]
-    assert [value(page, name) for name in controls] == [
-        "cat face",
-        "Euler",
-        "20",
-        "32",
-        "32",
-        "3",
-        "1",
-    ]
+    values = [value(page, name) for name in controls]
+    assert values == ["cat face", "Euler", "20", "32", "32", "3", "1"]
     expect(panel.switch).to_be_checked()
     expect(panel.title).to_contain_text("ToMe: 80 % of keys, level 1")
     expect(panel.number("map_step")).to_have_value("10")
@@ -80,13 +73,13 @@ def test_the_page_starts_with_what_the_model_is_made_for_and_the_panel_on(page, 
 
 
 def test_generate_shows_progress_both_pictures_their_difference_the_map_and_the_times(page, panel):
-    # Enough steps for the bar to be seen.
+    # Enough steps to see the bar.
     set_tab(page, steps=50)
     page.click("#txt2img_generate")
     expect(page.locator("#results")).to_contain_text(re.compile(r"\d+/100 steps"))
     info = page.locator("#html_info_txt2img").first
     expect(info).to_contain_text("50 of 50 steps")
-    expect(info).to_contain_text("merge map of step 10, layer 1")
+    expect(info).to_contain_text(re.compile("map.*step 10.*layer 1"))
     expect(info).to_contain_text("Seed: 1, Size: 32x32")
     times, rest = labels(page)[:2], labels(page)[2:]
     assert [re.sub(r"\d+\.\d\d", "0.00", time) for time in times] == [
@@ -113,27 +106,27 @@ def test_any_seed(page, seed):
     assert "Seed: -1" not in generate(page, "Seed: ", seed=seed)
 
 
-def test_unknown_words_are_said_under_the_prompt_at_once(page):
+def test_unknown_words_are_shown_under_the_prompt(page):
     words, prompt = (
         page.locator("#demo_words").first,
         page.locator("#txt2img_prompt textarea, #txt2img_prompt input"),
     )
     prompt.fill("qwxyz cat <b>")
-    expect(words).to_contain_text("The model does not know: qwxyz, b.")
+    expect(words).to_contain_text("qwxyz, b")
     prompt.fill("cat")
-    expect(words).not_to_contain_text("does not know")
+    expect(words).not_to_contain_text("qwxyz")
     words.locator("summary").click()
     expect(words.locator("details p")).to_contain_text("cat")
 
 
-def test_another_model_is_chosen_and_says_what_it_knows(page):
+def test_another_model_shows_its_words(page):
     words, model = page.locator("#demo_words").first, page.locator("#setting_sd_model_checkpoint")
     choose(model, "photos")
     expect(words.locator("details p")).to_contain_text("cat whiskers")
     try:
         assert "Model: photos" in generate(page, "Seed: 3", seed=3, width=64, height=64)
     finally:
-        # The page is the other tests' too.
+        # The demo is shared by the tests.
         choose(model, "emoji")
     expect(words.locator("details p")).to_contain_text("red apple")
 

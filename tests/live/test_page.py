@@ -1,5 +1,4 @@
-"""What a person clicks in the WebUI that WEBUI_URL names, in headless Chromium; settings are put
-back."""
+"""The page of the WebUI at WEBUI_URL in headless Chromium; settings are restored."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ import pytest
 from on_page import DEFAULTS, OTHERS, TABS, Panel, choose, expect, go_to, options_of, set_tab
 
 HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
-"""Without hires fix there is no pass to choose, and `apply_to` isn't in the parameters."""
+"""Without hires fix `apply_to` isn't in the parameters."""
 
 
 def generate(page: Any, side: int, steps: int = 2) -> Any:
-    """Presses Generate on txt2img, waits for the end, and gives what stands under the picture."""
+    """Generate on txt2img and wait for the end; return the results."""
     set_tab(page, width=side, height=side, steps=steps)
     page.locator("#txt2img_generate").click()
     page.locator("#html_log_txt2img .performance").wait_for(timeout=600_000)
@@ -36,7 +35,7 @@ def test_the_other_tabs_panel_finds_a_new_preset(webui, page, panel, own_name):
     expect(other.title).to_contain_text("33 %")
 
 
-def test_a_generation_says_what_was_merged(webui, page, panel):
+def test_a_generation_shows_its_summary(webui, page, panel):
     panel.set(ratio=0.6, full_steps=1)
     results = generate(page, webui.side)
     expect(results).to_contain_text("ToMe ratio: 0.6")
@@ -72,15 +71,14 @@ def test_png_info_sends_every_field_and_switches_off_without_them(
             go_to(page, "PNG Info")
             image = page.locator("#pnginfo_image")
             image.locator("[aria-label=Clear], [title=Clear], [title='Remove Image']").first.click()
-            # Gradio drops a change while it still answers the one before: the next picture has to
-            # wait for this.
+            # Gradio drops a change while it still answers the last one.
             expect(pnginfo).not_to_contain_text("Sampler")
         else:
             expect(panel.title).not_to_contain_text("%")
 
 
 def xyz(page: Any, tab: str) -> Any:
-    """The X/Y/Z plot's first axis, after choosing the script."""
+    """Choose the X/Y/Z plot; return its first axis."""
     choose(
         page.locator(f"#{tab}_script_container #script_list"),
         re.compile("^X/Y/Z plot$", re.IGNORECASE),
@@ -98,16 +96,14 @@ def test_a_plot_sweeps_a_setting_with_the_panel_off(webui, page, panel):
     values = page.locator(
         "#script_txt2img_xyz_plot_x_values textarea, #script_txt2img_xyz_plot_x_values input"
     ).first
-    # Before the axis: WebUI's answer to that choice writes the values back as they were then.
+    # Before the axis, since WebUI's answer to that choice restores earlier values.
     values.fill("0.6, 2")
     choose(axis, "[ToMe] Ratio")
-    # reForge and Classic keep to their log what a job raises, and show that it has no result.
+    # reForge and Classic log a job's error, and show that it has no result.
     message = re.compile(r"\[0, 0\.9375\]|'NoneType' object is not iterable")
     results = generate(page, webui.side, steps=1)
     expect(results.locator(".error")).to_contain_text(message)
-    assert webui.get("/tome/status").json()["summary"] == before, (
-        "it is refused before its first picture"
-    )
+    assert webui.get("/tome/status").json()["summary"] == before, "no picture was made"
     page.locator("#html_log_txt2img .performance").evaluate("element => element.remove()")
     values.fill("0.6, 0.7")
     results = generate(page, webui.side, steps=1)
@@ -140,20 +136,17 @@ SHOWN = {
     "Schedule": "step",
     "Switch at": 0.25,
     "Max downsample": "4",
-}
-SHOWN |= {
     "Min tokens": 512,
     "Apply to": "first pass",
     "Reuse matching (steps)": 3,
     "Method": "tokens",
+    "Steps for full ratio": 5,
 }
-SHOWN |= {"Steps for full ratio": 5}
-"""By its label in ui-config.json, a default for each of the panel's controls."""
+"""A default for each of the panel's controls, by its label in ui-config.json."""
 
 
 def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel):
-    """Settings, Defaults: of an untouched panel there is nothing to write, and of each control what
-    it shows."""
+    """Settings, Defaults writes nothing of an untouched panel, and of a control what it shows."""
     go_to(page, "Settings")
     page.locator("#settings > .tab-nav > button").get_by_text("Defaults", exact=True).click()
 
@@ -171,7 +164,7 @@ def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel
         ours = [row for row in rows if len(row) == 3 and "tome.py/txt2img/" in row[0]]
         return {path.split("tome.py/txt2img/")[1]: new for path, _, new in ours}
 
-    # The panel is unfolded, which may be its switch.
+    # In some hosts the fold is the switch.
     assert set(changes()) <= {"ToMe/value"}
     go_to(page, "txt2img")
     names = {label: label.lower().replace(" ", "_") for label in SHOWN} | {

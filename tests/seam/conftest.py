@@ -1,10 +1,10 @@
-"""The script on a page of gradio alone, with as little of `modules.*` as it names: runs with gradio
-3.41 and 4.40."""
+"""The script on a page of gradio 3.41 or 4.40, with the few of `modules.*` that it names."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ EXTENSION = ROOT / "scripts" / "tome.py"
 
 
 class Script:
-    """`modules.scripts.Script`, as far as it goes."""
+    """`modules.scripts.Script`, as far as the extension uses it."""
 
     filename = str(EXTENSION)
     is_img2img = False
@@ -32,14 +32,14 @@ class Script:
 
 @contextlib.contextmanager
 def input_accordion(value: bool, label: str, elem_id: str) -> Iterator[Any]:
-    """A checkbox that a fold belongs to."""
+    """A checkbox that is the title of a fold."""
     checkbox = gr.Checkbox(value, label=label, elem_id=f"{elem_id}-checkbox", visible=False)
     with gr.Accordion(label, open=True, elem_id=elem_id):
         yield checkbox
 
 
 def host_modules() -> dict[str, ModuleType]:
-    """`modules` and those of it that the extension imports."""
+    """`modules` and what the extension imports of it."""
     callbacks: dict[str, list[Callable]] = {}
 
     def module(name: str, **names: Any) -> ModuleType:
@@ -105,8 +105,7 @@ def host_modules() -> dict[str, ModuleType]:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The modules, imported; everything of another host and of the extension in it is out of the
-    way meanwhile."""
+    """The host's modules, in place of another host's and of the extension's in it."""
     others = {
         name: module
         for name, module in sys.modules.items()
@@ -125,7 +124,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def _taking_tooltips(init: Callable) -> Callable:
-    """A component's `__init__` as WebUI makes it."""
+    """A component's `__init__` with a tooltip, as WebUI patches it."""
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, tooltip: str | None = None, **kwargs: Any) -> None:
@@ -136,15 +135,19 @@ def _taking_tooltips(init: Callable) -> Callable:
 
 @pytest.fixture
 def load(modules: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Any]:
-    """Executes the script as WebUI does, with presets in a folder of the test's; gives its module."""
+    """Execute the script as WebUI does, with a presets' file of the test; return its module."""
 
     def execute() -> Any:
         spec = importlib.util.spec_from_file_location("tome.py", EXTENSION)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        # Another module of the tests may have said the same.
-        module.log._failures.clear()
         module.panel.presets.PATH = tmp_path / "presets.json"
         return module
 
     return execute
+
+
+@pytest.fixture
+def part_of() -> Callable[[Any, str], Any]:
+    """A module of the package that a script uses, by its name in `tomesd_core`."""
+    return lambda script, name: importlib.import_module(f"{script.PACKAGE}.{name}")

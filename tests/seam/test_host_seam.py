@@ -1,8 +1,8 @@
-"""What differs from host to host: where the UNet is, whose part of the batch is prompted, what
-gradio calls things."""
+"""Differences between hosts: where the UNet is, the prompted part of a batch, gradio's events."""
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import gradio as gr
@@ -15,7 +15,7 @@ from tomesd_core.token_map import TokenMap
 
 @pytest.fixture
 def host(load):
-    return load()._module("webui.host")
+    return load().host
 
 
 class Block(nn.Module):
@@ -66,7 +66,7 @@ def test_before_a_model_is_loaded_there_is_none(host, modules, model):
         ([1], []),
         ([1, 0, 0], [4, 5]),
     ],
-    ids=["not told", "Forge", "the other way", "prompted alone", "unprompted alone", "AND"],
+    ids=["unknown", "Forge", "reversed", "prompted alone", "unprompted alone", "AND"],
 )
 def test_the_prompted_part_of_the_batch(host, parts, prompted):
     options = {} if parts is None else {"cond_or_uncond": parts}
@@ -82,8 +82,7 @@ def test_a_map_is_of_the_prompted_part_whichever_half_comes_first(load):
         options.clear()
         options.update({} if parts is None else {"cond_or_uncond": parts})
         recorder = sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: ((2, 2), options))
-        # Each item's first slot tells whose it is: 0 and 1 the prompted pictures', 2 and 3 the
-        # others.
+        # First slots 0 and 1 are the prompted pictures', 2 and 3 the others.
         owners = [2, 3, 0, 1] if parts == [1, 0] else [0, 1, 2, 3]
         slots = torch.tensor([[owner, 0, 1, 2] for owner in owners])
         recorder("layer", 0, (2, 2), TokenMap(slots, 4))
@@ -91,7 +90,7 @@ def test_a_map_is_of_the_prompted_part_whichever_half_comes_first(load):
     assert maps == {"[1, 0]": [0, 1], "[0, 1]": [0, 1], "None": [0, 1]}
 
 
-def test_halves_that_come_as_passes_of_their_own(load):
+def test_halves_in_separate_passes(load):
     options = {}
     recorder = load().sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: ((2, 2), options))
     for parts, owners in (([0], [0, 1]), ([1], [2, 3])):
@@ -102,16 +101,16 @@ def test_halves_that_come_as_passes_of_their_own(load):
     assert [int(one.slots[0]) for one in recorder.maps(recorder.pictures)] == [0, 1]
 
 
-def test_attention_that_others_compute_is_no_replaced_unet(host, modules):
+def test_attention_of_another_extension_is_no_replaced_unet(host, modules):
     assert host.why_layers_did_not_run({}) is None
     assert (
         host.why_layers_did_not_run({"patches_replace": {"attn2": {("input", 1): 1}, "attn1": {}}})
         is None
     )
     patched = host.why_layers_did_not_run({"patches_replace": {"attn1": {("input", 1): print}}})
-    assert patched == "another extension computes their attention in their place"
+    assert "another extension" in patched
     modules.sd_unet.current_unet = object()
-    assert host.why_layers_did_not_run({}) == "the UNet was replaced"
+    assert "UNet was replaced" in host.why_layers_did_not_run({})
 
 
 def generation_without_a_model(script, p):
@@ -142,32 +141,28 @@ class Picture:
 @pytest.mark.parametrize(
     "model", [None, in_forge(nn.Linear(2, 2))], ids=["no model", "no such layers"]
 )
-def test_what_cant_be_merged_is_said_and_not_claimed(load, modules, log_lines, model):
+def test_an_unmergeable_model_is_reported_once_and_nothing_is_claimed(
+    load, modules, log_lines, model
+):
     modules.sd_models.model_data.sd_model = model
     script, p = load(), Picture()
     generation_without_a_model(script, p)
-    line = "nothing merged: this model has no self-attention layers that can be merged"
-    if model is None:
-        line = "nothing merged: no model is loaded"
+    (line,) = log_lines
+    assert "nothing merged" in line
+    assert ("no model" if model is None else "no self-attention layers") in line
     assert p.extra_generation_params == {"Size": "1x1"}
-    assert list(p.comments) == [f"ToMe: {line}"] and log_lines == [line]
+    assert list(p.comments) == [f"ToMe: {line}"]
     assert "sample" not in vars(p) and p.get_token_merging_ratio() == 0.3
     script.ToMe().process_batch(p, True, 0.5, batch_number=1)
-    assert log_lines == [line], "once a generation"
+    assert log_lines == [line], "once per generation"
 
 
-def test_events_are_those_of_this_gradio(load):
+def test_events_are_those_of_this_gradio(load, part_of):
     script = load()
     with gr.Blocks() as page:
         controls = script.panel.build("txt2img", script.ToMe().elem_id)
-    assert list(controls) == list(script._module("webui.arguments").CONTROLS)
+    assert list(controls) == list(part_of(script, "webui.arguments").CONTROLS)
     scripts = [dependency["js"] for dependency in page.get_config_file()["dependencies"]]
-    assert len([code for code in scripts if code and "toMeChanged('txt2img')" in code]) == 1 + len(
-        controls
-    )
-    assert (
-        len(
-            [code for code in scripts if code and ("toMeTabSize" in code or "toMeAnswered" in code)]
-        )
-        == 2
-    )
+    codes = [code for code in scripts if code]
+    assert len([code for code in codes if "toMeChanged('txt2img')" in code]) == 1 + len(controls)
+    assert len([code for code in codes if re.search("toMeTabSize|toMeAnswered", code)]) == 2

@@ -1,5 +1,4 @@
-"""The panel in a browser, under whichever gradio is installed: its preview, its presets and its
-script."""
+"""The panel in a browser under gradio 4: its preview and its presets."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "javascript" / "tome.js"
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
-    # Two browsers of Playwright's can't be driven in one process, and tests/live has the page under
-    # gradio 3.
+    # One process can't drive two of Playwright's browsers.
     pytest.mark.skipif(
         gr.__version__.startswith("3."), reason="tests/live opens the page under gradio 3"
     ),
@@ -48,7 +46,7 @@ def browser():
 
 @pytest.fixture
 def panel(load, browser):
-    """The page with both tabs' panels; at the end its script must not have failed."""
+    """The page with both tabs' panels; its script must report no error."""
     script = load()
     with gr.Blocks() as blocks:
         for is_img2img in (False, True):

@@ -162,14 +162,20 @@ def on_denoised(host) -> Iterator[Callable[[Callable], None]]:
 
 
 @pytest.fixture
-def measure(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module, with the fewest rounds; afterwards no task waits and no lock is held."""
-    from modules import call_queue, progress, shared
-
-    module = running("webui.measure")
+def rounds(host: Host, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module that times steps, with the fewest rounds."""
+    module = running("webui.rounds")
     monkeypatch.setattr(module, "SECONDS", 0)
     monkeypatch.setattr(module, "MOST_SECONDS", 0)
-    yield module
+    return module
+
+
+@pytest.fixture
+def measure(rounds: ModuleType) -> Iterator[ModuleType]:
+    """The module; afterwards no task waits and no lock is held."""
+    from modules import call_queue, progress, shared
+
+    yield running("webui.measure")
     assert progress.pending_tasks == {} and progress.current_task is None
     assert not call_queue.queue_lock.locked()
     assert (shared.state.job, shared.state.interrupted, shared.state.skipped) == ("", False, False)

@@ -18,7 +18,6 @@ from in_host import (
 from PIL import Image
 
 from tomesd_core.settings import FIELDS, SettingsError
-from tomesd_core.webui import presets
 from tomesd_core.webui.arguments import read_arguments
 
 

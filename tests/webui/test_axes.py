@@ -1,5 +1,4 @@
-"""The axes in WebUI's X/Y/Z plot: there in every version of WebUI, and what they do to a cell's
-picture."""
+"""The axes of WebUI's X/Y/Z plot, and the pictures of its cells."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ LABELS = ["Enabled", "Preset", *(setting.label for setting in PANEL_FIELDS.value
 
 @pytest.fixture
 def axes(host):
-    """The plot's axes by label, without the mark that they are ours."""
+    """The plot's axes by label, without `[ToMe]`."""
     from modules import scripts
 
     (plot,) = [data.module for data in scripts.scripts_data if data.path.endswith("xyz_grid.py")]
@@ -25,7 +24,7 @@ def axes(host):
 
 @pytest.fixture
 def plot(monkeypatch):
-    """Puts other modules in the place of the plot's, which is the first."""
+    """Replace the plot's module, which is the first."""
     from modules import scripts
 
     def put(*modules):
@@ -72,16 +71,16 @@ def test_a_reload_of_the_page_has_them_once(host, axes):
     "modules", [[], [("xyz_grid.py", ModuleType("xyz_grid.py"))]], ids=["none", "another shape"]
 )
 def test_where_there_is_no_plot_this_is_logged(host, log_lines, plot, modules):
-    """Another program's WebUI, or a fork, may have a file of this name without a list of axes."""
+    """A fork may have a file of this name without axes."""
     plot(*modules)
     running("webui.axes").add_axes()
     assert len(log_lines) == 1
-    assert "xyz_grid.py" in log_lines[0] and "no ToMe axes" in log_lines[0]
+    assert "xyz_grid.py" in log_lines[0]
 
 
 @pytest.fixture
 def cells(make_p):
-    """Makes a plot's cells: each a copy of one p, on which axes have set their values."""
+    """Make a plot's cells: copies of one `p` on which axes have set their values."""
     from modules import processing, shared
 
     def make(tome, *cells):

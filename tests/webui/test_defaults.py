@@ -1,5 +1,4 @@
-"""What WebUI keeps in ui-config.json: no range of ours, no default that nobody chose, and all that
-somebody did."""
+"""ui-config.json: no ranges and no unchosen defaults of the extension, and all chosen ones."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def key(label, field, tab="txt2img"):
 
 
 def written(highest, **values):
-    """A file as WebUI wrote it with version 0.1.0 (whose highest ratio was 0.75) or 1.0.0."""
+    """A file as WebUI wrote it with version 0.1.0, whose highest ratio was 0.75, or 1.0.0."""
     ranges = {"minimum": 0, "maximum": highest, "step": 0.01}
     content = {"txt2img/Steps/value": 20, "customscript/tome.py/txt2img/Ratio/visible": True}
     for tab in TABS:
@@ -60,7 +59,7 @@ def updated(host):
 
 @pytest.fixture
 def update(host, tmp_path, monkeypatch):
-    """What becomes of a file at a start."""
+    """Start with a file's content; return its path."""
     from modules import shared
 
     path = tmp_path / "ui-config.json"
@@ -86,7 +85,7 @@ def ours(content):
 
 
 @pytest.mark.parametrize("version", FILES)
-def test_ranges_and_defaults_that_nobody_chose_are_those_of_today(updated, version):
+def test_ranges_and_unchosen_defaults_are_the_current_ones(updated, version):
     after = updated(FILES[version])
     assert ours(after) == {}
     assert not any(field in name for name in after for field in ("minimum", "maximum", "step"))
@@ -97,7 +96,7 @@ def test_ranges_and_defaults_that_nobody_chose_are_those_of_today(updated, versi
 
 @pytest.mark.parametrize("version", FILES)
 @pytest.mark.parametrize("label", CHOSEN)
-def test_a_default_that_somebody_chose_stays(updated, version, label):
+def test_a_chosen_default_stays(updated, version, label):
     before = FILES[version] | {key(label, "value", "img2img"): CHOSEN[label]}
     after = updated(before)
     expected = str(CHOSEN[label]) if label == "Max downsample" else CHOSEN[label]
@@ -108,11 +107,11 @@ def test_a_default_that_somebody_chose_stays(updated, version, label):
     assert updated(after) == after
 
 
-def test_a_later_version_takes_its_own_defaults_and_leaves_what_was_chosen(updated, monkeypatch):
+def test_a_later_version_updates_defaults_that_were_not_chosen(updated, monkeypatch):
     chosen = updated(
         FILES["1.0.0"] | {key("Schedule", "value"): "step", key("Ratio", "value"): 0.775}
     )
-    # WebUI writes the rest.
+    # WebUI writes the others.
     later = chosen | {key("Late ratio", "value"): 0.75, key("Rematch every", "value"): 1.0}
     later[running("webui.defaults").COPY] = {
         **later[running("webui.defaults").COPY],
@@ -125,8 +124,8 @@ def test_a_later_version_takes_its_own_defaults_and_leaves_what_was_chosen(updat
     )
 
 
-def test_what_apply_made_of_max_downsample_is_undone(updated):
-    """Version 1.0.0's page stood at 1, and Settings, Defaults, Apply wrote the text of the place 1."""
+def test_a_max_downsample_of_version_1_0_0_is_corrected(updated):
+    """Its page showed 1, and Settings, Defaults, Apply wrote the choice at index 1."""
     assert ours(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "2"})) == {}
     changed = ours(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "4"}))
     assert changed == {"txt2img/Max downsample/value": "2"}
@@ -138,9 +137,7 @@ def test_what_apply_made_of_max_downsample_is_undone(updated):
     ("label", "value"),
     [("Ratio", 7), ("Ratio", "much"), ("Max downsample", "3"), ("Min tokens", None), ("ToMe", 1)],
 )
-def test_a_value_that_cant_be_used_gives_the_default_and_is_logged_once(
-    updated, log_lines, label, value
-):
+def test_an_unusable_value_gives_the_default_and_is_logged_once(updated, log_lines, label, value):
     after = updated(FILES["1.0.0"] | {key(label, "value"): value})
     assert ours(after) == {} and len(log_lines) == 1
     assert "a default in ui-config.json (txt2img) can't be used" in log_lines[0]
@@ -149,7 +146,7 @@ def test_a_value_that_cant_be_used_gives_the_default_and_is_logged_once(
     assert len(log_lines) == 1
 
 
-def test_the_file_is_written_before_webui_reads_it_and_only_where_it_changes(update, host):
+def test_the_file_is_written_before_webui_reads_it_and_only_if_it_changes(update, host):
     path = update(FILES["0.1.0"])
     content = json.loads(path.read_text(encoding="utf-8"))
     assert ours(content) == {}
@@ -161,12 +158,12 @@ def test_the_file_is_written_before_webui_reads_it_and_only_where_it_changes(upd
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_file_that_is_not_there_yet_gets_the_copy_of_the_defaults(update):
+def test_a_new_file_gets_the_copy_of_the_defaults(update):
     content = json.loads(update().read_text(encoding="utf-8"))
     assert list(content) == [running("webui.defaults").COPY]
     assert content[running("webui.defaults").COPY]["ratio"] > 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5"])
-def test_a_damaged_file_is_left_to_webui(update, content):
+def test_a_damaged_file_is_not_changed(update, content):
     assert update(content).read_text(encoding="utf-8") == content

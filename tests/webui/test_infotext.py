@@ -1,9 +1,9 @@
-"""A picture's parameters back into the panel: by "Send to", and by the API's `infotext`."""
+"""From a picture's parameters back to the panel, by "Send to" and by the API's `infotext`."""
 
 from __future__ import annotations
 
 import pytest
-from in_host import KEYS, left
+from in_host import HIRES, KEYS, left
 
 from tomesd_core.settings import BEFORE_NAMED, FIELDS
 from tomesd_core.webui.arguments import CONTROLS, MAP_FIELDS, shown
@@ -22,22 +22,22 @@ VALUES = {
     "method": "tokens",
     "full_steps": 4,
 }
-"""None is its field's default."""
+"""For every field a value that isn't its default."""
 
 
 @pytest.fixture
 def pasted(host):
-    """What each field becomes on a tab, from a dict of texts as WebUI's parser makes it.
+    """Each field's value on a tab, from the dict of WebUI's parser.
 
-    WebUI casts it by the type of the control's value, and doesn't catch what that raises: no cast
-    may change it.
+    WebUI casts it by the type of the control's value without catching errors, so the cast must
+    change nothing.
     """
     from modules import scripts
 
     def all_fields(parsed, tab="txt2img"):
         runner = getattr(scripts, f"scripts_{tab}")
         every_name = dict(zip(runner.script("ToMe").controls, CONTROLS, strict=True))
-        # The merge map's are in no picture's parameters.
+        # The merge map's fields are in no picture's parameters.
         names = {control: name for control, name in every_name.items() if name not in MAP_FIELDS}
         values = {names[control]: function(parsed) for control, function in runner.infotext_fields}
         for control, name in names.items():
@@ -65,11 +65,6 @@ def parsed(**values):
     return infotext_utils.parse_generation_parameters(text(**values))
 
 
-def test_the_values_of_this_test_are_no_defaults():
-    assert set(VALUES) == set(PANEL)
-    assert all(VALUES[name] != setting.default for name, setting in PANEL.items())
-
-
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 def test_an_absent_key_is_the_default_and_switches_off(pasted, tab):
     expected = {
@@ -83,6 +78,7 @@ def test_an_absent_key_is_the_default_and_switches_off(pasted, tab):
 def test_every_field_comes_back_typed(pasted, tab):
     values = pasted(parsed(**VALUES), tab)
     assert values == {"enabled": True, **VALUES}
+    assert not [name for name, setting in PANEL.items() if values[name] == setting.default]
     types = {name: type(value) for name, value in values.items() if name in VALUES}
     assert types == {name: type(value) for name, value in VALUES.items()}
 
@@ -94,15 +90,6 @@ def test_a_field_alone_leaves_the_others_at_their_defaults(pasted, name):
     if name == "ratio":
         defaults |= BEFORE_NAMED
     assert values == {"enabled": name == "ratio", **defaults, name: VALUES[name]}
-
-
-def test_a_picture_gives_back_what_it_was_made_with(make, pasted):
-    from modules import infotext_utils
-
-    values = {**VALUES, "ratio": 0.6, "max_downsample": "1"}
-    processed = make([values], enable_hr=True, hr_scale=1.25, steps=4)
-    from_text = pasted(infotext_utils.parse_generation_parameters(processed.infotexts[0]))
-    assert from_text == {"enabled": True, **values}
 
 
 @pytest.mark.parametrize(
@@ -119,14 +106,14 @@ def test_a_picture_gives_back_what_it_was_made_with(make, pasted):
         ("min_tokens", "9" * 5000),
     ],
 )
-def test_a_wrong_value_is_the_default_and_logged(pasted, log_lines, name, value):
+def test_a_wrong_value_gives_the_default_and_is_logged(pasted, log_lines, name, value):
     values = pasted({PANEL[name].infotext: value})
     assert values[name] == shown(name, PANEL[name].default)
     assert len(log_lines) == 1
     assert PANEL[name].infotext in log_lines[0]
 
 
-def test_values_that_a_webui_split_or_that_are_no_texts_are_defaults(pasted, log_lines):
+def test_values_that_webui_split_or_that_are_no_texts_give_defaults(pasted, log_lines):
     for value in (None, 8, ["0.5"], {}):
         assert pasted({"ToMe schedule": value})["schedule"] == "constant"
     assert len(log_lines) == 4
@@ -140,14 +127,15 @@ def test_sending_a_picture_between_the_tabs_takes_all_fields(host):
         assert runner.script("ToMe").paste_field_names == KEYS
 
 
-def test_a_picture_made_anew_from_its_infotext_is_the_same(make, pasted):
-    """By "Send to", or by the API's `infotext`."""
+def test_a_picture_made_again_from_its_parameters_is_the_same(make, pasted):
     from modules import infotext_utils
 
-    first = make([True, 0.6, 0.1, "linear"], steps=3)
-    again = make(
-        [*pasted(infotext_utils.parse_generation_parameters(first.infotexts[0])).values()], steps=3
-    )
+    values, fields = {**VALUES, "ratio": 0.6, "max_downsample": "1"}, {**HIRES, "steps": 4}
+    first = make([values], **fields)
+    read = pasted(infotext_utils.parse_generation_parameters(first.infotexts[0]))
+    assert read == {"enabled": True, **values}
+    arguments = list(read.values())
+    again = make([*arguments[:-1], 0, 1, arguments[-1]], **fields)
     assert again.images[0].tobytes() == first.images[0].tobytes()
     assert again.infotexts == first.infotexts
 

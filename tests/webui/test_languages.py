@@ -1,5 +1,4 @@
-"""The panel's words in Korean and Japanese: labels, tooltips, choices, messages, and parts of lines
-with numbers."""
+"""Korean and Japanese texts of the panel: labels, tooltips, choices, messages and lines."""
 
 from __future__ import annotations
 
@@ -13,12 +12,12 @@ import pytest
 from in_host import HIRES, ROOT, running
 
 NOT_SHOWN = ("refresh", "measure_start", "measure_stop", "measure_asked")
-"""Components that only the page's script uses."""
+"""Components that are not shown."""
 
 
 @pytest.fixture
 def texts(host):
-    """What is always said in the same words, in English."""
+    """Fixed English texts of the panel."""
     from modules import shared
 
     start, words = "script_txt2img_tome_", set()
@@ -40,13 +39,12 @@ def texts(host):
     words |= {
         choice for field in running("settings").PANEL_FIELDS.values() for choice in field.choices
     }
-    # A sign is no word, and the hidden numbers, which the page's script reads off the tab, keep
-    # gradio's own label.
+    # Without signs, and without gradio's own label of the hidden numbers.
     return {text for text in words - {None, "Number"} if any(map(str.isalpha, str(text)))}
 
 
 def parts_of(line):
-    """The parts that the page's script looks up, with {0}, {1} and so on in the place of numbers."""
+    """The parts of a line that the page's script translates, with {0}, {1}, … for numbers."""
     for part in re.split(", |; |: ", line):
         between = re.split(r"\d+(?:\.\d+)?", part)
         yield "".join(f"{text}{{{place}}}" for place, text in enumerate(between[:-1])) + between[-1]
@@ -54,10 +52,8 @@ def parts_of(line):
 
 @pytest.fixture
 def lines(host, make):
-    """Titles, previews, summaries and results of measurements, as they are made."""
-    settings, preview, measure = (
-        running(name) for name in ("settings", "webui.preview", "webui.measure")
-    )
+    """Titles, previews, summaries and results of Measure."""
+    settings, preview = running("settings"), running("webui.preview")
     lines, kinds = ["Last: x"], [{"ratio": 0.75, "late_ratio": 0.6}, {"ratio": 0.75}]
     layers = running("webui.host").loaded_layers()
     for method, kind in itertools.product(("keys", "tokens"), kinds):
@@ -112,16 +108,16 @@ def test_a_language_has_every_text_and_no_other(texts, lines, language):
         if "{0}" in part or part.startswith("WebUI's own")
     }
     assert set(words) == texts | parts | rare
-    # What no generation of these tests says: a reason that stands in the code.
+    # Reasons that these tests don't produce must be in the code.
     code = "".join(
         file.read_text(encoding="utf-8") for file in (ROOT / "tomesd_core").rglob("*.py")
     )
     assert [part for part in rare if max(re.split(r"\{\d\}", part), key=len) not in code] == []
-    # Another alphabet's: none was left in English.
+    # None is left in English.
     assert all(not translation.isascii() for translation in words.values())
 
 
-def test_before_1_7_another_extensions_file_of_a_language_is_the_one_that_counts(host, monkeypatch):
+def test_before_1_7_another_extensions_file_of_a_language_is_used(host, monkeypatch):
     from modules import scripts
 
     leave = running("webui.host").leave_languages_to_others
@@ -140,7 +136,7 @@ def test_before_1_7_another_extensions_file_of_a_language_is_the_one_that_counts
     )
     leave()
     assert languages == {**before, "ko_KR": theirs}
-    # Later ones take words from each file.
+    # WebUI from 1.7 on reads every file.
     languages["ko_KR"] = [theirs, ours]
     leave()
     assert languages["ko_KR"] == [theirs, ours]

@@ -34,10 +34,12 @@ def test_the_schedule_is_followed_and_matchings_are_reused_as_in_a_picture(measu
     assert attention.tokens == WARM_UP + [FULL, HALF, HALF, HALF, HALF, FULL] * 2
 
 
-def test_it_repeats_the_schedule_while_its_spread_is_too_large(measure, attention, monkeypatch):
+def test_it_repeats_the_schedule_while_its_spread_is_too_large(
+    measure, rounds, attention, monkeypatch
+):
     spreads = iter([0.5, 0.2, 0.05, 0.05])
-    monkeypatch.setattr(measure, "MOST_SECONDS", 600)
-    monkeypatch.setattr(measure, "times_faster", lambda pairs: (2.0, next(spreads)))
+    monkeypatch.setattr(rounds, "MOST_SECONDS", 600)
+    monkeypatch.setattr(rounds, "times_faster", lambda pairs: (2.0, next(spreads)))
     (result,) = measure.measure(ASKED)
     assert attention.tokens == WARM_UP + 3 * 2 * PAIR
     assert (result.times_faster, result.spread) == (2.0, 0.05)
@@ -48,17 +50,19 @@ def test_it_repeats_the_schedule_while_its_spread_is_too_large(measure, attentio
     [(2.0, 0.01, ["2.00"]), (0.5, 0.01, ["no faster"]), (2.0, 0.25, ["noisy", "1.60", "2.50"])],
 )
 def test_the_line_has_a_figure_or_the_range_of_a_noisy_one(
-    measure, monkeypatch, times, spread, words
+    measure, rounds, monkeypatch, times, spread, words
 ):
-    monkeypatch.setattr(measure, "times_faster", lambda pairs: (times, spread))
+    monkeypatch.setattr(rounds, "times_faster", lambda pairs: (times, spread))
     (result,) = measure.measure(ASKED)
     assert all(word in result.line for word in [*words, "32x32"])
 
 
-def test_a_host_that_halves_every_other_step_changes_nothing(measure, host, attention, monkeypatch):
+def test_a_host_that_halves_every_other_step_changes_nothing(
+    measure, rounds, host, attention, monkeypatch
+):
     """As WebUI's "Negative Guidance minimum sigma" does."""
     clock, results = [0.0], []
-    monkeypatch.setattr(measure, "now", lambda: clock[0])
+    monkeypatch.setattr(rounds, "now", lambda: clock[0])
     for parts in (1, 2):
         attention.tokens.clear()
 

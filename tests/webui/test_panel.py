@@ -1,4 +1,4 @@
-"""The panel's controls: names, order, ranges, and what WebUI keeps of them."""
+"""The panel's controls: names, order, ranges, and what ui-config.json keeps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 
 @pytest.fixture
 def controls(host, tab):
-    """The page's controls by field, in the order of the script's arguments."""
+    """The controls by field, in the order of the script's arguments."""
     from modules import scripts
 
     components = getattr(scripts, f"scripts_{tab}").script("ToMe").controls
@@ -40,7 +40,7 @@ def controls(host, tab):
 
 @pytest.fixture
 def components(host, tab):
-    """All that the panel puts on the page, by id."""
+    """The panel's components, by id."""
     start = f"script_{tab}_tome_"
     ours = [
         block
@@ -71,7 +71,7 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
     for name, setting in PANEL.items():
         control = controls[name]
         if setting.kind == "choice":
-            # WebUI takes numbers for places in the list of choices.
+            # WebUI takes numbers for indices of choices.
             assert [choice[1] for choice in control.choices] == [*map(str, setting.choices)]
             assert control.value == str(setting.default)
         else:
@@ -82,7 +82,7 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
     assert [(controls[name].minimum, controls[name].value) for name in LAST] == [(0, 0.0), (1, 1.0)]
 
 
-def test_defaults_of_the_page_are_a_generation(controls, make):
+def test_the_pages_defaults_merge(controls, make):
     processed = make(
         [True, *[control.value for control in list(controls.values())[1:-1]], 1], steps=1
     )
@@ -91,14 +91,14 @@ def test_defaults_of_the_page_are_a_generation(controls, make):
 
 
 def test_labels_are_unique_in_the_script(controls):
-    """ui-config.json tells controls apart by them."""
+    """ui-config.json identifies controls by them."""
     labels = [control.label for control in controls.values()]
     assert all(labels)
     assert len(labels) == len(set(labels))
 
 
-def test_ui_config_holds_the_scripts_controls_and_no_other(components, controls):
-    """WebUI keeps what has a label and can, and what it has kept wins over the code for ever."""
+def test_ui_config_has_the_scripts_controls_only(components, controls):
+    """What WebUI has written there overrides the code."""
     names = {
         name
         for name, block in components.items()

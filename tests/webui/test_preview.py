@@ -1,4 +1,4 @@
-"""The line of what will happen, before anything is generated."""
+"""The preview's line."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from in_host import running
 @pytest.mark.parametrize(
     ("device", "side", "is_little"), [("cuda", 64, True), ("cuda", 96, False), ("cpu", 64, False)]
 )
-def test_the_line_tells_where_a_gpu_has_little_to_gain(host, device, side, is_little):
+def test_the_line_shows_where_a_gpu_gains_little(host, device, side, is_little):
     settings = running("settings").MergeSettings(skip_unprofitable=False)
     line = running("webui.preview").describe(
         settings, running("webui.host").loaded_layers(), (side, side), device
     )
-    assert ("little to gain at this size" in line) == is_little and "→" in line
+    assert ("little to gain" in line) == is_little and "→" in line
 
 
-def test_the_line_tells_of_a_model_that_is_loaded_later(host, monkeypatch):
+def test_the_line_for_a_model_that_is_loaded_later(host, monkeypatch):
     from modules import sd_models
 
     describe, settings = running("webui.preview").describe, running("settings").MergeSettings()
     monkeypatch.setattr(sd_models.model_data, "sd_model", None)
-    assert describe(settings, None, (64, 64), "cpu") == "no model loaded"
+    assert "no model" in describe(settings, None, (64, 64), "cpu")
     chosen = {"checkpoint_info": object()}
     monkeypatch.setattr(sd_models.model_data, "forge_loading_parameters", chosen, raising=False)
-    assert describe(settings, None, (64, 64), "cpu") == "loaded at the first picture"
+    assert "first picture" in describe(settings, None, (64, 64), "cpu")
 
 
 @pytest.mark.parametrize(

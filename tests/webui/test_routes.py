@@ -1,14 +1,10 @@
-"""The extension's own routes: they ask for whatever login WebUI was started with."""
+"""The extension's routes: their answers, and the login that WebUI was started with."""
 
 from __future__ import annotations
-
-import json
-import re
 
 import pytest
 from fastapi import FastAPI
 from gradio.routes import App
-from in_host import ROOT
 from starlette.testclient import TestClient
 
 from tomesd_core.version import VERSION
@@ -18,8 +14,7 @@ ROUTES = ("/tome/presets", "/tome/status")
 
 @pytest.fixture
 def start(host, monkeypatch):
-    """A client of an app with logins as on WebUI's command line; without a page (`--nowebui`) it
-    isn't gradio's."""
+    """A client of an app with logins; without a page (`--nowebui`) the app isn't gradio's."""
     from modules import shared
 
     def client(api_auth=None, gradio_auth=None, has_page=True):
@@ -56,7 +51,7 @@ def test_the_apis_credentials(start):
 def test_the_pages_login(start):
     client = start(gradio_auth=[("user", "secret"), ("second", "2")])
     assert answers(client) == {client.get("/config").status_code} == {401}
-    assert answers(client, auth=("user", "secret")) == {401}, "it is no basic authentication"
+    assert answers(client, auth=("user", "secret")) == {401}, "not basic authentication"
     assert answers(client, headers={"Cookie": "access-token=guessed"}) == {401}
     assert client.post("/login", data={"username": "user", "password": "wrong"}).status_code == 400
     assert answers(client) == {401}
@@ -77,7 +72,7 @@ def test_an_app_without_a_page(start, api_auth, open_to_all):
     assert answers(client, auth=("user", "secret")) == {200}
 
 
-def test_what_they_answer(start, make):
+def test_their_answers(start, make):
     client = start(has_page=False)
     presets = {preset["name"]: preset for preset in client.get("/tome/presets").json()}
     assert presets["Fast"]["description"] and presets["Fast"]["settings"]["max_downsample"] == 2
@@ -88,18 +83,3 @@ def test_what_they_answer(start, make):
     assert (status["settings"]["ratio"], status["settings"]["late_ratio"]) == (0.6, 0.3)
     make([False], steps=1)
     assert client.get("/tome/status").json()["settings"] is None
-
-
-def test_the_requests_of_the_documentation(start, make):
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    bodies = re.findall(
-        r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", page, re.DOTALL
-    )
-    bodies += re.findall(r"api\.txt2img\(.*?alwayson_scripts=(\{.*\})\)", page)
-    arguments = [json.loads(re.search(r'"args": (\[.*\])\}\}', body)[1]) for body in bodies]
-    assert len(arguments) == 3
-    for tome in arguments:
-        assert make(tome, steps=20).extra_generation_params["ToMe late ratio"] == 0.3
-    assert sorted(re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", page)) == sorted(
-        [*ROUTES, "/tome/measure"]
-    )
