@@ -1,6 +1,6 @@
-// Keeps the panel's preview and title in step with what is set, without a server call while a slider is moving.
-// Called by gradio: for the tab's size, when a control has another value or the page is there, after an answer.
-var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
+// Updates the panel's preview and title after a change, but not while a slider is moving.
+// gradio calls these functions, each documented below.
+var toMeFollow, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
 
 (function() {
     "use strict";
@@ -9,42 +9,37 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
     const previews = {txt2img: {}, img2img: {}};
     const tasks = {};
     const byId = id => gradioApp().querySelector("#" + id);
-    const read = (tab, name) => {
-        const input = byId(`${tab}_${name}`)?.querySelector("input[type=number]");
-        return input ? Number(input.value) : null;
+
+    // One of the tab's own components changed: pass its value to the panel's hidden number.
+    toMeFollow = (tab, value) => {
+        previews[tab].refresh?.();
+        return value;
     };
-
-    // The tab's width, height and steps, in place of the first three values given. What gradio gives goes on: after
-    // the inputs come the outputs.
-    toMeTabSize = (tab, given) =>
-        ["width", "height", "steps"].map((name, i) => read(tab, name) ?? given[i]).concat(given.slice(3));
-
-    // Before the first of these gradio has not connected the page's buttons.
+    // The page was loaded, or a control of the panel changed. Before the page is loaded gradio has
+    // not connected its buttons.
     toMeChanged = tab => {
         previews[tab].connected = true;
         previews[tab].typed = null;
         previews[tab].refresh?.();
     };
-    // Gives the preset that the field is to show: the one whose values stand in the panel, or what a person types.
+    // The preview arrived. Returns the preset to show: the one that matches the panel, or the name
+    // that the user is typing.
     toMeAnswered = (tab, shown) => {
         previews[tab].answered?.();
         const field = byId(`script_${tab}_tome_preset`);
         const data = byId(`script_${tab}_tome_preview`).querySelector("[data-presets]")?.dataset;
         if (!data || field.contains(document.activeElement)) return shown;
-        // A name of one's own, or one typed since a control last changed: 🗑️ is for it.
+        // A new name, or one typed since the last change of a control, stays for 💾 and 🗑️.
         const isTyped = shown && (!JSON.parse(data.presets).includes(shown) || shown === previews[tab].typed);
         return isTyped ? shown : data.preset || null;
     };
 
-    // Measures, or ends the measurement that is running.
+    // Start a measurement, or end the running one.
     toMeMeasure = tab => byId(`script_${tab}_tome_measure_${tasks[tab] ? "stop" : "start"}`).click();
+    // A measurement starts: add its task and the final size of hires fix to the request.
     toMeMeasuring = function(tab, given) {
         const asked = {task: `task(tome-${Math.random().toString(36).slice(2)})`};
-        for (const name of ["width", "height", "batch_size", "cfg_scale", "steps"]) {
-            const value = read(tab, name);
-            if (value !== null) asked[name] = value;
-        }
-        // The host says which size hires fix ends with.
+        // The host shows the final size of hires fix.
         const hires = tab === "txt2img" && byId("txt2img_hr-checkbox")?.querySelector("input")?.checked;
         const size = hires && [...byId("txtimg_hr_finalres")?.querySelectorAll(".resolution") ?? []].pop();
         const sides = /(\d+)x(\d+)/.exec(size?.textContent ?? "");
@@ -64,11 +59,11 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
     function nameMeasure(tab, name) {
         const button = byId(`script_${tab}_tome_measure`);
         const text = [...button.childNodes].filter(node => node.nodeType === Node.TEXT_NODE && node.data.trim()).pop();
-        text?.replaceWith(name);  // WebUI's languages look at new nodes only.
+        text?.replaceWith(name);  // WebUI translates new nodes only.
     }
 
-    // WebUI's languages replace whole texts. Lines of ours hold numbers: each part of a line is looked up, with {0}, {1}
-    // and so on in their place.
+    // WebUI translates whole texts only. Our lines contain numbers, so each part of a line is looked
+    // up with {0}, {1} and so on in their place.
     function translated(line) {
         const words = window.localization ?? {};
         return words[line] ?? line.split(/(, |; |: )/).map(part => {
@@ -86,7 +81,7 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
         }
     }
 
-    // A ratio that a person lowers takes the late ratio along: never more merging late than early.
+    // Lowering the ratio lowers the late ratio too, so that late steps never merge more.
     function keepLateRatioLow(ratio, late) {
         ratio?.addEventListener("change", event => {
             const input = late?.querySelector("input[type=number]");
@@ -96,13 +91,13 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
         });
     }
 
-    // The title folds and unfolds by keyboard too: gradio's can't be reached by it.
+    // Make the title reachable by keyboard, which gradio's is not.
     function makeReachable(title) {
         const tell = () => title.setAttribute("aria-expanded", title.classList.contains("open"));
         title.tabIndex = 0;
         title.setAttribute("role", "button");
         title.addEventListener("keydown", event => {
-            // The switch lies in the title and has keys of its own.
+            // The switch in the title handles its own keys.
             if (event.target !== title || !["Enter", " "].includes(event.key)) return;
             event.preventDefault();
             title.click();
@@ -126,8 +121,8 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
             waiting = true;
             clearTimeout(timer);
             timer = setTimeout(() => {
-                // A slider that is held still moves: wait until it is let go. Of two questions at a time gradio drops
-                // the second: wait for the answer.
+                // Wait until a held slider is released, and until the last preview arrived: gradio
+                // drops a second request.
                 if (held || asking || !previews[tab].connected) return;
                 waiting = false;
                 asking = true;
@@ -147,13 +142,7 @@ var toMeTabSize, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeas
             }, true);
         }
 
-        // The tab's own sliders. One that is set by pasted parameters has no event but draws its track anew.
-        for (const slider of ["width", "height", "steps"].map(name => byId(`${tab}_${name}`))) {
-            slider?.addEventListener("input", refresh);
-            const track = slider?.querySelector("input[type=range]");
-            if (track) new MutationObserver(refresh).observe(track, {attributes: true, attributeFilter: ["style"]});
-        }
-        // A finished generation.
+        // A generation finished.
         for (const results of ["html_info", "html_log"].map(name => byId(`${name}_${tab}`))) {
             const finished = () => {
                 translate(results, text => text.startsWith("ToMe: "));

@@ -1,4 +1,4 @@
-"""The one file that WebUI executes: it registers the callbacks and defines the script."""
+"""The file that WebUI executes: it registers the callbacks and defines the script."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from modules import script_callbacks, scripts
 
 EXTENSION = Path(__file__).resolve().parents[1]
 PACKAGE = f"tomesd_core_{hashlib.sha256(os.fsencode(EXTENSION)).hexdigest()[:12]}"
-"""What the package beside this file is imported as. The name is this folder's own: another copy of
-the extension, other extensions and installed packages may have a `tomesd_core` too, and each goes
-on using its own."""
-
+"""The import name of the package in this folder, unique to it: other copies of the extension, other
+extensions and installed packages may have a `tomesd_core` too.
+"""
 
 MODULES = [
     *("axes", "defaults", "duplicate_scripts", "generation", "host", "infotext"),
-    *("log", "maps", "options", "panel", "routes", "sampling"),
+    *("log", "maps", "options", "panel", "routes", "sampling", "tab"),
 ]
 
 
 def _import_package() -> None:
-    """Imports the package; where its files have changed, as they are now.
+    """Import the package, or import it again if its files have changed.
 
-    "Reload UI" executes this file anew but keeps imported packages, so that after an update new
-    code would run on old. "Reload custom script bodies" also keeps the running scripts: there the
-    package that they use must stay.
+    "Reload UI" executes this file again but keeps imported packages, so that after an update new
+    code would run with old. "Reload custom script bodies" also keeps the running scripts, and these
+    need the package that they were made from.
     """
     folder = EXTENSION / "tomesd_core"
     files = [*folder.glob("*.py"), *folder.glob("webui/*.py")]
@@ -39,11 +38,10 @@ def _import_package() -> None:
     if imported is not None:
         if getattr(imported, "files_stamp", None) == stamp:
             return
-        # WebUI says whose file it executes only while it makes the scripts.
+        # `basedir` is this extension's only while WebUI creates the scripts.
         if Path(scripts.basedir()).resolve() != EXTENSION:
-            print(
-                "ToMe: the extension's files have changed: Reload UI to use them", file=sys.stderr
-            )
+            message = "ToMe: the extension's files have changed: Reload UI to use them"
+            print(message, file=sys.stderr)
             return
         for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
             del sys.modules[name]
@@ -73,48 +71,67 @@ try:
         panel,
         routes,
         sampling,
+        tab,
     ) = (_module(f"webui.{name}") for name in MODULES)
     log.set_up()
     options.apply_log_level()
 except Exception as error:
-    # WebUI shows the traceback and goes on without this script.
+    # WebUI prints the traceback and goes on without this script.
     print(
-        f"ToMe: it can't be loaded here ({type(error).__name__}: {error}) and merges nothing; everything else goes on. "
-        "Update WebUI and this extension; report this if it stays:",
+        f"ToMe can't be loaded here ({type(error).__name__}: {error}) and merges nothing; the rest "
+        "works as usual. Update WebUI and this extension; if it persists, please report it:",
         file=sys.stderr,
     )
     raise
 
 
 class ToMe(scripts.Script):
-    """Token merging, always on the page, under its own switch."""
+    """Token merging, an always-on script with its own switch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tab_values = tab.TabValues()
 
     def title(self) -> str:
+        """The name on the page and in the API."""
         return duplicate_scripts.TITLE
 
     def show(self, is_img2img: bool) -> Any:
+        """Always on."""
         return scripts.AlwaysVisible
 
+    def after_component(self, component: Any, **kwargs: Any) -> None:
+        """WebUI created a component: follow it if it is one of the tab's that the panel reads."""
+        self._tab_values.add(component, "img2img" if self.is_img2img else "txt2img")
+
     def ui(self, is_img2img: bool) -> list[Any]:
-        controls = panel.build("img2img" if is_img2img else "txt2img", self.elem_id)
+        """Build the panel; return the controls whose values are the script's arguments."""
+        is_for_api = host.makes_api_defaults()
+        tab_values = tab.TabValues() if is_for_api else self._tab_values
+        name = "img2img" if is_img2img else "txt2img"
+        controls = panel.build(name, self.elem_id, tab_values)
         self.infotext_fields = infotext.paste_fields(controls)
         self.paste_field_names = [setting.infotext for setting in PANEL_FIELDS.values()]
-        if host.makes_api_defaults():
-            # So that a request's positions can be told from those that it leaves out.
+        if is_for_api:
+            # None marks the positions that a request leaves out.
             for control in controls.values():
                 control.value = None
         return list(controls.values())
 
     def before_process(self, p: Any, *args: Any) -> None:
+        """A generation begins."""
         generation.prepare(p, args)
 
     def process_batch(self, p: Any, *args: Any, batch_number: int = 0, **kwargs: Any) -> None:
+        """A batch is about to be sampled."""
         sampling.bind(p, first_batch=batch_number == 0)
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        """A picture is finished."""
         maps.draw_on(p, pp.image)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        """The generation ended."""
         maps.append(p, processed)
 
 

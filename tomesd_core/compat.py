@@ -1,4 +1,4 @@
-"""`tomesd`'s two functions, for scripts that were written for it."""
+"""`tomesd`'s two functions, as a drop-in replacement."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def apply_patch(
     merge_crossattn: bool = False,
     merge_mlp: bool = False,
 ) -> Model:
-    """Merges tokens in `model` with `tomesd`'s names, defaults and token counts; returns the model.
+    """Merge tokens in `model` with `tomesd`'s names, defaults and token counts; return the model.
 
-    `sx` and `sy` are the columns and rows of a cell. As in `tomesd` the whole image is searched and
-    a ratio above 1 - 1/(sx·sy) is capped, here with a warning. What differs: the random choice is a
-    function of the step, not of a generator, and stays on for odd batches; a step is a UNet pass; a
-    model without attention at `max_downsample` (SDXL at 1) merges at its finest level; no class is
-    swapped.
+    `sx` and `sy` are the columns and rows of a cell. As in `tomesd`, destinations are searched in
+    the whole image, and a ratio above 1 - 1/(sx·sy) is capped, here with a warning. Differences:
+    the random draw depends on the step, not on a generator, and stays on for odd batches; each UNet
+    pass counts as a step; a model without attention at `max_downsample` (SDXL at 1) merges at its
+    finest level; no class is replaced.
 
-    Raises `SettingsError` (a `ValueError`) for `merge_crossattn` and `merge_mlp`, `TypeError` for
-    what has no UNet.
+    Raises `SettingsError` (a `ValueError`) for `merge_crossattn` and `merge_mlp`, and `TypeError`
+    if there is no UNet.
     """
     for name, value in (("merge_crossattn", merge_crossattn), ("merge_mlp", merge_mlp)):
         if value:
             raise SettingsError(
-                f"{name} must be False, got {value!r}: only self-attention is merged, since merging elsewhere costs "
-                "quality and gains little (paper, table 3a)"
+                f"{name} must be False, got {value!r}: only self-attention is merged, since "
+                "merging elsewhere costs quality and gains little (paper, table 3a)"
             )
     remove_patch(model)
     if not merge_attn:
@@ -68,6 +68,6 @@ def apply_patch(
 
 
 def remove_patch(model: Model) -> Model:
-    """Removes what `apply_patch` or `attach` put on `model`, if anything; returns the model."""
+    """Remove what `apply_patch` or `attach` put on `model`; return the model."""
     detach(model)
     return model

@@ -1,4 +1,4 @@
-"""Our forward hooks and those of others: each told from the other by its class."""
+"""Forward hooks of this package and of others, told apart by class."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ FLAGS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-"""Where a module keeps its hooks by number, and what it knows of them besides."""
+"""The dicts in which a module keeps its hooks and their options, by number."""
 
 
 class Hook:
-    """A function as one of our hooks. What is copied or pickled with its module is a hook that does
-    nothing."""
+    """A hook of this package; a copy of it does nothing."""
 
     merges_tokens = True
-    """Tells a hook of another copy of this package, whose class is another: it counts on nothing.
-    """
+    """Also marks hooks of other copies of this package, which don't rely on the token count."""
 
     def __init__(self, call: Callable[..., Any] | None = None) -> None:
         self._call = call
 
     def __call__(self, *args: Any) -> Any:
+        """Call the function, if there is one."""
         return None if self._call is None else self._call(*args)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
@@ -36,7 +35,7 @@ class Hook:
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Takes every hook of ours off `model`, also those that came with a copy of a merging model."""
+    """Remove the package's hooks from `model`, also those copied along with a merging model."""
     for module in model.modules():
         for name in HOOKS:
             hooks = vars(module).get(name) or {}
@@ -47,8 +46,7 @@ def remove_hooks(model: nn.Module) -> None:
 
 
 def whose_forward(module: nn.Module) -> str | None:
-    """The name of the Python module whose `forward` stands on the instance in the place of its
-    class's; None: none."""
+    """The Python module that replaced `forward` on this instance, or None."""
     forward = vars(module).get("forward")
     if forward is None or getattr(forward, "__func__", None) is type(module).forward:
         return None
@@ -56,8 +54,7 @@ def whose_forward(module: nn.Module) -> str | None:
 
 
 def whose_hook(module: nn.Module) -> str | None:
-    """The name of the Python module that put a forward hook on this one; None where there are no
-    others than ours."""
+    """The Python module of a foreign forward hook on this module, or None."""
     others = (
         hook for hook in module._forward_hooks.values() if not getattr(hook, "merges_tokens", False)
     )
@@ -65,8 +62,7 @@ def whose_hook(module: nn.Module) -> str | None:
 
 
 def _home(function: Any) -> str:
-    """The module in which a function is written: `functools.wraps` gives it `__module__` of the one
-    that it wraps."""
+    """The Python module that defines `function`, seen through `functools.wraps` and `partial`."""
     while isinstance(function, functools.partial):
         function = function.func
     written_in = getattr(function, "__globals__", {}).get("__name__")

@@ -1,38 +1,43 @@
-"""Merging on a UNet, by forward hooks on its modules alone: `attach`, and the handle that it
-returns."""
+"""`attach`: merge on a UNet by forward hooks on its modules, and the handle that removes them."""
 
 from __future__ import annotations
 
 import math
-import sys
-import types
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .calls import MergedCall
 from .foreign_hooks import Hook, remove_hooks
-from .layer_hooks import LayerHooks, MergedCall, is_in_backward, will_run_again
+from .layer_hooks import LayerHooks, is_in_backward, will_run_again
 from .matching import match
 from .partition import make_partition
-from .passes import Grid, KeptMatching, Passes, Place, Step
+from .passes import Grid, KeptMatching, Passes, Place, Step, grid_of
 from .plan import check_layer, coarsest_level, tokens_to_remove
-from .proportional import forget_heads
+from .probe import forget_heads
 from .reasons import NotMerged, in_a_line
-from .report import Report
+from .report import LayerReport, Report
 from .schedule import progress_of
 from .settings import MergeSettings
 from .token_map import TokenMap
-from .unet import Layer, find_layers, find_unet, is_compiled, measured_level, names_in
+from .unet import (
+    Layer,
+    find_layers,
+    find_unet,
+    is_compiled,
+    is_running,
+    measured_level,
+    names_in,
+)
 
 LeaveOut = Callable[[nn.Module], "str | None"]
 OnMap = Callable[[str, int, Grid, TokenMap], None]
 
 KEPT_TOKENS = 2**22
-"""Matchings are kept over steps for up to so many tokens of all layers together, about 60 bytes
-each."""
+"""Limit on the tokens of all matchings kept for later steps; each takes about 60 bytes."""
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Merging] = weakref.WeakKeyDictionary()
 
@@ -44,24 +49,23 @@ def attach(
     on_map: OnMap | None = None,
     ignored: Collection[str] = (),
 ) -> Merging:
-    """Merges tokens around the self-attention of `model`'s UNet until the returned handle is
-    detached.
+    """Merge tokens around the self-attention of `model`'s UNet until the handle is detached.
 
-    `model` is a UNet of ldm, sgm or diffusers, anything with `.model.diffusion_model`, or a
-    diffusers pipeline. A model without such layers is no error: the report says so. What was
-    attached to the same UNet before is detached. `leave_out` is asked at every call of an `attn1`
-    module, and keeps it unmerged by giving a reason. `on_map` is told of every call that is merged:
-    the layer's name, the step (from 0), the grid (rows, columns) and the `TokenMap` of the call's
-    batch. A `forward` that stands on an `attn1` instance keeps it unmerged, but for those of the
-    `ignored` Python modules.
+    `model` is a UNet of ldm, sgm or diffusers, an object with `.model.diffusion_model`, or a
+    diffusers pipeline. If it has no self-attention layers, the report says so. A previous `attach`
+    to the same UNet is detached.
 
-    Each thread has a sampling of its own: `set_step` speaks for the thread that calls it. Under
-    gradient checkpointing a pass is left unmerged, since backward runs it again, or, where that
-    can't be seen, backward raises `RuntimeError`. An error of merging itself never reaches the
-    caller: that call of attention, and all that come after it, run unmerged, and the report has the
-    reason.
+    `leave_out(attn1)` is called at every call of an attention, and returns a reason not to merge it
+    or None. `on_map(layer name, step, grid, TokenMap)` is called for every merged call, with the
+    step counted from 0 and the grid as (rows, columns). An attention whose `forward` was replaced
+    on the instance isn't merged, unless one of the Python modules in `ignored` replaced it.
 
-    Raises `TypeError` for what is no UNet, and for a pipeline without one.
+    Threads sample independently: `set_step` applies to the calling thread. Passes under gradient
+    checkpointing aren't merged, since backward reruns them; where that can't be detected, backward
+    raises `RuntimeError`. An error of merging itself never reaches the caller: that call and all
+    later ones run unmerged, and the report has the reason.
+
+    Raises `TypeError` if `model` is not a UNet and has none.
     """
     unet = find_unet(model)
     detach(unet)
@@ -76,8 +80,7 @@ def attach(
 
 
 def detach(model: object) -> None:
-    """Detaches what is attached to `model`'s UNet, if anything is; takes hooks off that came with a
-    copy of another."""
+    """Detach merging from `model`'s UNet, and remove hooks that were copied from another one."""
     unet = find_unet(model)
     merging = _attached.pop(unet, None)
     if merging is not None:
@@ -87,7 +90,7 @@ def detach(model: object) -> None:
 
 
 class Merging:
-    """The hooks on one UNet. A context manager; `detach`, or leaving it, removes every hook.
+    """The hooks on one UNet. `detach`, or leaving it as a context manager, removes them all.
 
     It keeps neither the model alive nor, between calls, any activation.
     """
@@ -100,23 +103,19 @@ class Merging:
         on_map: OnMap | None,
         ignored: Collection[str],
     ) -> None:
-        self.settings, self.leave_out, self.on_map, self.ignored = (
-            settings,
-            leave_out,
-            on_map,
-            ignored,
-        )
+        self.settings, self.leave_out = settings, leave_out
+        self.on_map, self.ignored = on_map, ignored
         self.passes = Passes(settings)
         self.failure: str | None = None
-        """The reason why nothing is merged any more: an error of merging itself."""
+        """The error of merging itself that ended merging."""
         self.refusals: dict[Hashable, str] = {}
-        """By implementation of attention: why it can't weight keys."""
+        """Reasons why an attention can't weight keys, by implementation."""
         self.coarsest = settings.max_downsample
-        """The level up to which layers merge."""
+        """The coarsest level that merges."""
         self.attached = True
         """False after `detach`."""
         self._few_steps: int | None = None
-        """The number of steps, where it is below that for the full ratio."""
+        """The number of steps, if below `full_steps`."""
         self._steps = self._merged_steps = 0
         self._unet = weakref.ref(unet)
         self._is_compiled, self._names = is_compiled(unet), names_in(unet)
@@ -124,38 +123,37 @@ class Merging:
         self._handles: list[RemovableHandle] = []
 
     def register(self, unet: nn.Module) -> None:
-        """Puts every hook on `unet`; for `attach`."""
-        # Compiled code ignores hooks that come later, or traces into them, and fails.
-        found = [] if self._is_compiled else find_layers(unet)
-        if not found:
+        """Register every hook on `unet`; called by `attach`."""
+        # Compiled code ignores later hooks, or traces into them and fails.
+        layers = [] if self._is_compiled else find_layers(unet)
+        if not layers:
             return
-        self.coarsest = coarsest_level(self.settings, found)
+        self.coarsest = coarsest_level(self.settings, layers)
         self.keep([unet.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True)])
         self.keep([unet.register_forward_hook(Hook(self._after_pass))])
         grids: dict[nn.Module, _GridHook] = {}
-        for layer in found:
-            if layer.transformer not in grids:
-                grid = grids[layer.transformer] = _GridHook(self, layer)
-                self.keep(
-                    [layer.transformer.register_forward_pre_hook(Hook(grid), with_kwargs=True)]
-                )
-            hooks = LayerHooks(self, layer, grids[layer.transformer])
+        for layer in layers:
+            transformer = layer.transformer
+            if transformer not in grids:
+                grid = grids[transformer] = _GridHook(self, layer)
+                self.keep([transformer.register_forward_pre_hook(Hook(grid), with_kwargs=True)])
+            hooks = LayerHooks(self, layer, grids[transformer])
             self._layers.append(hooks)
             self.keep(hooks.register(layer))
 
     def keep(self, handles: Iterable[RemovableHandle]) -> None:
-        """Keeps the handles for `detach`, each as soon as its hook is registered."""
+        """Keep handles for `detach`, each as soon as its hook is registered."""
         for handle in handles:
             self._handles.append(handle)
 
     def set_step(
         self, step: int, total: int | None = None, schedule_steps: int | None = None
     ) -> None:
-        """Says where sampling is: the UNet passes that follow belong to `step` (from 0) of `total`.
+        """Set the sampling step (from 0) of `total` to which the following UNet passes belong.
 
-        `schedule_steps` is the number of steps from pure noise, where img2img takes only the last
-        `total` of them. Without a call every pass counts as the next step, and the total is
-        unknown, so that the ratio is the early one.
+        `schedule_steps` is the number of steps from pure noise if img2img runs only the last
+        `total` of them. Without `set_step` every pass counts as one step, and the ratio is the
+        early one, since the total is unknown.
         """
         self.passes.counts_passes = False
         self._begin_step(step, total, schedule_steps)
@@ -163,45 +161,43 @@ class Merging:
     def on_step_end(
         self, pipeline: Any, step: int, timestep: Any, inputs: dict[str, Any]
     ) -> dict[str, Any]:
-        """The `callback_on_step_end` of a diffusers pipeline: says that the step after this one
-        begins."""
+        """Set the next step; the `callback_on_step_end` of a diffusers pipeline."""
         total = pipeline.num_timesteps
-        self.set_step(
-            (step + 1) % total, total, getattr(pipeline.scheduler, "num_inference_steps", None)
-        )
+        schedule_steps = getattr(pipeline.scheduler, "num_inference_steps", None)
+        self.set_step((step + 1) % total, total, schedule_steps)
         return inputs
 
     def report(self) -> Report:
-        """What was merged so far; can be read at any time, also after `detach`."""
-        notes = []
-        if self._is_compiled:
-            notes.append("this model is compiled (torch.compile), and hooks can't reach into that")
-        elif not self._layers:
-            notes.append("this model has no self-attention layers that can be merged")
-        elif self.coarsest > self.settings.max_downsample:
-            notes.append(
-                f"no attention at level {self.settings.max_downsample}: merging at level {self.coarsest}, "
-                "the finest of this model"
-            )
+        """Report what was merged so far; available at any time, also after `detach`."""
         reports = [hooks.report.copy() for hooks in self._layers]
-        if self._few_steps and not any(report.merged_calls for report in reports):
-            notes.append(
-                f"a picture of {self._few_steps} steps keeps more tokens than one of {self.settings.full_steps}"
-            )
-        if (
-            self._steps
-            and self._layers
-            and not any(report.calls or report.reason for report in reports)
-        ):
-            notes.append("the model's own attention layers did not run")
         ratio = self.passes.step.ratio if self._steps else None
+        notes = self._notes(reports)
         return Report(reports, self._steps, self._merged_steps, ratio, notes, self.failure)
 
-    def detach(self) -> None:
-        """Removes every hook; once more does no harm.
+    def _notes(self, reports: list[LayerReport]) -> list[str]:
+        settings, notes = self.settings, []
+        if self._is_compiled:
+            notes.append("this model is compiled (torch.compile), which bypasses hooks")
+        elif not self._layers:
+            notes.append("this model has no self-attention layers that can be merged")
+        elif self.coarsest > settings.max_downsample:
+            notes.append(
+                f"no attention at level {settings.max_downsample}: merging at this model's finest "
+                f"level, {self.coarsest}"
+            )
+        if self._few_steps and not any(report.merged_calls for report in reports):
+            notes.append(
+                f"{self._few_steps} steps keep more tokens than {settings.full_steps} steps"
+            )
+        has_run = any(report.calls or report.reason for report in reports)
+        if self._steps and self._layers and not has_run:
+            notes.append("the model's own attention layers did not run")
+        return notes
 
-        A pass that is running, in whichever thread, ends as it began, and the hooks go with its
-        end.
+    def detach(self) -> None:
+        """Remove every hook; calling it again has no effect.
+
+        A pass that is running, in any thread, finishes merged, and its hooks go when it ends.
         """
         self.attached = False
         unet = self._unet()
@@ -215,50 +211,39 @@ class Merging:
         self.detach()
 
     def fail(self, error: Exception) -> str:
-        """Merges nothing any more, after an error of merging itself; gives the reason."""
+        """Stop merging after an error of merging itself; return the reason."""
         self.failure = self.failure or f"merging failed: {in_a_line(error)}"
         return self.failure
 
     @property
     def has_unfinished_call(self) -> bool:
-        """Whether a merged call of attention is running in this thread, or was when its last pass
-        raised."""
-        return any(
-            isinstance(call, MergedCall)
-            for layer in self.passes.layers.values()
-            for call in layer.calls
-        )
+        """Whether a merged call is running in this thread, or its last pass raised inside one."""
+        layers = self.passes.layers.values()
+        return any(isinstance(call, MergedCall) for layer in layers for call in layer.calls)
 
     def count_merged_step(self) -> None:
-        """Notes that a layer merges in the current step."""
+        """Count the current step as merged."""
         step = self.passes.step
         self._merged_steps += not step.has_merged
         step.has_merged = True
 
     def token_map(self, layer: LayerHooks, x: Tensor, grid: Grid) -> TokenMap:
-        """The map for a call of a layer, by the similarity of x's tokens. Raises `NotMerged` where
-        there is none."""
+        """The map for a call of `layer`, matched by x's tokens. Raises `NotMerged`."""
         settings, passes, (items, tokens, channels) = self.settings, self.passes, x.shape
-        step, state = passes.step, passes.layers[layer]
-        removed = tokens_to_remove(
-            settings, tokens, channels, layer.heads, step.ratio, x.device.type
-        )
-        key = (layer, step.passes, state.matched_calls, grid, items, x.device)
+        step, state, device = passes.step, passes.layers[layer], x.device
+        removed = tokens_to_remove(settings, tokens, channels, layer.heads, step.ratio, device.type)
+        key = (layer, step.passes, state.matched_calls, grid, items, device)
         state.matched_calls += 1
         matching = passes.matchings.get(key)
         if matching is None:
-            draw, draws = (
-                step.number if settings.draws_anew else 0,
-                1 if settings.shared_draw else items,
-            )
+            draw = step.number if settings.redraws else 0
+            draws = 1 if settings.shared_draw else items
             partition = make_partition(
-                grid, step.cell, settings.partition, draw, settings.window, draws, x.device
+                grid, step.cell, settings.partition, draw, settings.window, draws, device
             )
             if not partition.most_removed:
-                rows, columns = step.cell
-                raise NotMerged(
-                    f"its {grid[0]}x{grid[1]} grid is smaller than a {rows}x{columns} cell"
-                )
+                small, large = (f"{rows}x{columns}" for rows, columns in (grid, step.cell))
+                raise NotMerged(f"its {small} grid is smaller than a {large} cell")
             matching = KeptMatching(match(x, partition, settings.exact))
             if settings.reuse_steps > 1 and passes.kept_tokens + items * tokens <= KEPT_TOKENS:
                 passes.matchings[key] = matching
@@ -270,8 +255,8 @@ class Merging:
     ) -> None:
         passes, every = self.passes, self.settings.reuse_steps
         before = passes.step.number
-        # A step that doesn't come after the last one belongs to another run. Without `set_step` a
-        # pass may be any part of a step, so nothing is kept from one to the next.
+        # A step number that doesn't increase belongs to another sampling. Without `set_step` a pass
+        # may be any part of a step, so no matching is kept for the next pass.
         if passes.counts_passes or number <= before or number // every != before // every:
             passes.matchings.clear()
             passes.kept_tokens = 0
@@ -289,7 +274,7 @@ class Merging:
         if is_in_backward():
             return
         latent, passes = args[0] if args else kwargs.get(self._names.latent), self.passes
-        passes.latent = _grid_of(latent)
+        passes.latent = grid_of(latent)
         passes.is_checkpointed = isinstance(latent, Tensor) and will_run_again(latent)
         # Clear what a pass that raised left behind.
         if self.has_unfinished_call:
@@ -314,14 +299,14 @@ class Merging:
 
 
 class _GridHook:
-    """Sees the grid of a transformer's input, and with it where its layers are in the running pass."""
+    """Records the token grid of a transformer in each pass, and whether its layers merge there."""
 
     def __init__(self, merging: Merging, layer: Layer) -> None:
         self._merging, self._built_level, self._input = merging, layer.level, layer.names.image
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         merging, level = self._merging, self._built_level
-        grid, passes = _grid_of(args[0] if args else kwargs.get(self._input)), merging.passes
+        grid, passes = grid_of(args[0] if args else kwargs.get(self._input)), merging.passes
         if grid is None:
             passes.places[self] = Place(None, level, "its input is not an image")
             return
@@ -332,25 +317,3 @@ class _GridHook:
             check_layer(merging.settings, level, math.prod(grid), merging.coarsest)
         except NotMerged as reason:
             place.reason = str(reason)
-
-
-def is_running(unet: nn.Module) -> bool:
-    """Whether any thread is inside a call of `unet`, or of a module in it."""
-    modules = set(map(id, unet.modules()))
-    return any(id(module) in modules for module in _running_modules())
-
-
-def _running_modules() -> Iterator[object]:
-    """The modules whose calls are on the stacks of all threads."""
-    code = nn.Module._call_impl.__code__
-    for top in sys._current_frames().values():
-        frame: types.FrameType | None = top
-        while frame is not None:
-            if frame.f_code is code:
-                yield frame.f_locals.get("self")
-            frame = frame.f_back
-
-
-def _grid_of(x: Any) -> Grid | None:
-    """The rows and columns of an image [B, C, H, W]; None for anything else."""
-    return (x.shape[2], x.shape[3]) if isinstance(x, Tensor) and x.ndim == 4 else None

@@ -1,135 +1,42 @@
-"""One self-attention layer's hooks: merge the inputs of its attention, and unmerge the output.
+"""The hooks of one self-attention layer: merge the inputs of its attention, unmerge the output.
 
-A call of `attn1` goes on the layer's stack once its inputs are merged, and comes off it with its
-output. Whatever of ours fails before that leaves the call unmerged; whatever fails later has the
-call repeated unmerged.
+A call of `attn1` goes on the layer's stack once its inputs are merged, and comes off with its
+output. An error of merging before that leaves the call unmerged; a later one repeats it unmerged.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .calls import Call, Inputs, MergedCall
 from .foreign_hooks import Hook, whose_forward, whose_hook
-from .passes import LayerPass, Place
-from .proportional import Projections, Rest, Weighted, has_projections, probe_heads
+from .passes import Grid, LayerPass, Place
+from .probe import probe_heads
+from .proportional import Projections, Rest, Weighted, has_projections
 from .reasons import NotMerged
 from .report import LayerReport
-from .token_map import TokenMap
-from .unet import Layer, Names
+from .unet import Layer
 
 if TYPE_CHECKING:
     from .hooks import Merging
 
-ODD_OUTPUT = "its attention returned an unexpected shape"
-
-# A private function of torch: without it nothing is known of backward, and checkpointed passes look
-# like any other.
+# Private in torch. Without it backward can't be detected, and a pass under checkpointing looks like
+# any other.
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """The arguments of a call of `attn1`."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    names: Names
-
-    def _get(self, place: int, name: str) -> Any:
-        """An argument by position or name; None if absent."""
-        return self.args[place] if place < len(self.args) else self.kwargs.get(name)
-
-    @property
-    def x(self) -> Any:
-        """The tokens."""
-        return self._get(0, self.names.tokens)
-
-    @property
-    def context(self) -> Any:
-        """What the tokens attend to, where that isn't themselves."""
-        return self._get(1, self.names.context)
-
-    @property
-    def mask(self) -> Any:
-        """A mask for each token."""
-        return self._get(2, self.names.mask)
-
-    @property
-    def attends_to_itself(self) -> bool:
-        """Whether the keys are made of x."""
-        return self.context is None or self.context is self.x
-
-    def each(self, change: Callable[[Any], Any]) -> Inputs:
-        """All of them changed."""
-        kwargs = {name: change(value) for name, value in self.kwargs.items()}
-        return Inputs(tuple(map(change, self.args)), kwargs, self.names)
-
-    def with_context(self, context: Tensor) -> Inputs:
-        """With another context."""
-        return self._replaced(1, self.names.context, context)
-
-    def with_x(self, x: Tensor) -> Inputs:
-        """With other tokens."""
-        return self._replaced(0, self.names.tokens, x)
-
-    def _replaced(self, place: int, name: str, value: Any) -> Inputs:
-        """One of them replaced, or added: by position if it is positional, else by name."""
-        if place < len(self.args):
-            return dataclasses.replace(
-                self, args=(*self.args[:place], value, *self.args[place + 1 :])
-            )
-        return dataclasses.replace(self, kwargs={**self.kwargs, name: value})
-
-
-@dataclasses.dataclass
-class Call:
-    """A running call of `attn1`: unmerged, unless it is a `MergedCall`."""
-
-    weighted: Weighted | None = None
-    """What the hooks on its projections do."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class MergedCall(Call):
-    """A running call of `attn1` whose inputs are merged."""
-
-    inputs: Inputs
-    """The original arguments, each as `_weak` gives it."""
-    tokens: int
-    token_map: TokenMap
-    has_merged_queries: bool
-    output: Any = None
-    """Of the same call unmerged, where it had to be repeated."""
-
-    def unmerge(self, output: Any) -> Any:
-        """The output of attention for every token. Raises `NotMerged` where it isn't of the tokens
-        that went in."""
-        merged_shape = self.token_map.shape[0], self.token_map.merged_tokens
-        if (
-            self.has_merged_queries
-            and isinstance(output, Tensor)
-            and output.shape[:2] == merged_shape
-        ):
-            return self.token_map.unmerge(output)
-        first = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == self.tokens:
-            return output
-        raise NotMerged(ODD_OUTPUT)
 
 
 class LayerHooks:
     """The hooks of one self-attention layer."""
 
     def __init__(self, merging: Merging, layer: Layer, place: Any) -> None:
-        """`place` is what the layer's `Place` is kept under, in the passes of `merging`."""
+        """`place` is the key of the layer's `Place` in `merging.passes`."""
         self._merging, self._place_key = merging, place
         self.heads, self._names = layer.heads, layer.names
         self.report = LayerReport(layer.name, layer.level, method=merging.settings.method)
@@ -138,13 +45,13 @@ class LayerHooks:
         self._projections: Projections | None = None
 
     def register(self, layer: Layer) -> Iterator[RemovableHandle]:
-        """Puts the hooks on the layer's modules, one after the other."""
+        """Register the hooks on the layer's modules one by one, yielding each handle."""
         attention = layer.block.attn1
         if not layer.is_self_attention:
             self.report.reason = f"it is not self-attention ({layer.names.never_itself})"
             return
         if layer.is_compiled:
-            self.report.reason = "it is compiled (torch.compile), and hooks can't reach into that"
+            self.report.reason = "it is compiled (torch.compile), which bypasses hooks"
             return
         yield layer.block.norm1.register_forward_hook(Hook(self._after_norm))
         yield attention.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
@@ -167,7 +74,7 @@ class LayerHooks:
 
     @contextlib.contextmanager
     def _runs(self, call: Call) -> Iterator[None]:
-        """Makes `call` the innermost one: for the projections' hooks, it is the running call."""
+        """Make `call` the innermost call, the one that the projections' hooks serve."""
         calls = self._state.calls
         calls.append(call)
         try:
@@ -185,46 +92,46 @@ class LayerHooks:
         if is_in_backward():
             if self.report.merged_calls and not self._was_checkpointed:
                 raise RuntimeError(
-                    f"{self.report.name} was merged, and gradient checkpointing runs it again in backward, where it "
-                    "would not be: detach merging, or switch checkpointing off (use_checkpoint=False)"
+                    f"{self.report.name} was merged, and gradient checkpointing reruns it in "
+                    "backward, unmerged: detach merging or switch checkpointing off"
                 )
         else:
             try:
                 call, inputs = self._merge(attention, inputs)
             except NotMerged as reason:
-                self.report.count_whole(str(reason), by_ratio=reason.by_ratio)
+                self.report.count_unmerged(str(reason), by_ratio=reason.by_ratio)
             except Exception as error:
                 # The picture is worth more than its speed.
-                self.report.count_whole(self._merging.fail(error))
+                self.report.count_unmerged(self._merging.fail(error))
         self._state.calls.append(call)
         return inputs.args, inputs.kwargs
 
     def _merge(self, attention: nn.Module, inputs: Inputs) -> tuple[MergedCall, Inputs]:
-        """The call with its merged inputs. Raises `NotMerged` with the reason where it stays whole."""
+        """The call and its merged inputs. Raises `NotMerged` with the reason."""
+        merging, state, x = self._merging, self._state, inputs.x
         self.report.calls += 1
         self.report.level = self._place.level
-        grid = self._check(attention, inputs)
-        merging, state, x = self._merging, self._state, inputs.x
+        grid = self._check_inputs(inputs)
+        self._check_attention(attention)
         source, normed = (ref() for ref in state.normed) if state.normed else (None, None)
-        # A call with another tensor than norm1's output (part of the batch, say) is matched by its
-        # own input.
+        # A call with another tensor than norm1's output, part of the batch for example, is matched
+        # by its own input.
         source = source if normed is x and source is not None else x
         self.report.tokens = x.shape[1]
         token_map = merging.token_map(self, source, grid)
         # Keys from elsewhere aren't merged and keep weight 1.
-        weights = merging.settings.weights_keys and inputs.attends_to_itself
         heads = None
-        if weights:
+        if merging.settings.weights_keys and inputs.attends_to_itself:
             heads = probe_heads(
                 attention, x, lambda probe: self._runs(Call(probe)), merging.refusals
             )
         merged = token_map.merge(x)
         queries = merged if merging.settings.merges_queries else x
-        # Every argument that is x itself is replaced; others aren't merged.
+        # Replace every argument that is x itself; others aren't merged.
         arguments = inputs.each(lambda value: merged if value is x else value)
         call = MergedCall(
             Weighted(heads, queries, token_map.counts, x.shape[1]) if heads else None,
-            inputs=inputs.each(_weak),
+            inputs=inputs.held_weakly(),
             tokens=x.shape[1],
             token_map=token_map,
             has_merged_queries=merging.settings.merges_queries,
@@ -237,9 +144,8 @@ class LayerHooks:
             merging.on_map(self.report.name, merging.passes.step.number, grid, token_map)
         return call, arguments.with_x(queries)
 
-    def _check(self, attention: nn.Module, inputs: Inputs) -> tuple[int, int]:
-        """The grid of the call's tokens. Raises `NotMerged` where anything but their number keeps
-        the call whole."""
+    def _check_inputs(self, inputs: Inputs) -> Grid:
+        """The grid of the call's tokens. Raises `NotMerged` if they can't be merged."""
         merging, place, x = self._merging, self._place, inputs.x
         if reason := place.reason or merging.failure or self._odd_output:
             raise NotMerged(reason)
@@ -249,26 +155,27 @@ class LayerHooks:
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise NotMerged("its input is not a batch of tokens")
         if x.shape[1] != rows * columns:
-            raise NotMerged(f"its {x.shape[1]} tokens are not the grid's {rows}x{columns}")
+            raise NotMerged(f"its {x.shape[1]} tokens don't fit the {rows}x{columns} grid")
         if inputs.mask is not None and inputs.attends_to_itself:
-            raise NotMerged("its attention has a mask for each token")
-        value = inputs.kwargs.get("value")
-        is_whole = inputs.attends_to_itself and (value is None or value is x)
-        if not merging.settings.merges_queries and not is_whole:
+            raise NotMerged("its attention has a mask")
+        if not merging.settings.merges_queries and not _is_plain(inputs):
             raise NotMerged("it attends to other tokens too")
+        return rows, columns
+
+    def _check_attention(self, attention: nn.Module) -> None:
+        """Raises `NotMerged` if the attention's implementation, or other code in it, forbids it."""
+        merging = self._merging
         self._was_checkpointed |= merging.passes.is_checkpointed
         if self._was_checkpointed:
-            raise NotMerged("backward would run it again (gradient checkpointing)")
+            raise NotMerged("gradient checkpointing would rerun it in backward")
         if merging.settings.weights_keys and getattr(attention, "fused_projections", False):
-            raise NotMerged("its projections are fused (the method paper takes them)")
-        self.report.conflict = (merging.leave_out and merging.leave_out(attention)) or conflict_in(
-            attention, merging.ignored
-        )
+            raise NotMerged("its projections are fused (only the method paper merges them)")
+        excluded = merging.leave_out and merging.leave_out(attention)
+        self.report.conflict = excluded or conflict_in(attention, merging.ignored)
         if self.report.conflict:
             raise NotMerged(self.report.conflict)
         if self._projections is not None and not self._projections.are_hooked:
             merging.keep(self._projections.register())
-        return rows, columns
 
     def _after(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         calls = self._state.calls
@@ -281,68 +188,64 @@ class LayerHooks:
             unmerged = call.unmerge(output)
         except NotMerged as reason:
             self._odd_output = str(reason)
-            self.report.count_whole(str(reason))
+            self.report.count_unmerged(str(reason))
         except Exception as error:
-            self.report.count_whole(self._merging.fail(error))
+            self.report.count_unmerged(self._merging.fail(error))
         else:
             self.report.count_merged(call.token_map.merged_tokens)
             self._merging.count_merged_step()
             return unmerged
-        calls.append(call)  # It stays there if the repetition fails too.
+        calls.append(call)  # Stays on the stack if the repetition fails too.
         whole = self._repeat(attention, call)
         calls.pop()
         return whole
 
     def _repeat(self, attention: nn.Module, call: MergedCall) -> Any:
         """The output of the call without merging."""
-        whole = call.inputs.each(lambda value: value())
+        whole = call.inputs.recovered()
         with self._runs(Call()):
             return attention.forward(*whole.args, **whole.kwargs)
 
     def _repeat_weighted(self, attention: nn.Module, error: Exception) -> Weighted:
-        """Repeats the running call unmerged, after an error in a hook on its projections; gives
-        what these do then."""
+        """Repeat the call unmerged after an error in a projection's hook; return its rest."""
         call = self._state.calls[-1]
         if not isinstance(call, MergedCall) or call.weighted is None:
             raise error
-        self.report.count_whole(self._merging.fail(error))
+        self.report.count_unmerged(self._merging.fail(error))
         call.output = self._repeat(attention, call)
         call.weighted = Rest(call.weighted.heads)
         return call.weighted
 
 
+def _is_plain(inputs: Inputs) -> bool:
+    """Whether keys and values are computed from x."""
+    value = inputs.kwargs.get("value")
+    return inputs.attends_to_itself and (value is None or value is inputs.x)
+
+
 def conflict_in(attention: nn.Module, ignored: Collection[str]) -> str | None:
-    """Whose code inside attention counts on all tokens, but for a `forward` of `ignored` modules;
-    None: nobody's."""
+    """Reason not to merge because of foreign code that relies on the token count; None if absent.
+
+    A replaced `forward` of the Python modules in `ignored` is no reason.
+    """
     if not has_projections(attention):
         return f"left to {type(attention).__module__}, which replaces attn1"
     name = whose_forward(attention)
     if name and name not in ignored:
         return f"left to {name}, which replaces its forward"
     to_out: Any = attention.to_out
-    for part in (
-        attention,
-        attention.to_q,
-        attention.to_k,
-        attention.to_v,
-        to_out,
-        *to_out.children(),
-    ):
+    projections = attention.to_q, attention.to_k, attention.to_v, to_out, *to_out.children()
+    for part in (attention, *projections):
         if name := whose_hook(part):
             return f"left to {name}, which hooks it"
     return None
 
 
 def will_run_again(x: Tensor) -> bool:
-    """Whether x runs under gradient checkpointing: it needs a gradient, and yet none is recorded."""
+    """Whether x runs under gradient checkpointing: it needs a gradient, but none is recorded."""
     return x.requires_grad and not torch.is_grad_enabled()
 
 
 def is_in_backward() -> bool:
     """Whether autograd's engine is running in this thread."""
     return bool(_graph_task_id() != -1)
-
-
-def _weak(value: Any) -> Callable[[], Any]:
-    """A function that gives `value`, without keeping it alive if it is a tensor."""
-    return weakref.ref(value) if isinstance(value, Tensor) else lambda: value

@@ -1,5 +1,4 @@
-"""Which source falls into which destination: bipartite soft matching (paper, section 3.1), inside
-windows."""
+"""Bipartite soft matching (paper, section 3.1), inside windows."""
 
 from __future__ import annotations
 
@@ -18,29 +17,26 @@ from .settings import MergeSettings
 from .token_map import TokenMap, numbers
 
 SIMILARITY_BYTES = 64 * 2**20
-"""The similarity matrix never takes more than this at once."""
+"""Limit on the size of the similarity matrix."""
 
 CACHED_BYTES = 4 * 2**20
-"""On the CPU the similarities of a few windows at a time stay in its cache, where their maximum is
-found."""
+"""Limit on the CPU, so that the similarities stay in its cache until their maximum is found."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """Every src's best dst, and how similar it is. Keeps indices and similarities, never
-    activations."""
+    """The most similar dst of every src. Holds indices and similarities, no activations."""
 
     partition: Partition
     best: Tensor
-    """[B, W·S], int32: the best dst of each src, as its place in the partition's `dst`, in the
-    order of the windows."""
+    """[B, W·S], int32: the best dst of each src, an index into `partition.dst`."""
     similarity: Tensor
-    """[B, W·S]: its similarity, times the length of the src, which `inverse_length` takes off."""
+    """[B, W·S]: its similarity times the length of the src; see `inverse_length`."""
     inverse_length: Tensor | None
-    """[B, W·S]; None where the src were of length one."""
+    """[B, W·S]; None if the src were normalized."""
 
     def least_similar(self, count: int) -> Tensor:
-        """[B, count]: the places of the `count` least similar src, in the order of the windows."""
+        """[B, count]: the `count` least similar src, as places in window order."""
         place = self.partition.windows.src_place
         similarity = (
             self.similarity
@@ -49,7 +45,7 @@ class Matching:
         )
         similarity = similarity.index_select(1, place)
         if similarity.device.type in token_maps.BAG_DEVICES - {"cpu"}:
-            # On CUDA one kernel, where sorting all takes a dozen; which of equal ones it gives is
+            # On CUDA topk is one kernel, and a full sort a dozen. Its choice among equal values is
             # fixed.
             least = similarity.topk(count, dim=1, largest=False, sorted=False).indices
         else:
@@ -57,8 +53,7 @@ class Matching:
         return place[least]
 
     def token_map(self, removed: int) -> TokenMap:
-        """The map that merges the `removed` most similar src into their dst; at most as many as can
-        merge."""
+        """Merge the `removed` most similar src into their dst, or as many as possible."""
         partition, items = self.partition, self.best.shape[0]
         removed = max(0, min(removed, partition.most_removed))
         rows, dst_count, best = partition.rows(items), partition.dst.shape[1], self.best
@@ -73,12 +68,12 @@ class Matching:
 
 @torch.no_grad()
 def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
-    """Finds every src's most similar dst of its window, by the cosine of x's tokens ([B, N, C]).
+    """Find the most similar dst of every src in its window, by the cosine of x's tokens ([B, N,
+    C]).
 
-    A token of zero norm is similar to none. What isn't finite in one batch item leaves the other
-    items' matching as it is; inside its own item attention spreads it to every token, whatever is
-    merged. `exact` keeps at least x's own precision; else a lower one may be used where that is
-    faster: `similarity_dtype`.
+    A token of norm zero is similar to none. Non-finite values in one batch item don't affect the
+    matching of other items; within the item attention spreads them to every token anyway. `exact`
+    keeps at least x's precision; otherwise `similarity_dtype` may choose a faster one.
     """
     items, windows = x.shape[0], partition.windows
     if not partition.most_removed or not items:
@@ -94,12 +89,11 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
 
 
 def similarity_dtype(x: Tensor, exact: bool = False) -> torch.dtype:
-    """The dtype in which x's similarities are computed: x's own, but on the CPU the one that it
-    multiplies fastest.
+    """The dtype of x's similarities: x's own, but on the CPU the one that it multiplies fastest.
 
-    `exact` is never less precise than x. Where the CPU multiplies bf16 by itself, matching 64×64
-    tokens of 320 channels took 0.68 of the time that it takes in fp32, and 256×256 tokens 0.61
-    (`bench layer`, "keys" and "ours, exact").
+    `exact` is never less precise than x. On a CPU with bf16 instructions matching took 0.68 of the
+    fp32 time for 64×64 tokens of 320 channels, and 0.61 for 256×256 tokens (`bench layer`, "keys"
+    and "ours, exact").
     """
     if x.device.type != "cpu":
         return x.dtype
@@ -110,7 +104,7 @@ def similarity_dtype(x: Tensor, exact: bool = False) -> torch.dtype:
 
 
 def _match_in_windows(x: Tensor, partition: Partition, dtype: torch.dtype, exact: bool) -> Matching:
-    """Goes through the windows, as many at once as the limit on the similarities' bytes allows."""
+    """Match as many windows at a time as the limit on the similarities' size allows."""
     items = x.shape[0]
     flat, rows = x.reshape(-1, x.shape[-1]), partition.rows(items)
     count, destinations = rows.dst.shape
@@ -118,15 +112,15 @@ def _match_in_windows(x: Tensor, partition: Partition, dtype: torch.dtype, exact
     limit = CACHED_BYTES if x.device.type == "cpu" else SIMILARITY_BYTES
     row_bytes = destinations * torch.finfo(dtype).bits // 8
     rows_at_once = min(sources, max(1, limit // row_bytes))
-    # Rows are divided only where not even one window fits.
+    # Rows are divided only if a single window doesn't fit.
     windows_at_once = max(1, limit // (rows_at_once * row_bytes)) if rows_at_once == sources else 1
     values, indices, lengths = [], [], []
     for some in range(0, count, windows_at_once):
         tokens, inverse = _with_inverse_length(flat, rows.tokens[some : some + windows_at_once])
         b = _product(tokens[:, sources:], inverse[:, sources:], dtype).transpose(1, 2)
-        # The length of a src changes neither its best dst nor, taken off afterwards, its
-        # similarity. With a dst of length one a product is at most that length, so that fp16 holds
-        # it. The paper's code has both of length one.
+        # Dividing by the length of the src changes neither its best dst nor, applied afterwards,
+        # its similarity. With normalized dst a product is at most that length, which fp16 holds.
+        # The paper's code normalizes both.
         a = tokens[:, :sources]
         a = _product(a, inverse[:, :sources], dtype) if exact else a.to(dtype)
         lengths.append(inverse[:, :sources, 0])
@@ -134,15 +128,14 @@ def _match_in_windows(x: Tensor, partition: Partition, dtype: torch.dtype, exact
             value, index = torch.bmm(a[:, top : top + rows_at_once], b).max(dim=-1)
             values.append(value)
             indices.append(index)
-    # Windows in which several parts were looked at are one window each.
+    # Join the parts of divided windows.
     best = rows.dst.gather(1, _joined(indices).view(count, sources)).view(items, -1)
     length = None if exact else _joined(lengths).reshape(items, -1)
     return Matching(partition, best, _joined(values).view(items, -1), length)
 
 
 def _with_inverse_length(flat: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[…, C]: the tokens ([n, C]) in `rows`; and […, 1], at least in fp32: one over their lengths,
-    0 where infinite."""
+    """[…, C]: the tokens ([n, C]) at `rows`; […, 1]: one over their lengths, in fp32 or wider."""
     tokens = flat.index_select(0, rows.flatten()).view(*rows.shape, -1)
     wide = torch.promote_types(flat.dtype, torch.float32)
     length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)
@@ -150,7 +143,7 @@ def _with_inverse_length(flat: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product, rounded once, to `dtype`."""
+    """The product in `dtype`, rounded once."""
     return torch.mul(a, b, out=torch.empty(a.shape, dtype=dtype, device=a.device))
 
 
@@ -161,14 +154,15 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def match_tokens(
     x: Tensor, grid: Sequence[int], ratio: float, *, step: int = 0, **options: Any
 ) -> TokenMap:
-    """The map that removes `ratio` of x's tokens, the most similar ones.
+    """The map that merges the fraction `ratio` of x's tokens, the most similar ones.
 
-    x is a transformer block's input, [B, rows·columns, C] in row order; `grid` is (rows, columns),
-    `step` tells which random choice is made. The options are those fields of `MergeSettings` that
-    say how tokens are matched: `stride`, here (2, 2) if it isn't given, `partition`, `window` and
-    `shared_draw`. Raises `SettingsError` (a `ValueError`) for an option out of its range, and
-    `ValueError` where x is not on the grid. With a window the number of tokens left is rounded, see
+    x is [B, N, C] in row order; `grid` is (rows, columns), and `step` selects the random draw. The
+    options are the matching fields of `MergeSettings`: `stride`, here (2, 2) by default,
+    `partition`, `window` and `shared_draw`. With a window the number of tokens left is rounded, see
     `tokens_removed`.
+
+    Raises `SettingsError` (a `ValueError`) for an option out of its range, and `ValueError` if x
+    doesn't fit the grid.
     """
     rows, columns = grid
     settings = MergeSettings(ratio=ratio, schedule="constant", **{"stride": (2, 2), **options})

@@ -1,5 +1,4 @@
-"""The merge map: which tokens of one picture fell together in one layer at one step, drawn over the
-picture."""
+"""The merge map: the groups of merged tokens of one picture, in one layer and step, as an image."""
 
 from __future__ import annotations
 
@@ -12,47 +11,48 @@ from torch import Tensor
 from .token_map import TokenMap
 
 ALONE = -1
-"""In place of the slot of a token that fell together with none."""
+"""Slot value of unmerged tokens."""
 
 GOLDEN = 0.6180339887498949
-"""Multiples of its squares are spread evenly over the circle of hues."""
+"""The golden ratio's fraction; multiples of squares by it spread evenly over the hue circle."""
 
 COVER = 0.6
-"""How much of a merged token's picture its colour covers."""
+"""Opacity of a group's colour."""
 
 EDGE = 0.35
-"""How bright the line around tokens that fell together is, of what lies under it."""
+"""Brightness of group outlines, as a fraction of the pixel below."""
 
 LEAST_SIDE = 4
-"""A token's side in pixels from which there is room for lines."""
+"""Smallest side of a token, in pixels, that gets outlines."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeMap:
-    """One picture's tokens in one layer at one step."""
+    """The merged tokens of one picture, in one layer and step."""
 
     slots: Tensor
-    """[N], int64, on the CPU: the slot that each token fell into."""
+    """[N], int64, on the CPU: the slot of each token."""
     grid: tuple[int, int]
     """Rows and columns of tokens."""
     step: int
-    """From 1."""
+    """Counted from 1."""
     layer: int
-    """Its number among the layers that merged in this step, from 1."""
+    """Counted from 1 among the layers that merged in this step."""
     layer_name: str
 
     def __str__(self) -> str:
         rows, columns = self.grid
-        return f"merge map of step {self.step}, layer {self.layer} ({self.layer_name}, {columns}x{rows} tokens)"
+        layer = f"{self.layer} ({self.layer_name}, {columns}x{rows} tokens)"
+        return f"merge map of step {self.step}, layer {layer}"
 
 
 class MapRecorder:
-    """Keeps what one layer merged in one step of a run: an `on_map` for `attach`.
+    """An `on_map` for `attach` that keeps the maps of one layer and step of a sampling.
 
-    `step` counts from 1, and so does `layer`, among the layers that merged in that step, in the
-    order in which they ran. Both give way to what there is: a step that didn't merge to the last
-    one before it that did, or else to the first one after it; a layer beyond the last to the last.
-    Nothing is copied or waited for while the model runs.
+    `step` and `layer` count from 1, the layer among those that merged in that step, in the order of
+    their calls. If the step didn't merge, the last merged step before it is kept, or else the first
+    one after it; a layer beyond the last is the last. Recording neither copies nor waits for the
+    device while the model runs.
     """
 
     def __init__(self, step: int, layer: int) -> None:
@@ -65,7 +65,7 @@ class MapRecorder:
     def __call__(
         self, layer_name: str, step: int, grid: tuple[int, int], token_map: TokenMap
     ) -> None:
-        """Keeps this call's slots, if it is the one that is wanted as far as can be known yet."""
+        """Keep this call's slots if it is the best match so far for the wanted step and layer."""
         if step != self._step:
             if self._names and step > self._wanted_step:
                 return
@@ -78,10 +78,10 @@ class MapRecorder:
             self._rows.append(token_map.slots)
 
     def maps(self, rows: Sequence[int]) -> list[MergeMap]:
-        """The maps of batch items, one for each of `rows`; none where nothing was merged.
+        """The maps of the batch items at `rows`; empty if nothing merged.
 
-        A row is an item's number in the step, counted on over the calls where one step's batch
-        comes in several; one beyond the last is the last.
+        If a step's batch came in several calls, rows count on over the calls; a row beyond the last
+        is the last.
         """
         if not self._rows:
             return []
@@ -91,12 +91,11 @@ class MapRecorder:
 
 
 def draw(slots: Tensor, grid: tuple[int, int], picture: Tensor) -> Tensor:
-    """`picture` with the tokens that fell together in one colour a slot; tokens alone stay plain.
+    """Draw each group of merged tokens over `picture` in one colour; unmerged tokens stay plain.
 
     `slots` is [N] for a grid of (rows, columns) tokens, `picture` uint8 [H, W, 3] of any size on
-    the same device, whose pixels belong to the tokens that they lie in. Lines part neighbouring
-    slots where there is room; equal slots always get the same colours. Gives uint8 [H, W, 3].
-    Raises `ValueError` where slots or picture have another shape.
+    the same device. Groups are outlined if tokens are large enough, and equal slots always get
+    equal colours. Returns uint8 [H, W, 3]. Raises `ValueError` for other shapes or dtypes.
     """
     rows, columns = grid
     if slots.shape != (rows * columns,):
@@ -126,8 +125,7 @@ def draw(slots: Tensor, grid: tuple[int, int], picture: Tensor) -> Tensor:
 
 
 def _edges(of_pixel: Tensor) -> Tensor:
-    """[H, W], true for the pixels that belong to another slot than the one above or the one to the
-    left."""
+    """[H, W]: true for pixels whose upper or left neighbour belongs to another slot."""
     is_edge = torch.zeros_like(of_pixel, dtype=torch.bool)
     is_edge[1:] |= of_pixel[1:] != of_pixel[:-1]
     is_edge[:, 1:] |= of_pixel[:, 1:] != of_pixel[:, :-1]
@@ -135,9 +133,9 @@ def _edges(of_pixel: Tensor) -> Tensor:
 
 
 def _colours(slots: int, device: torch.device) -> Tensor:
-    """[slots, 3], float32, 0 to 255: a colour for each slot, mostly unlike its neighbours'."""
+    """[slots, 3], float32, 0 to 255: a colour per slot, mostly unlike its neighbours'."""
     number = torch.arange(slots, device=device, dtype=torch.float64)
-    # Squares keep the slots below each other apart too, however many there are in a row.
+    # Squares separate vertical neighbours too, whatever the row length.
     hue = number**2 * GOLDEN % 1
     # At full saturation and value each channel is a trapezium over the hue.
     sixths = (

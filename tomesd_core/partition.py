@@ -1,5 +1,4 @@
-"""Which tokens are destinations (dst), and in which windows the sources (src) look for theirs
-(paper, section 4.1)."""
+"""Partitions: destinations (dst), sources (src) and their windows (paper, section 4.1)."""
 
 from __future__ import annotations
 
@@ -11,20 +10,17 @@ import torch
 from torch import Tensor
 
 DRAWING_DEVICES = {"cpu", "cuda", "meta"}
-"""Where int64 can be multiplied: elsewhere the draw is made on the CPU, and copied."""
+"""Devices that multiply int64; for others the draw is made on the CPU and copied."""
 
 DRAWS_AHEAD = 16
-"""How many steps are drawn at once where each has its own draw: it takes no more launches than one.
-"""
+"""Steps drawn at once if each step has its own draw, for the launches of a single one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """In which window each src and dst lies, all windows padded to one size. All batch items share
-    them.
+    """The src and dst of each window, padded to one size; shared by all batch items.
 
-    Numbers are places in a `Partition`'s `src` and `dst`. A padded place repeats a number of its
-    window.
+    Values are indices into a `Partition`'s `src` and `dst`. Padding repeats an index of the window.
     """
 
     src: Tensor
@@ -32,53 +28,50 @@ class Windows:
     dst: Tensor
     """[W, D]: the dst of each window."""
     src_place: Tensor
-    """[n_src]: where each src lies in `src`, all windows laid in one row."""
+    """[n_src]: the place of each src in `src`, flattened."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Where things lie when all tokens, or all windows, of so many items lie in one row."""
+    """A partition's indices for a batch, with the tokens or windows of all items in one row."""
 
     tokens: Tensor
-    """[items·W, S + D]: each window's src, then its dst, among the tokens."""
+    """[items·W, S + D]: the src and then the dst of each window, as indices of tokens."""
     dst: Tensor
-    """[items·W, D], int32: the number of each window's dst in its partition."""
+    """[items·W, D], int32: the dst of each window, as indices into the partition's `dst`."""
     inverse: Tensor
-    """[items, N]: each token's place behind the n_dst destinations: among them, or in a window's
-    row of src."""
+    """[items, N]: the place of each token among the dst, then the windows' src."""
     dst_slots: Tensor
     """[items, n_dst], int32: 0, 1, 2, …"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The tokens of a grid, split into src and dst. Index tensors are int64, on the device of the
-    tokens.
+    """The tokens of a grid, split into src and dst. Index tensors are int64, on the tokens' device.
 
-    P is 1 where all batch items share one draw, else the number of items.
+    P is 1 if all batch items share one draw, else the number of items.
     """
 
     src: Tensor
-    """[P, n_src]: the tokens that may fall into a dst."""
+    """[P, n_src]: the tokens that can be merged into a dst."""
     dst: Tensor
-    """[P, n_dst]: the tokens that they may fall into."""
+    """[P, n_dst]: the tokens that they can be merged into."""
     windows: Windows
 
     _rows: dict[int, Rows] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def tokens(self) -> int:
-        """The number of tokens in the grid."""
+        """Tokens of the grid."""
         return self.src.shape[1] + self.dst.shape[1]
 
     @property
     def most_removed(self) -> int:
-        """How many src can merge, in every batch item."""
+        """How many src can be merged in every batch item."""
         return self.src.shape[1] if self.dst.shape[1] else 0
 
     def rows(self, items: int) -> Rows:
-        """The partition's indices for a batch of `items`; each batch size has its own, which is
-        kept."""
+        """The indices for a batch of `items`, cached per batch size."""
         if items not in self._rows:
             self._rows[items] = self._make_rows(items)
         return self._rows[items]
@@ -111,17 +104,17 @@ def make_partition(
     items: int = 1,
     device: torch.device | str = "cpu",
 ) -> Partition:
-    """Splits a grid of (rows, columns) tokens into src and dst.
+    """Split a grid of (rows, columns) tokens into src and dst.
 
     `partition`: `random` draws one dst in each whole cell of `stride` (rows, columns); `corner`
-    takes the cell's first token; `uniform` draws as many dst anywhere; `alternating` takes every
-    other token along the row. Tokens outside a whole cell are src. `window` is the side, in tokens,
-    of the windows inside which a dst is looked for, rounded down to whole cells and spread evenly
-    over the grid; None, and with `uniform` any, is the whole grid. With `items` above 1 each batch
-    item has a draw of its own (the paper's ablation of a draw that is not shared).
+    takes the first token of the cell; `uniform` draws as many dst anywhere; `alternating` takes
+    every other token of a row. Tokens outside whole cells are src. `window` is the side, in tokens,
+    of the windows in which a dst is searched, rounded down to whole cells and spread evenly over
+    the grid; None, and any with `uniform`, is the whole grid. With `items` above 1 each batch item
+    has its own draw (the paper's ablation of a shared draw).
 
-    The draw is a pure function of grid, stride, step and item. It reads no random state, and is the
-    same on every device. A new grid costs one copy to the device; a new draw costs none.
+    The draw is a pure function of grid, stride, step and item: it reads no random state and is the
+    same on every device. A new grid costs one copy to the device, and a new draw none.
     """
     device = torch.device(device)
     if partition == "alternating":
@@ -131,7 +124,7 @@ def make_partition(
     layout, rest, windows = _layout(grid, stride, window, device)
     cells, in_cell = layout.shape
     if partition == "random":
-        # A matching that is never drawn anew has the draw of step 0.
+        # Step 0 is the only draw of a sampling that doesn't redraw.
         steps = range(step, step + 1)
         if step > 0:
             first = (step - 1) // DRAWS_AHEAD * DRAWS_AHEAD + 1
@@ -152,8 +145,8 @@ def _layout(
 ) -> tuple[Tensor, Tensor, Windows]:
     """The step-independent part of a partition.
 
-    [n_cells, rows·columns]: the tokens of each whole cell; [n_rest]: those outside one; and the
-    windows, for src in the order of the cells, dst left out, then of the rest.
+    [n_cells, rows·columns]: the tokens of each whole cell; [n_rest]: those outside; and the
+    windows, for src in the order of the cells without dst, then of the rest.
     """
     (rows, columns), (cell_rows, cell_columns) = grid, stride
     down, across = rows // cell_rows, columns // cell_columns
@@ -192,22 +185,23 @@ def _uniform_partition(
 
 
 def _window_of(grid: tuple[int, int], stride: tuple[int, int], window: int | None) -> Tensor:
-    """[rows·columns]: the number of each token's window. Tokens outside a whole cell belong to the
-    nearest one."""
+    """[rows·columns]: the window of each token. Tokens outside whole cells join the nearest one."""
     along = []
     for side, cell in zip(grid, stride, strict=True):
         cells = side // cell
         count = 1 if window is None or cells == 0 else math.ceil(cells / max(1, window // cell))
         cell_of = (torch.arange(side, device="cpu") // cell).clamp(max=max(cells - 1, 0))
-        # Window i holds the cells from i * cells // count on: all windows are equal, or differ by
-        # one cell.
+        # Window i begins at cell i * cells // count, so sizes differ by at most one cell.
         along.append(((cell_of + 1) * count - 1) // max(cells, 1))
     return (along[0][:, None] * (int(along[1].max()) + 1) + along[1]).flatten()
 
 
 def _grouped(window_of: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """[count, size]: what lies in each window, by its place in `window_of` ([n]), the first of it
-    repeated at the end; and [n]: where in these rows, laid in one, each place stands first."""
+    """The members of each window, and the place of each token among them.
+
+    [count, size]: indices into `window_of` ([n]), padded with the first of each window; [n]: the
+    place of each index in these rows, flattened.
+    """
     order = window_of.argsort(stable=True)
     sizes = window_of.bincount(minlength=count)
     ends = sizes.cumsum(0)
@@ -236,17 +230,17 @@ def _copied(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _draws(count: int, steps: range, items: int, device: torch.device) -> Tensor:
-    """[items, steps, count]: a well mixed 32-bit number for each of `count` places, in int64.
+    """[items, steps, count]: a well mixed 32-bit number for each of `count` cells, in int64.
 
-    Products stay below 2^63, so that the same integers come out everywhere.
+    Products stay below 2^63, so that every device computes the same integers.
     """
     where = device if device.type in DRAWING_DEVICES else torch.device("cpu")
     value = torch.arange(count, device=where)
     every_item = torch.arange(1, items + 1, device=where)[:, None, None]
     every_step = torch.arange(steps.start + 1, steps.stop + 1, device=where)[:, None]
     for salts in (every_item, every_step):
-        # Tensors, since torch 2.1 dispatches an xor with a number wrongly where operations are
-        # recorded.
+        # Tensors, since torch 2.1 dispatches an xor with a Python number wrongly while operations
+        # are recorded.
         value = value ^ (salts * 0x27220A95 & 0xFFFFFFFF)
         for _ in range(2):
             value = ((value >> 16) ^ value) * 0x45D9F3B & 0xFFFFFFFF

@@ -1,5 +1,4 @@
-"""What the hooks on one UNet share: the running step, pass and calls, a set of them for each
-thread."""
+"""State that the hooks on one UNet share: the current step, pass and calls, for each thread."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from .settings import MergeSettings
 from .token_map import TokenMap
 
 if TYPE_CHECKING:
-    from .layer_hooks import Call
+    from .calls import Call
 
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -32,14 +31,13 @@ class Step:
     cell: tuple[int, int]
     """Rows and columns of the cell that has one destination."""
     passes: int = 0
-    """Passes of the UNet in this step so far."""
+    """UNet passes in this step so far."""
     has_merged: bool = False
 
 
 @dataclasses.dataclass
 class Place:
-    """Grid and level of a SpatialTransformer in the current pass, and why its layers don't merge
-    there."""
+    """Grid and level of a SpatialTransformer in the current pass, and its reason not to merge."""
 
     grid: Grid | None = None
     level: int | None = None
@@ -52,29 +50,29 @@ class LayerPass:
     """One layer in the current pass."""
 
     normed: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
-    """The block's input, before norm1, and norm1's output; weak, to keep no activations."""
+    """The block's input and norm1's output, held weakly so that no activation outlives its use."""
     calls: list[Call] = dataclasses.field(default_factory=list)
-    """The running calls of attention, the innermost last."""
+    """The calls of attention in progress, innermost last."""
     matched_calls: int = 0
 
 
 @dataclasses.dataclass
 class KeptMatching:
-    """A matching for the steps that reuse it, with the last map made from it."""
+    """A matching kept for the steps that reuse it, with the last map made from it."""
 
     matching: Matching
     removed: int = -1
     token_map: TokenMap | None = None
 
     def map_of(self, removed: int) -> TokenMap:
-        """The map that removes so many tokens."""
+        """The map that removes `removed` tokens."""
         if self.token_map is None or self.removed != removed:
             self.removed, self.token_map = removed, self.matching.token_map(removed)
         return self.token_map
 
 
 class Passes(threading.local):
-    """What one thread's passes share. Every thread has its own."""
+    """Per-thread state of the passes."""
 
     def __init__(self, settings: MergeSettings, ratio: float | None = None) -> None:
         self.step = Step(-1, settings.ratio_at(0.0) if ratio is None else ratio, settings.cell)
@@ -85,3 +83,8 @@ class Passes(threading.local):
         self.layers: defaultdict[Hashable, LayerPass] = defaultdict(LayerPass)
         self.matchings: dict[tuple[Any, ...], KeptMatching] = {}
         self.kept_tokens = 0
+
+
+def grid_of(x: Any) -> Grid | None:
+    """The rows and columns of an image [B, C, H, W]; None for anything else."""
+    return (x.shape[2], x.shape[3]) if isinstance(x, Tensor) and x.ndim == 4 else None

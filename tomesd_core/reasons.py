@@ -1,4 +1,4 @@
-"""Why a call of attention isn't merged."""
+"""Reasons not to merge a call of attention."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ MEMORY_ERRORS = (
     "not enough memory",
     "not enough gpu video memory",
 )
-"""What errors of CUDA, ROCm, MPS, XPU, DirectML and the CPU say, in lower case."""
+"""Out-of-memory messages of CUDA, ROCm, MPS, XPU, DirectML and the CPU, in lower case."""
 
 
 class NotMerged(Exception):
     """A call of attention isn't merged. The message is the reason, for people.
 
-    `by_ratio`: the step's own ratio removes nothing there, as a schedule may want it.
+    `by_ratio`: the step's ratio removes nothing there, which a schedule may intend.
     """
 
     def __init__(self, reason: str, by_ratio: bool = False) -> None:
@@ -25,12 +25,12 @@ class NotMerged(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device, or the CPU, has too little memory left."""
+    """Whether `error` reports a lack of device or host memory."""
     return isinstance(error, MemoryError) or any(
         words in str(error).lower() for words in MEMORY_ERRORS
     )
 
 
 def in_a_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
+    """An error's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -6,10 +6,10 @@ SCHEDULES = ("constant", "linear", "step")
 
 
 def progress_of(step: int, total: int | None) -> float:
-    """How far step `step` (from 0) of `total` is: 0 at the first step, 1 at the last.
+    """The position of `step` (from 0) among `total` steps: 0 for the first, 1 for the last.
 
-    An unknown total, or a single step, is 0. A step past the total is 1: some samplers take more
-    than they say.
+    0 if the total is unknown or 1. 1 for steps past the total, since some samplers take more steps
+    than they announce.
     """
     if total is None or total <= 1:
         return 0.0
@@ -19,14 +19,14 @@ def progress_of(step: int, total: int | None) -> float:
 def ratio_at(
     progress: float, schedule: str, ratio: float, late_ratio: float, switch_at: float
 ) -> float:
-    """The ratio at `progress` in [0, 1] (values outside are clamped).
+    """The ratio at `progress`, clamped to [0, 1].
 
-    `constant` keeps `ratio`; `linear` goes from `ratio` to `late_ratio`; `step` is `late_ratio`
-    from `switch_at` on.
+    `constant` keeps `ratio`; `linear` goes from `ratio` to `late_ratio`; `step` switches to
+    `late_ratio` at `switch_at`.
     """
     progress = min(max(progress, 0.0), 1.0)
     if schedule == "linear":
-        # Exact at both ends, where a rounding error could cost a token.
+        # Exact at both ends, where a rounding error could change the token count.
         return ratio * (1 - progress) + late_ratio * progress
     if schedule == "step" and progress >= switch_at:
         return late_ratio

@@ -1,163 +1,76 @@
-"""What a person can set: one dataclass, one field list, one validation.
+"""The settings of a generation: one dataclass, one field list, one validation.
 
-Everything that shows, stores, sends or checks a setting (the panel, the picture's parameters, the
-API, presets, plot axes, docs/api.md's table) reads this list, so a new setting is one more field
-here.
+The panel, the picture's parameters, the API, presets, plot axes and the table in docs/api.md are
+made from this list, so a new setting is one more field here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
 from typing import Any
 
+from .fields import Setting, SettingsError
 from .schedule import SCHEDULES, ratio_at
+
+__all__ = ["FIELDS", "PANEL_FIELDS", "MergeSettings", "Setting", "SettingsError", "max_ratio"]
 
 METHODS = ("keys", "tokens", "paper")
 PARTITIONS = ("random", "corner", "uniform", "alternating")
 CELLS = ((2, 2), (4, 4))
-"""Rows and columns of the cells that the ratio chooses from; each has one destination. See
-`MergeSettings.cell`."""
+"""Cell sizes (rows, columns) by ratio; each cell has one destination. See `MergeSettings.cell`."""
 
 HIGHEST_RATIO = 1 - 1 / (CELLS[-1][0] * CELLS[-1][1])
 """The largest ratio that the largest cell allows."""
 
 RATIO_STEP = 0.0125
-"""By how much the sliders of ratios move; the highest ratio is a multiple."""
+"""Step of the ratio sliders; the highest ratio is a multiple."""
 
 FEWER_STEPS_EXPONENT = 2 / 3
-"""Of the quotient of steps, by which a picture of few steps keeps more tokens. See
-`MergeSettings.in_steps`."""
+"""Exponent of the step quotient by which short samplings keep more tokens. See `in_steps`."""
 
 PASSES = ("both passes", "first pass", "hires pass")
 
 
-class SettingsError(ValueError):
-    """A setting has a value that it can't have. The message names the setting, the value and the
-    range."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """How one field of `MergeSettings` is named, bounded and explained.
-
-    `kind` is `number`, `integer`, `choice`, `flag`, or `pair` (two integers). The panel shows the
-    fields that have a label; the others are for experts.
-    """
-
-    default: Any
-    kind: str
-    label: str = ""
-    help: str = ""
-    minimum: float = -math.inf
-    maximum: float = math.inf
-    step: float | None = None
-    choices: tuple[Any, ...] = ()
-    optional: bool = False
-    former_label: str = ""
-    """An older version's, which parameters and `ui-config.json` still have."""
-    where: str = ""
-    """Added to the range in an error, where the range depends on other settings."""
-
-    @property
-    def infotext(self) -> str | None:
-        """The field's key in a picture's parameters; None for an expert field."""
-        return f"ToMe {(self.former_label or self.label).lower()}" if self.label else None
-
-    def check(self, name: str, value: Any) -> Any:
-        """`value` in the field's own type; raises `SettingsError` when it isn't one that the field
-        can have."""
-        if value is None and self.optional:
-            return None
-        if self.kind == "flag":
-            if not isinstance(value, bool):
-                raise SettingsError(f"{name} must be true or false, got {value!r}")
-            return value
-        if self.kind == "choice":
-            # A number chosen on a page comes back as its text, or as a float; True is not the
-            # choice 1.
-            match = [
-                one
-                for one in self.choices
-                if value in (one, str(one)) and not isinstance(value, bool)
-            ]
-            if not match:
-                raise SettingsError(
-                    f"{name} must be one of {', '.join(map(str, self.choices))}, got {value!r}"
-                )
-            return match[0]
-        if self.kind == "pair":
-            if not isinstance(value, (list, tuple)) or len(value) != 2:
-                raise SettingsError(f"{name} must be two integers {self._range}, got {value!r}")
-            return tuple(self._number(name, side) for side in value)
-        return self._number(name, value)
-
-    @property
-    def _range(self) -> str:
-        return f"in [{self.minimum:g}, {self.maximum:g}]"
-
-    def _number(self, name: str, value: Any) -> int | float:
-        is_integer = self.kind != "number"
-        is_number = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        )
-        # An int may be larger than any float: it is out of every range, and can't be formatted.
-        if is_number and abs(value) > sys.float_info.max:
-            value = math.inf if value > 0 else -math.inf
-        if not is_number or (is_integer and math.isfinite(value) and value != int(value)):
-            kind = "an integer" if is_integer else "a number"
-            raise SettingsError(f"{name} must be {kind} {self._range}, got {value!r}")
-        if not self.minimum <= value <= self.maximum:
-            raise SettingsError(f"{name} must lie {self._range}{self.where}, got {value:g}")
-        return int(value) if is_integer else float(value)
-
-
 def _field(default: Any, kind: str, *values: Any, **options: Any) -> Any:
-    """A field of `MergeSettings` and its `Setting`: label, help, minimum, maximum and step come in
-    this order.
+    """A field of `MergeSettings` with its `Setting`; `values` follow `Setting`'s order.
 
-    `initial` is the field's value before `MergeSettings` has worked out which default it has.
+    `initial` is the value of the field before `__post_init__` has chosen a default.
     """
     initial = options.pop("initial", default)
-    return dataclasses.field(
-        default=initial, metadata={"setting": Setting(default, kind, *values, **options)}
-    )
+    setting = Setting(default, kind, *values, **options)
+    return dataclasses.field(default=initial, metadata={"setting": setting})
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeSettings:
-    """What to merge, where and when.
+    """Which tokens to merge, in which layers and at which steps.
 
-    Raises `SettingsError` (a `ValueError`) when a value is out of its field's range, or when a
-    ratio is above what the partition can remove (paper, section 3.1: every destination stays).
+    Raises `SettingsError` (a `ValueError`) for a value out of its field's range, and for a ratio
+    above the share of sources in the partition (paper, section 3.1: every destination stays).
     """
 
     ratio: float = _field(
         0.8,
         "number",
         "Ratio",
-        "Share of the tokens removed before self-attention. More is faster and less exact.",
-        0,
-        HIGHEST_RATIO,
-        RATIO_STEP,
+        "Share of the tokens removed before self-attention. Higher is faster and less exact.",
+        *(0, HIGHEST_RATIO, RATIO_STEP),
     )
     late_ratio: float = _field(
         0.75,
         "number",
         "Late ratio",
-        "The ratio of late steps, unless the schedule is constant. Where only the ratio is set, it is at most that.",
-        0,
-        HIGHEST_RATIO,
-        RATIO_STEP,
+        "Ratio of the late steps, unless the schedule is constant. If only the ratio is set, at "
+        "most that ratio.",
+        *(0, HIGHEST_RATIO, RATIO_STEP),
         initial=None,
     )
     schedule: str = _field(
         "constant",
         "choice",
         "Schedule",
-        "constant: the same ratio in every step. linear: from ratio to late ratio. step: a change at one point. Where "
-        "only a late ratio is set, it is linear.",
+        "constant: the same ratio in every step. linear: from ratio to late ratio. step: switches "
+        "at one point. Linear if only a late ratio is set.",
         choices=SCHEDULES,
         initial=None,
     )
@@ -165,76 +78,67 @@ class MergeSettings:
         0.5,
         "number",
         "Switch at",
-        "Where in the steps the late ratio takes over: 0 is the first step, 1 the last.",
-        0,
-        1,
-        0.01,
+        "Point at which the late ratio takes over: 0 is the first step, 1 the last.",
+        *(0, 1, 0.01),
     )
     max_downsample: int = _field(
         1,
         "choice",
         "Max downsample",
-        "1: only layers at the full latent resolution, where the speed is; 2, 4, 8: coarser ones too.",
+        "Coarsest layers to merge. 1: full latent resolution only, where most of the time goes; "
+        "2, 4, 8: coarser layers too.",
         choices=(1, 2, 4, 8),
     )
     min_tokens: int = _field(
         0,
         "integer",
         "Min tokens",
-        "Layers with fewer tokens are left alone. 512x512 has 4096 tokens at level 1.",
-        0,
-        65536,
-        256,
+        "Skip layers with fewer tokens. 512x512 has 4096 tokens at level 1.",
+        *(0, 65536, 256),
     )
     apply_to: str = _field(
         "both passes",
         "choice",
         "Apply to",
-        "Which passes of hires fix merge. A picture without hires fix has only the first.",
+        "Passes of hires fix that merge. Without hires fix there is only the first pass.",
         choices=PASSES,
     )
     reuse_steps: int = _field(
         1,
         "integer",
         "Reuse matching (steps)",
-        "How many steps keep a matching. 1 matches in every step.",
-        1,
-        50,
-        1,
+        "Number of sampler steps that share one matching; 1 recomputes it every step.",
+        *(1, 50, 1),
         former_label="Rematch every",
     )
     method: str = _field(
         "keys",
         "choice",
         "Method",
-        "keys: merges keys and values, each counted as often as the tokens it stands for. tokens: queries too, which "
-        "are unmerged. paper: as published, not counted.",
+        "keys: merge keys and values, weighting each merged key by its number of tokens. tokens: "
+        "also merge queries and unmerge the output. paper: as published, unweighted.",
         choices=METHODS,
     )
     full_steps: int = _field(
         20,
         "integer",
         "Steps for full ratio",
-        "Pictures of fewer steps keep more tokens, since each of their steps weighs more. 1: all pictures merge at the "
-        "full ratio.",
-        1,
-        150,
-        1,
+        "Samplings with fewer steps keep more tokens, since each of their steps matters more. "
+        "1: always merge at the full ratio.",
+        *(1, 150, 1),
     )
     stride: tuple[int, int] | None = _field(None, "pair", minimum=1, maximum=16, optional=True)
-    """Rows and columns of the cell that has one destination; None: as `cell` says."""
+    """Rows and columns of the cell that has one destination; None: chosen by `cell`."""
     partition: str = _field("random", "choice", choices=PARTITIONS)
-    """How destinations are chosen (paper, table 2): random is one token drawn in each cell."""
+    """Choice of destinations (paper, table 2); `random` draws one token per cell."""
     window: int | None = _field(32, "integer", minimum=1, maximum=4096, optional=True)
-    """Side, in tokens, of the windows inside which a destination is looked for; None: the whole
-    image."""
+    """Side, in tokens, of the windows in which destinations are searched; None: the whole image."""
     skip_unprofitable: bool = _field(True, "flag")
-    """Leaves out layers where, by a fixed rule, merging costs more time than it saves."""
+    """Skip layers where, by a fixed rule, merging costs more time than it saves."""
     shared_draw: bool = _field(True, "flag")
-    """One random choice for the whole batch, so that both halves of guidance share it (paper,
-    section 4.1)."""
+    """One random draw per batch, so that both halves of guidance share it (paper, section 4.1)."""
     redraw: bool | None = _field(None, "flag", optional=True)
-    """Whether each new matching has a new random choice; None: with the method paper alone."""
+    """Whether each new matching has a new random draw; None: only with the method `paper`."""
 
     def __post_init__(self) -> None:
         for name in ("stride", "partition"):
@@ -244,29 +148,31 @@ class MergeSettings:
             object.__setattr__(self, "schedule", schedule)
         if self.late_ratio is None:
             late = FIELDS["late_ratio"].default
-            object.__setattr__(self, "late_ratio", late_ratio_beside(self.ratio, late))
-        highest = max_ratio(self.stride or CELLS[-1], self.partition)
+            object.__setattr__(self, "late_ratio", late_ratio_for(self.ratio, late))
+        for name, setting in FIELDS.items():
+            if name in ("ratio", "late_ratio"):
+                setting = self._bounded(name, setting)
+            object.__setattr__(self, name, setting.check(name, getattr(self, name)))
+
+    def _bounded(self, name: str, setting: Setting) -> Setting:
+        """A ratio's setting with the maximum that the partition allows."""
+        # The schedule never reaches the late ratio if it is constant, so it can't be too high.
+        if name == "late_ratio" and self.schedule == "constant":
+            return dataclasses.replace(setting, maximum=1.0)
         where = ""
         if self.partition == "alternating":
             where = " for the alternating partition"
         elif self.stride:
             where = f" for a {self.stride[0]}×{self.stride[1]} stride"
-        for name, setting in FIELDS.items():
-            if name in ("ratio", "late_ratio"):
-                # A late ratio that the schedule never reaches can't be too high.
-                unused = name == "late_ratio" and self.schedule == "constant"
-                setting = dataclasses.replace(
-                    setting, maximum=1.0 if unused else highest, where="" if unused else where
-                )
-            object.__setattr__(self, name, setting.check(name, getattr(self, name)))
+        highest = max_ratio(self.stride or CELLS[-1], self.partition)
+        return dataclasses.replace(setting, maximum=highest, where=where)
 
     @property
     def cell(self) -> tuple[int, int]:
-        """Rows and columns of the cell that has one destination: `stride`, or the smallest that
-        allows the ratio.
+        """Rows and columns of the cell that has one destination.
 
-        The largest ratio that the schedule reaches decides, so that a picture has cells of one
-        size.
+        `stride` if set, else the smallest cell that allows the largest ratio of the schedule, so
+        that a picture has cells of one size.
         """
         if self.stride is not None:
             return self.stride
@@ -275,32 +181,35 @@ class MergeSettings:
         return next(cell for cell in CELLS if largest <= max_ratio(cell, self.partition))
 
     @property
+    def panel_values(self) -> dict[str, Any]:
+        """The values of `PANEL_FIELDS`, by name."""
+        return {name: getattr(self, name) for name in PANEL_FIELDS}
+
+    @property
     def merges_queries(self) -> bool:
         """Whether queries are merged too, so that the output must be unmerged."""
         return self.method != "keys"
 
     @property
     def weights_keys(self) -> bool:
-        """Whether a merged key counts as often as the tokens that it stands for (proportional
-        attention)."""
+        """Whether merged keys are weighted by their tokens (proportional attention)."""
         return self.method != "paper"
 
     @property
     def exact(self) -> bool:
-        """Whether matching is as published: over the whole image, in the tokens' own precision, no
-        count rounded."""
+        """Whether matching is as published: whole image, full precision, no rounded count."""
         return self.window is None
 
     @property
-    def draws_anew(self) -> bool:
-        """Whether each new matching has a new random choice of destinations."""
+    def redraws(self) -> bool:
+        """Whether each new matching has a new random draw of destinations."""
         return self.method == "paper" if self.redraw is None else self.redraw
 
     def in_steps(self, steps: int | None) -> MergeSettings:
-        """The settings of a picture of `steps` steps, None where that isn't known.
+        """The settings for a sampling of `steps` steps; None if that number is unknown.
 
-        Below `full_steps` it keeps (full_steps / steps) ** (2 / 3) times as many tokens: a sampler
-        of higher order extrapolates, and over long steps that enlarges every error
+        Below `full_steps`, (full_steps / steps) ** (2 / 3) times as many tokens are kept: samplers
+        of higher order extrapolate, and over long steps that amplifies every error
         (docs/quality.md, "Few steps").
         """
         if not steps or steps >= self.full_steps:
@@ -326,21 +235,22 @@ FIELDS: dict[str, Setting] = {
 PANEL_FIELDS: dict[str, Setting] = {
     name: setting for name, setting in FIELDS.items() if setting.infotext
 }
-"""The settings of a generation: those that the panel shows and a preset holds. The others are for
-experts."""
+"""The settings that the panel shows and a preset holds. The others are for experts."""
+
+BEFORE_NAMED = {"method": "paper", "full_steps": 1}
+"""Values for parameters, presets and lists from versions without these fields."""
 
 
-def late_ratio_beside(ratio: Any, late_ratio: Any) -> Any:
-    """The late ratio where only the ratio was changed: never above it, so that late steps don't
-    merge more."""
+def late_ratio_for(ratio: Any, late_ratio: Any) -> Any:
+    """The late ratio if only `ratio` was changed: at most `ratio`, so late steps merge no more."""
     numbers = all(isinstance(value, (int, float)) for value in (ratio, late_ratio))
     return min(ratio, late_ratio) if numbers else late_ratio
 
 
 def max_ratio(stride: tuple[int, int], partition: str) -> float:
-    """The highest ratio that a partition allows: the share of tokens that are sources.
+    """The highest ratio that a partition allows: its share of sources.
 
-    `stride` is (rows, columns). One destination a cell gives 1 - 1/(rows·columns) (paper, section
+    `stride` is (rows, columns). One destination per cell gives 1 - 1/(rows·columns) (paper, section
     3.1); the alternating partition makes every other token a destination, whatever the stride.
     """
     rows, columns = stride

@@ -1,4 +1,4 @@
-"""Merge and unmerge: one integer per token, the slot that it falls into."""
+"""Merge and unmerge by one integer per token: the slot that it is merged into."""
 
 from __future__ import annotations
 
@@ -10,27 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BAG_DEVICES = {"cpu", "cuda"}
-"""Where `embedding_bag` exists, sums each bag in one thread in a fixed order, and accumulates in
-fp32."""
+"""Devices whose `embedding_bag` sums each bag in one thread, in a fixed order, in fp32."""
 
 SHORT = 4096
-"""Rows up to this length are sorted by one kernel on CUDA; longer ones are faster as one row of all
-items."""
+"""Longest row that one CUDA kernel sorts; longer rows are sorted faster as one row of all items."""
 
 
 class TokenMap:
-    """Which tokens fall together: `slots`, int64 [B, N], each item's values covering [0,
-    merged_tokens)."""
+    """The slot of each token: `slots`, int64 [B, N], whose values cover [0, merged_tokens)."""
 
     def __init__(self, slots: Tensor, merged_tokens: int) -> None:
-        """`slots` may be of any integer type."""
+        """`slots` may have any integer type."""
         self._slots = slots.int()
         self.merged_tokens = merged_tokens
         self._members: tuple[Tensor, Tensor, Tensor] | None = None
 
     @functools.cached_property
     def slots(self) -> Tensor:
-        """[B, N], int64: each token's slot."""
+        """[B, N], int64: the slot of each token."""
         return self._slots.long()
 
     @property
@@ -40,28 +37,26 @@ class TokenMap:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens before merging."""
+        """Tokens before merging."""
         return self._slots.shape[1]
 
     @property
     def counts(self) -> Tensor:
-        """How many tokens fell into each slot: int64 [B, merged_tokens]."""
+        """[B, merged_tokens], int64: the tokens in each slot."""
         return self._tokens_by_slot()[2].view(-1, self.merged_tokens)
 
     def merge(self, x: Tensor) -> Tensor:
-        """The mean over each slot (paper, section 3.1): [B, N, C] to [B, merged_tokens, C], dtype
-        and grad kept.
+        """The mean of each slot (paper, section 3.1): [B, N, C] to [B, merged_tokens, C].
 
-        The same bits on every run on one device. Raises `ValueError` when x has other items or
-        tokens than the map.
+        Keeps dtype and gradient, and gives the same bits on every run on one device. Raises
+        `ValueError` if the items or tokens of x don't fit the map.
         """
         self._check(x, self.tokens)
         mean: Tensor = _Mean.apply(x.reshape(-1, x.shape[-1]), self)  # type: ignore[no-untyped-call]
         return mean.view(x.shape[0], self.merged_tokens, x.shape[-1])
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Each token's slot's value: [B, merged_tokens, C] to [B, N, C]. Raises `ValueError` as
-        `merge` does."""
+        """Copy each slot to its tokens: [B, merged_tokens, C] to [B, N, C]. Raises `ValueError`."""
         self._check(y, self.merged_tokens)
         return y.reshape(-1, y.shape[-1]).index_select(0, self._rows).view(*self.shape, y.shape[-1])
 
@@ -73,16 +68,16 @@ class TokenMap:
 
     @functools.cached_property
     def _rows(self) -> Tensor:
-        """[B·N], int32: each token's slot when the slots of all items lie in one row."""
+        """[B·N], int32: the slot of each token with the slots of all items in one row."""
         return (
             self._slots + first_rows(len(self._slots), self.merged_tokens, self._slots.device)
         ).flatten()
 
     def _tokens_by_slot(self) -> tuple[Tensor, Tensor, Tensor]:
-        """[B·N]: the tokens sorted by slot; [B·merged_tokens]: where each slot's begin, and how
-        many they are.
+        """[B·N]: tokens sorted by slot; [B·merged_tokens], twice: each slot's first place and its
+        count.
 
-        Tokens and slots of all items in one row.
+        Tokens and slots of all items are numbered in one row.
         """
         if self._members is None:
             (items, tokens), merged, device = self.shape, self.merged_tokens, self._slots.device
@@ -105,11 +100,11 @@ class TokenMap:
         return self._members
 
     def mean(self, x: Tensor) -> Tensor:
-        """[B·N, C] to [B·merged_tokens, C], as `merge` does it."""
+        """[B·N, C] to [B·merged_tokens, C]; see `merge`."""
         members, starts, counts = self._tokens_by_slot()
         if x.device.type in BAG_DEVICES:
-            # CUDA sums halves in fp32 and rounds once; on the CPU a bag's rounded sum, divided,
-            # would be rounded twice.
+            # CUDA sums halves in fp32 and rounds once. The CPU would round a bag's sum before
+            # dividing it.
             is_summed_wide = x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64)
             return F.embedding_bag(
                 members, x if is_summed_wide else x.float(), starts, mode="mean"
@@ -118,12 +113,12 @@ class TokenMap:
         return _scanned_mean(x, rows, members, starts + counts.flatten(), counts.flatten())
 
     def shares(self, y: Tensor) -> Tensor:
-        """[B·merged_tokens, C] to [B·N, C]: each slot's value in equal shares for its tokens."""
+        """[B·merged_tokens, C] to [B·N, C]: each slot's value in equal shares."""
         return (y / self.counts.flatten()[:, None]).to(y.dtype).index_select(0, self._rows)
 
 
 class _Mean(torch.autograd.Function):
-    """The mean with a gradient that has a gradient itself, which `embedding_bag` has not."""
+    """The mean, with a gradient that is differentiable itself, which `embedding_bag` lacks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_map: TokenMap) -> Tensor:
@@ -138,7 +133,7 @@ class _Mean(torch.autograd.Function):
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def first_rows(items: int, length: int, device: torch.device) -> Tensor:
-    """[items, 1], int32: where each item begins when all of them, of one length, lie in one row."""
+    """[items, 1], int32: the first place of each item of `length` with all items in one row."""
     return (torch.arange(items, device=device, dtype=torch.int32) * length)[:, None]
 
 
@@ -150,9 +145,9 @@ def numbers(count: int, device: torch.device) -> Tensor:
 
 
 def _scanned_mean(x: Tensor, rows: Tensor, members: Tensor, ends: Tensor, counts: Tensor) -> Tensor:
-    """The mean over each slot by a segmented scan, of operations that every device has.
+    """The mean of each slot by a segmented scan, with operations that every device has.
 
-    Sums run in fp32 over doubling distances, so the order is fixed, and a NaN stays inside its
+    Sums run in fp32 over doubling distances, so that their order is fixed and a NaN stays in its
     slot.
     """
     total = x.index_select(0, members).to(torch.promote_types(x.dtype, torch.float32))

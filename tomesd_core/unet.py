@@ -1,10 +1,11 @@
-"""Finds the self-attention layers of a UNet, by structure: those of ldm and sgm, and those of
-diffusers."""
+"""Find the self-attention layers of a UNet, of ldm, sgm or diffusers, by its structure."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,15 +14,14 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What a codebase calls the inputs of its modules, and the flag of a block that never attends
-    to itself."""
+    """A codebase's names for the inputs of its modules, and for its flag against self-attention."""
 
     latent: str
-    """Of the UNet."""
+    """The UNet's input."""
     image: str
-    """Of the transformer."""
+    """The transformer's input."""
     tokens: str
-    """Of attention, and its next two."""
+    """The attention's inputs, in this order: tokens, context, mask."""
     context: str
     mask: str
     never_itself: str
@@ -34,60 +34,59 @@ DIFFUSERS = Names(
 )
 
 PARTS = ("input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks")
-"""Of ldm's UNet, and of diffusers'; in the order in which they run."""
+"""The parts of ldm's and diffusers' UNets, in the order in which they run."""
 
 
 def names_in(unet: nn.Module) -> Names:
-    """The names that this UNet's codebase has."""
+    """The names of this UNet's codebase."""
     return DIFFUSERS if hasattr(unet, "down_blocks") else LDM
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One transformer block's self-attention."""
+    """The self-attention of one transformer block."""
 
     name: str
     """The block's name in the UNet."""
     transformer: nn.Module
-    """The transformer that the block is in; its input [B, C, H, W] tells the grid."""
+    """The transformer that contains the block; its input [B, C, H, W] gives the grid."""
     block: Any
-    """Its BasicTransformerBlock."""
+    """The BasicTransformerBlock."""
     level: int | None
-    """The downsample factor that the UNet's structure gives this layer; None where that can't be
-    read off."""
+    """The downsample factor by the UNet's structure; None if unknown."""
     names: Names = LDM
 
     @property
     def channels(self) -> int:
-        """How many channels the block's tokens have."""
+        """Channels of the block's tokens."""
         return int(self.block.norm1.weight.shape[0])
 
     @property
     def heads(self) -> int:
-        """How many heads its attention has; 1 where that is unknown."""
+        """Heads of its attention; 1 if unknown."""
         heads = getattr(self.block.attn1, "heads", None)
         return heads if isinstance(heads, int) and heads > 0 else 1
 
     @property
     def is_self_attention(self) -> bool:
-        """False where the block was built to attend to the context twice."""
+        """False if the block attends to the context twice."""
         return not getattr(self.block, self.names.never_itself, False)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether `torch.compile` has taken its block or transformer: hooks can't reach into that."""
+        """Whether `torch.compile` compiled the block or its transformer."""
         return any(map(is_compiled, (self.transformer, self.block, self.block.attn1)))
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` runs this module."""
+    """Whether `torch.compile` compiled this module."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def find_unet(model: object) -> nn.Module:
-    """The UNet of `model`: its `.model.diffusion_model`, its `.unet`, or itself.
+    """The UNet of `model`: its `.model.diffusion_model`, its `.unet`, or `model` itself.
 
-    Raises `TypeError` for what is no module, and for a diffusers model that has no UNet.
+    Raises `TypeError` if that is not a module, and for a diffusers model without a UNet.
     """
     kinds = {kind.__name__ for kind in type(model).__mro__}
     of_diffusers = kinds & {"DiffusionPipeline", "ModelMixin"}
@@ -99,15 +98,13 @@ def find_unet(model: object) -> nn.Module:
             f"{type(model).__name__} has no UNet: transformers (SD3, Flux, PixArt) can't be merged"
         )
     if not isinstance(unet, nn.Module):
-        raise TypeError(
-            f"model must be a UNet module or have .model.diffusion_model, got {type(model).__name__}"
-        )
+        kind = type(model).__name__
+        raise TypeError(f"model must be a UNet module or have .model.diffusion_model, got {kind}")
     return unet
 
 
 def find_layers(unet: nn.Module) -> list[Layer]:
-    """Every self-attention layer, in the order of the UNet's modules; empty where there are none
-    (SD3, say)."""
+    """Every self-attention layer, in the order of the UNet's modules; empty for SD3."""
     levels, names = dict(_levels(unet)), names_in(unet)
     return [
         Layer(
@@ -124,7 +121,7 @@ def find_layers(unet: nn.Module) -> list[Layer]:
 
 
 def finest_level(layers: Sequence[Layer]) -> int | None:
-    """The finest level at which the structure has self-attention; None where it can't be read off."""
+    """The finest level with self-attention by the UNet's structure; None if unknown."""
     return min(
         (layer.level for layer in layers if layer.level is not None and layer.is_self_attention),
         default=None,
@@ -134,11 +131,11 @@ def finest_level(layers: Sequence[Layer]) -> int | None:
 def measured_level(
     latent: tuple[int, int], grid: tuple[int, int], expected: int | None = None
 ) -> int:
-    """The level of a layer: the latent's size over its grid's, both (rows, columns), as a power of
-    two.
+    """The level of a layer: the size of the latent over that of its grid, as a power of two.
 
-    Every halving rounds up (65 to 33 to 17): `expected`, the level by the structure, is right where
-    that gives the grid; else something was resized on the way, and the nearest power of two is.
+    Sizes are (rows, columns). Each halving rounds up (65 to 33 to 17), so `expected`, the level by
+    the structure, is right if it gives the grid. If not, something resized the image, and the
+    nearest power of two is returned.
     """
     if expected and all(
         math.ceil(whole / expected) == part for whole, part in zip(latent, grid, strict=True)
@@ -157,7 +154,7 @@ def _is_transformer(module: nn.Module) -> bool:
 
 
 def _levels(unet: nn.Module) -> Iterator[tuple[nn.Module, int]]:
-    """Each transformer with its downsample factor, on the way through the UNet."""
+    """Each transformer with its downsample factor, in the order in which they run."""
     level = 1
     for module in (stage for name in PARTS for stage in _stages(getattr(unet, name, None))):
         if _is_transformer(module):
@@ -169,7 +166,7 @@ def _levels(unet: nn.Module) -> Iterator[tuple[nn.Module, int]]:
 
 
 def _stages(module: nn.Module | None) -> Iterator[nn.Module]:
-    """The transformers in `module`, and what lies between them."""
+    """The transformers in `module` and the modules between them."""
     if (
         module is not None
         and not _is_transformer(module)
@@ -184,5 +181,22 @@ def _stages(module: nn.Module | None) -> Iterator[nn.Module]:
 
 
 def _contains(module: nn.Module, kind: str) -> bool:
-    # Also inside a ResBlock, which may do the resizing itself (resblock_updown).
+    # Also inside a ResBlock, which may resize by itself (resblock_updown).
     return any(type(inner).__name__ in (kind, f"{kind}2D") for inner in module.modules())
+
+
+def is_running(unet: nn.Module) -> bool:
+    """Whether any thread is inside a call of `unet`, or of a module in it."""
+    modules = set(map(id, unet.modules()))
+    return any(id(module) in modules for module in _running_modules())
+
+
+def _running_modules() -> Iterator[object]:
+    """The modules whose calls are on the stack of any thread."""
+    code = nn.Module._call_impl.__code__
+    for top in sys._current_frames().values():
+        frame: types.FrameType | None = top
+        while frame is not None:
+            if frame.f_code is code:
+                yield frame.f_locals.get("self")
+            frame = frame.f_back

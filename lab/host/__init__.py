@@ -1,13 +1,11 @@
-"""A stand-in for AUTOMATIC1111 WebUI (1.10.1) at the seam: what the extension imports, and a
-generation around it.
+"""Stand-in for AUTOMATIC1111 WebUI 1.10.1: what the extension imports, and a generation around it.
 
     with Host({"tiny": TinyModel.load}) as host:
         p = host.make_p([True, 0.5], prompt="red apple", steps=20, width=32, height=32)
         process_images(p).images[0].save("apple.png")
 
-There is one host a process, as there is one WebUI: its package `modules` is imported once, and a
-second host sets it back. What each module stands in for, and what of it is left out, is said at its
-top.
+There is one host per process, as there is one WebUI: its package `modules` is imported once, and a
+second host resets it. Each module's docstring says what is missing in it.
 """
 
 from __future__ import annotations
@@ -26,22 +24,22 @@ EXTENSION = FOLDER.parents[1]
 
 
 class Host:
-    """A running host. Also a context manager that closes itself."""
+    """A running host, and a context manager that closes it."""
 
     def __init__(
         self,
         models: Mapping[str, Callable[[], nn.Module]],
         extensions: Sequence[str | os.PathLike] = (EXTENSION,),
     ) -> None:
-        """Loads the first of `models` (functions by a checkpoint's name, called for each load) and
-        the extensions.
+        """Load the first of `models` (functions by checkpoint name, called per load) and the
+        extensions.
 
-        Raises RuntimeError where WebUI's own `modules` are imported already.
+        Raises RuntimeError if WebUI's own `modules` are imported.
         """
         present = sys.modules.get("modules")
         if present is not None and Path(present.__file__ or "").parent != FOLDER / "modules":
             raise RuntimeError(
-                f"the host stands in for WebUI's package `modules`, but another is imported: {present}"
+                f"the host stands in for WebUI's package `modules`, but {present} is imported"
             )
         if str(FOLDER) not in sys.path:
             sys.path.insert(0, str(FOLDER))
@@ -60,7 +58,7 @@ class Host:
 
     @property
     def sd_model(self) -> nn.Module:
-        """The model in use now."""
+        """The current model."""
         from modules import sd_models
 
         return sd_models.model_data.sd_model
@@ -73,50 +71,48 @@ class Host:
         script_callbacks.ui_settings_callback()
         runners = scripts.scripts_txt2img, scripts.scripts_img2img
         with gr.Blocks(analytics_enabled=False) as self.demo:
-            for runner in runners:
-                runner.setup_ui()
+            for scripts.scripts_current in runners:
+                scripts.scripts_current.setup_ui()
         self.default_args = {
             tab: scripts.init_default_script_args(getattr(scripts, f"scripts_{tab}"))
             for tab in ("txt2img", "img2img")
         }
 
     def load_page(self, build: Callable[[Any], gr.Blocks]) -> None:
-        """Takes another page than a bare one: `build` makes it around what txt2img's runner builds
-        by `setup_ui`."""
+        """Replace the bare page: `build` makes one around txt2img's runner and its `setup_ui`."""
         from modules import scripts
 
+        scripts.scripts_current = scripts.scripts_txt2img
         self.demo = build(scripts.scripts_txt2img)
 
     def start_app(self, app: Any) -> None:
-        """Tells the extensions that page and API are up."""
+        """Tell the extensions that page and API have started."""
         from modules import script_callbacks
 
         script_callbacks.app_started_callback(self.demo, app)
 
     def reload_ui(self) -> None:
-        """Does what "Reload UI" does: callbacks are told, scripts are executed anew, and imported
-        packages stay."""
+        """Do what "Reload UI" does: unload and execute scripts; imported packages stay."""
         from modules import script_callbacks
 
         script_callbacks.script_unloaded_callback()
         self._load_ui()
 
     def reload_script_bodies(self) -> None:
-        """Does what "Reload custom script bodies" does."""
+        """Do what "Reload custom script bodies" does."""
         from modules import scripts
 
         scripts.reload_script_body_only()
 
     def make_p(self, tome: Sequence[Any] | None = None, tab: str = "txt2img", **fields: Any) -> Any:
-        """What `process_images` takes, as a request to the API makes it: `tome` are the arguments
-        of the first script titled so, missing and other scripts' ones are the defaults."""
+        """Make `p` as a request to the API does.
+
+        `tome` are the arguments of the first script titled so; missing ones are the defaults.
+        """
         from modules import processing, scripts, shared
 
-        kinds = (
-            processing.StableDiffusionProcessingTxt2Img,
-            processing.StableDiffusionProcessingImg2Img,
-        )
-        p = kinds[tab == "img2img"](**fields)
+        name = tab.capitalize().replace("img", "Img")
+        p = getattr(processing, f"StableDiffusionProcessing{name}")(**fields)
         p.is_api = True
         shared.state.begin()
         return p.set_up(getattr(scripts, f"scripts_{tab}"), self.script_args(tome, tab))
@@ -142,7 +138,7 @@ class Host:
         sd_models.model_data.sd_model, sd_models.model_data.loaded_sd_models = None, []
 
     def close(self) -> None:
-        """Unloads scripts and models."""
+        """Unload scripts and models."""
         from modules import sd_unet
 
         self._unload()

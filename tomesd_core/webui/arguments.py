@@ -1,12 +1,20 @@
-"""From what a page, the API or a plot sends to settings."""
+"""From the arguments of a page, the API or a plot to settings."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..settings import PANEL_FIELDS, MergeSettings, Setting, SettingsError, late_ratio_beside
+from ..settings import (
+    BEFORE_NAMED,
+    PANEL_FIELDS,
+    MergeSettings,
+    Setting,
+    SettingsError,
+    late_ratio_for,
+)
+from . import presets
 
 ENABLED = Setting(False, "flag", "ToMe", "Merge tokens in this generation.")
 
@@ -15,7 +23,7 @@ MAP_FIELDS = {
         0,
         "integer",
         "Merge map: step",
-        "Adds a picture that shows which tokens fell together in this step, counted from 1. 0: none.",
+        "Add a picture of the tokens merged in this step, counted from 1. 0: none.",
         minimum=0,
         maximum=150,
         step=1,
@@ -24,17 +32,16 @@ MAP_FIELDS = {
         1,
         "integer",
         "Merge map: layer",
-        "Which of the layers that merged in that step the merge map shows, counted from 1.",
+        "Layer of the merge map, counted from 1 among those that merged in that step.",
         minimum=1,
         maximum=70,
         step=1,
     ),
 }
-"""What is shown of a generation, not what is made: in no preset, no picture's parameters and no
-plot."""
+"""Arguments that affect no picture, so they are in no preset, parameters or plot."""
 
 NEWER_FIELDS = ("full_steps",)
-"""Of `PANEL_FIELDS`, those that came after the map's: each version appends its arguments."""
+"""The `PANEL_FIELDS` that came after the map's: each version appends its arguments."""
 
 CONTROLS: dict[str, Setting] = {
     "enabled": ENABLED,
@@ -44,38 +51,31 @@ CONTROLS: dict[str, Setting] = {
 }
 """The script's arguments by name, in order."""
 
-BEFORE_NAMED = {"method": "paper", "full_steps": 1}
-"""The values of parameters, presets and lists from versions that had no such field."""
-
 
 class Asked(NamedTuple):
-    """What a generation is asked to do."""
+    """The request of a generation."""
 
     enabled: bool
     settings: MergeSettings
-    """The defaults where merging is off."""
+    """The defaults if merging is off."""
     map_place: tuple[int, int] | None = None
-    """Step and layer of the merge map, both from 1; None for none."""
+    """Step and layer of the merge map, both from 1; None for no map."""
 
 
-def read_arguments(
-    args: Sequence[Any], overrides: Mapping[str, Any] | None, preset: Callable[[str], MergeSettings]
-) -> Asked:
-    """What arguments ask a generation to do.
+def read_arguments(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> Asked:
+    """Read the arguments of a generation.
 
     `args` are positional, in the order of `CONTROLS`, or one mapping of any of them and `preset`, a
-    name that the function of this name knows. Missing ones, and None, get their defaults, with a
-    preset the preset's. While `enabled` is false the others don't matter. `overrides` is a mapping
-    too, and wins over the arguments. A mapping switches merging on unless it says `enabled` itself.
+    preset's name. Missing arguments and None get the preset's values, or the defaults. `overrides`
+    is a mapping too and takes precedence. A mapping enables merging unless it has `enabled`; if
+    merging is off, the other arguments don't matter.
 
-    Raises `SettingsError` for a value that its field can't have, an unknown name and an unknown
-    preset.
+    Raises `SettingsError` for an invalid value, an unknown name and an unknown preset.
     """
-    values = (
-        _changed({}, args[0], preset) if args and isinstance(args[0], Mapping) else _by_name(args)
-    )
+    is_mapping = bool(args) and isinstance(args[0], Mapping)
+    values = _changed({}, args[0]) if is_mapping else _by_name(args)
     if overrides is not None:
-        values = _changed(values, overrides, preset)
+        values = _changed(values, overrides)
     if not ENABLED.check("enabled", values.get("enabled", ENABLED.default)):
         return Asked(False, MergeSettings())
     settings = MergeSettings(
@@ -88,10 +88,10 @@ def read_arguments(
 
 
 def _by_name(args: Sequence[Any]) -> dict[str, Any]:
-    """Positional arguments by name, without those that weren't given.
+    """Positional arguments by name, without None.
 
-    A list of version 0.1.0 has no method, which was `paper`: it ends with `reuse_steps`, or with
-    the map's two numbers. One of version 1.0.0 names the method, and has no `full_steps`.
+    A list of version 0.1.0 ends with `reuse_steps` or the map's two numbers and has no method,
+    which was `paper`. One of version 1.0.0 has the method, but not `full_steps`.
     """
     place, args = list(CONTROLS).index("method"), list(args)
     method = args[place] if place < len(args) else None
@@ -103,10 +103,8 @@ def _by_name(args: Sequence[Any]) -> dict[str, Any]:
     return {**BEFORE_NAMED, **values} if "method" in values else values
 
 
-def _changed(
-    values: Mapping[str, Any], named: Mapping[str, Any], preset: Callable[[str], MergeSettings]
-) -> dict[str, Any]:
-    """`values` with those of `named` in their place."""
+def _changed(values: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, replaced by those of `named`."""
     names = ("preset", *CONTROLS)
     unknown = [repr(name) for name in named if name not in names]
     if unknown:
@@ -114,20 +112,19 @@ def _changed(
             f"unknown setting {', '.join(unknown)}: the settings are {', '.join(names)}"
         )
     named = {name: value for name, value in named.items() if value is not None}
-    of_preset = panel_values(preset(named["preset"])) if "preset" in named else {}
+    of_preset = presets.get(named["preset"]).panel_values if "preset" in named else {}
     panel = {**values, **of_preset, "enabled": True, **named}
-    # Who gives a late ratio wants it reached.
+    # A late ratio given alone is meant to be reached.
     schedule = panel.get("schedule", PANEL_FIELDS["schedule"].default)
     if "late_ratio" in named and "schedule" not in named and schedule == "constant":
         panel["schedule"] = "linear"
     if "ratio" in named and "late_ratio" not in named and "late_ratio" in panel:
-        panel["late_ratio"] = late_ratio_beside(named["ratio"], panel["late_ratio"])
+        panel["late_ratio"] = late_ratio_for(named["ratio"], panel["late_ratio"])
     return panel
 
 
 def from_text(setting: Setting, text: Any) -> Any:
-    """A field's value from its text, or `text` itself where that is none of the field's; nothing is
-    checked."""
+    """A field's value from text, unchecked; `text` itself if it isn't a value of the field."""
     if setting.kind == "flag":
         return {"true": True, "false": False}.get(str(text).lower(), text)
     if isinstance(text, str):
@@ -137,27 +134,20 @@ def from_text(setting: Setting, text: Any) -> Any:
 
 
 def type_of_text(setting: Setting) -> type:
-    """What reads a text as the field's value. A flag stays text."""
+    """The type that parses the field's text. A flag stays text."""
     types = {"number": float, "integer": int, "flag": str}
     return types.get(setting.kind) or type(setting.choices[0])
 
 
 def shown(name: str, value: Any) -> Any:
-    """A control's value as the page has it: choices are texts, since WebUI takes numbers for places
-    in a list."""
+    """A control's value on the page. Choices are texts: WebUI takes numbers for indices."""
     return str(value) if CONTROLS[name].kind == "choice" else value
-
-
-def panel_values(settings: MergeSettings) -> dict[str, Any]:
-    """The panel's fields of settings, by name."""
-    return {name: getattr(settings, name) for name in PANEL_FIELDS}
 
 
 def useful_fields(
     schedule: str, min_tokens: int = 1, has_hires_pass: bool = True, full_steps: int = 2
 ) -> set[str]:
-    """The controls that have an effect; by default those that a person needs to see with this
-    schedule."""
+    """The controls that have an effect; by default those to show for this schedule."""
     useless = {
         "late_ratio": schedule == "constant",
         "switch_at": schedule != "step",

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from modules import scripts
-
 from ..settings import PANEL_FIELDS, Setting
-from . import presets
+from . import host, presets
 from .arguments import ENABLED, from_text, type_of_text
 from .log import log
 
 OVERRIDES = f"{__name__}.overrides"
-"""The attribute of `p` in which an axis leaves its value: a mapping as the API takes it. It is
-named after this module, so that a second copy of the extension, whose modules have other names,
-doesn't take it for its own."""
+"""The attribute of `p` for the axes' values, named after this copy's module."""
 
 
 def add_axes() -> None:
-    """Appends the axes to the plot's list, unless they are there: Reload UI makes the list anew,
-    but not every time."""
-    # By its file: what the module is called differs between WebUI's versions.
-    files = [
-        script.module for script in scripts.scripts_data if Path(script.path).name == "xyz_grid.py"
-    ]
-    grids = [
-        grid for grid in files if hasattr(grid, "AxisOption") and hasattr(grid, "axis_options")
-    ]
+    """Append the axes to the plot's list if missing: Reload UI doesn't always reset the list."""
+    grids = host.plot_modules()
     if not grids:
-        log.warning(
-            "WebUI's X/Y/Z plot is not among its scripts (xyz_grid.py): it has no ToMe axes"
-        )
+        log.warning(f"WebUI has no X/Y/Z plot ({host.PLOT}), so there are no ToMe axes")
     for grid in grids:
         present = {option.label for option in grid.axis_options}
         grid.axis_options.extend(
@@ -68,11 +54,11 @@ def _axis(axis_option: Callable[..., Any], name: str, setting: Setting, label: s
 
 
 def _refuse(check: Callable[[Any], Any], p: Any, xs: Sequence[Any]) -> None:
-    """Refuses wrong values before the first picture is made."""
+    """Check the values before the first picture is made."""
     for x in xs:
         check(x)
 
 
 def _override(name: str, value_of: Callable[[Any], Any], p: Any, x: Any, xs: Sequence[Any]) -> None:
-    # A new mapping each time: a cell's p is a shallow copy.
+    # A new mapping each time, since a cell's p is a shallow copy.
     setattr(p, OVERRIDES, {**getattr(p, OVERRIDES, {}), name: value_of(x)})

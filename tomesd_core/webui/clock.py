@@ -1,4 +1,4 @@
-"""Seconds on a clock, once the device of the model has done its work."""
+"""A clock that waits for the device."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from modules import devices
 
 
 def now() -> float:
-    """Waits for the device, and reads the clock."""
+    """Wait for the model's device, and read the clock."""
     wait_for(devices.device)
     return time.perf_counter()
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns once `device` has done what it was given."""
+    """Return once `device` has finished its queued work."""
     if device.type == "cpu":
         return
     synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
     if synchronize is None:
-        # DirectML, say: what is read back comes behind all that was queued before.
+        # DirectML, for example: a read comes after everything queued before it.
         torch.zeros(1, device=device).cpu()
     elif inspect.signature(synchronize).parameters:
-        # Without a device, CUDA and XPU take the current one, which --device-id does not change.
+        # Without a device, CUDA and XPU use the current one, which --device-id doesn't change.
         synchronize(device)
     else:
         synchronize()

@@ -1,10 +1,9 @@
-"""What WebUI keeps of the panel in `ui-config.json`, brought up to this version before WebUI reads
-it.
+"""Update the extension's entries in `ui-config.json` before WebUI reads it.
 
-At its first start WebUI writes every control's default and every slider's range to that file, and
-from then on what is written there wins over the code. So each start of ours takes out the ranges,
-and the defaults that nobody chose: WebUI then writes this version's. Which those are is told by a
-copy of the defaults that we leave in the file; a file without one is of version 0.1.0 or 1.0.0.
+WebUI writes every control's default and every slider's range to that file at its first start, and
+from then on these override the code. Each start therefore removes the ranges, and the defaults that
+the user didn't change, and WebUI writes this version's. A copy of the defaults in the file tells
+which were changed; a file without one is from version 0.1.0 or 1.0.0.
 """
 
 from __future__ import annotations
@@ -44,13 +43,11 @@ VERSION_0_1_0 = {**VERSION_1_0_0, "ratio": 0.6, "late_ratio": 0.4, "reuse_steps"
 HIGHEST_RATIO_0_1_0 = 0.75
 
 APPLIED = {"2": 1, "4": 2}
-"""Settings, Defaults, Apply took the numbers of version 1.0.0's Max downsample for places in the
-list of choices."""
+"""Version 1.0.0's Max downsample was numbers, which Settings, Defaults, Apply took for indices."""
 
 
 def update_file() -> None:
-    """Brings WebUI's file up to this version; a file that is damaged is left to WebUI, which says
-    so."""
+    """Update WebUI's file; WebUI itself reports a damaged one."""
     name = getattr(shared.cmd_opts, "ui_config_file", None)
     if not name:
         return
@@ -69,7 +66,7 @@ def update_file() -> None:
 
 
 def updated(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content without our ranges and defaults that nobody chose. What can't be used is logged."""
+    """The content without ranges and unchanged defaults. Logs invalid values."""
     after, copy = dict(content), content.get(COPY)
     for tab in ("txt2img", "img2img"):
         is_first = content.get(_key(tab, "ratio", "maximum")) == HIGHEST_RATIO_0_1_0
@@ -89,23 +86,21 @@ def updated(content: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 after[key] = shown(name, setting.check(name, value))
             except SettingsError as error:
-                log.warning(
-                    f"a default in ui-config.json ({tab}) can't be used, and this version's is: {error}"
-                )
+                log.warning(f"an invalid default in ui-config.json ({tab}) is replaced: {error}")
         _keep_late_ratio_low(after, tab)
     after[COPY] = {name: setting.default for name, setting in CONTROLS.items()}
     return after
 
 
 def _keep_late_ratio_low(content: dict[str, Any], tab: str) -> None:
-    """Beside a ratio that somebody chose, the default late ratio isn't above it."""
+    """Limit the default late ratio to a ratio that the user chose."""
     ratio, late = content.get(_key(tab, "ratio", "value")), _key(tab, "late_ratio", "value")
     if ratio is not None and late not in content and ratio < CONTROLS["late_ratio"].default:
         content[late] = ratio
 
 
 def _rename(content: dict[str, Any], tab: str, setting: Setting) -> None:
-    """Moves what stands under a control's former label to its present one."""
+    """Move the entries of a control's former label to its present one."""
     former = f"{SCRIPT}/{tab}/{setting.former_label}/"
     for key in [key for key in content if setting.former_label and key.startswith(former)]:
         content.setdefault(

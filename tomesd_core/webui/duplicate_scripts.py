@@ -1,4 +1,4 @@
-"""Other scripts of the same title: WebUI's API reaches only the first of them, without a word."""
+"""Other scripts of the same title; WebUI's API silently reaches only the first."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ TITLE = "ToMe"
 
 
 def log_duplicates(demo: Any, app: Any) -> None:
-    """Names scripts of the same title in the log, at a start."""
+    """Log the scripts of the same title at start-up."""
     tabs = [_of_title(runner) for runner in (scripts.scripts_txt2img, scripts.scripts_img2img)]
     for line in dict.fromkeys(_line(duplicates) for duplicates in tabs if len(duplicates) > 1):
         log.warning(line)
 
 
 def _of_title(runner: Any) -> list[Any]:
-    """All scripts of the title on one tab, in the order in which the API looks for one."""
-    # WebUI keeps a script's title in lower case as its name.
+    """All scripts of the title on one tab, in the API's order."""
+    # WebUI's script names are titles in lower case.
     return [script for script in getattr(runner, "scripts", ()) if script.name == TITLE.lower()]
 
 

@@ -1,8 +1,8 @@
-"""The one seam: what differs from host to host (AUTOMATIC1111's WebUI, Forge, reForge, Forge
-Classic).
+"""The one seam: the differences between hosts (AUTOMATIC1111's WebUI, Forge, reForge and their
+kin).
 
-A host is asked for what it has; no version is compared. The rest of `webui/` doesn't know on which
-host it runs.
+It asks a host for its abilities and compares no version. The rest of `webui/` runs the same on
+every host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
-from modules import scripts, sd_models, shared
+from modules import processing, scripts, sd_models, shared
 from torch import nn
 
 from ..unet import Layer, find_layers
@@ -31,15 +31,17 @@ T = TypeVar("T")
 EXTENSION = Path(__file__).resolve().parents[2]
 
 LEFT_BEHIND = ("modules.hypertile", "modules.sd_hijack_optimizations")
-"""Whose `forward` on an attention is no reason to leave it: Hypertile leaves one there that does
-nothing when off, and who wrapped WebUI's own attention puts it back there."""
+"""Modules whose replaced `forward` is harmless: Hypertile leaves an inactive one when it is
+switched off, and wrappers restore WebUI's own attention as an instance attribute."""
+
+PLOT = "xyz_grid.py"
 
 UNET_PLACES = ("model.diffusion_model", "forge_objects.unet.model.diffusion_model")
-"""Where the loaded model has its UNet; in Forge it is in a patcher, whose clones share it."""
+"""The UNet's place in the loaded model; Forge keeps it in a patcher, shared by its clones."""
 
 
 def loaded_unet() -> nn.Module | None:
-    """The UNet of the model that is loaded, or None: Forge loads none before the first generation.
+    """The loaded model's UNet, or None: Forge loads none before the first generation.
 
     `shared.sd_model` would load one.
     """
@@ -54,44 +56,42 @@ def loaded_unet() -> nn.Module | None:
 
 
 def loaded_layers() -> list[Layer] | None:
-    """The self-attention layers of the loaded UNet, or None where no model is loaded."""
+    """The self-attention layers of the loaded UNet; None if no model is loaded."""
     unet = loaded_unet()
     return None if unet is None else find_layers(unet)
 
 
 def loads_later() -> bool:
-    """Whether a checkpoint is chosen that the host loads at the first picture, as Forge does."""
+    """Whether the chosen checkpoint is loaded at the first picture, as in Forge."""
     chosen = getattr(sd_models.model_data, "forge_loading_parameters", None) or {}
     return loaded_unet() is None and bool(chosen.get("checkpoint_info"))
 
 
 def needs_a_picture() -> bool:
-    """Whether the loaded model is InstructPix2Pix: its UNet takes a picture's latent beside the
-    noise."""
+    """Whether the loaded model is InstructPix2Pix, whose UNet needs a picture's latent too."""
     return getattr(loaded_unet(), "in_channels", 4) == 8
 
 
 def makes_api_defaults() -> bool:
-    """Whether the host builds a script's controls to learn the values that requests to its API may
-    leave out."""
+    """Whether the host is building a script's controls to learn the API's default arguments."""
     return any(frame.f_code.co_name == "init_default_script_args" for frame in _callers())
 
 
 def p_in(function: str, otherwise: Any) -> Any:
-    """The `p` of WebUI's innermost running `function`; `otherwise` where none of the name runs.
+    """The `p` of WebUI's innermost running `function`, or `otherwise` if it isn't running.
 
-    `copy(p)` copies instance attributes, so bound methods there can't tell which `p` they serve,
-    and other extensions make pictures of their own from such copies; the caller's frame can tell.
+    `copy(p)` copies instance attributes, so a bound method on `p` can't tell which copy it serves,
+    and other extensions generate pictures from such copies; the caller's frame can tell.
     """
     frame = next((frame for frame in _callers() if frame.f_code.co_name == function), None)
     return otherwise if frame is None else frame.f_locals.get("p", otherwise)
 
 
 def denoiser_of(params: Any) -> Any:
-    """The denoiser whose callback `params` are of; None where it can't be found."""
+    """The denoiser that called back with `params`, or None."""
     if hasattr(params, "denoiser"):
         return params.denoiser
-    # WebUI before 1.8 doesn't pass it on.
+    # WebUI before 1.8 doesn't pass it.
     callers = (
         frame.f_locals.get("self") for frame in _callers() if frame.f_code.co_name == "forward"
     )
@@ -99,7 +99,7 @@ def denoiser_of(params: Any) -> Any:
 
 
 def _callers() -> Iterator[types.FrameType]:
-    """The running frames of this thread, the innermost first."""
+    """This thread's frames, innermost first."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -107,28 +107,26 @@ def _callers() -> Iterator[types.FrameType]:
 
 
 def hypertile_of(attention: nn.Module) -> str | None:
-    """Why a layer is left to Hypertile, or None. It takes a layer's width and height off the token
-    count."""
+    """Reason not to merge a layer tiled by Hypertile, which relies on the token count."""
     tiling = getattr(attention, "__webui_hypertile_params", None)
     return "tiled by Hypertile" if tiling is not None and tiling.enabled else None
 
 
 def why_layers_did_not_run(options: Mapping[str, Any]) -> str | None:
-    """Why the UNet's own attention layers may have been passed over, or None; by
-    `transformer_options` of its call."""
+    """Reason why the UNet's own attention layers were bypassed, by its call's
+    `transformer_options`."""
     if options.get("patches_replace", {}).get("attn1"):
         return "another extension computes their attention in their place"
-    # An `sd_unet` option (TensorRT, say) runs in place of the model's own UNet.
+    # An `sd_unet` option (TensorRT) replaces the model's own UNet.
     sd_unet = sys.modules.get("modules.sd_unet")  # ersatzForge has none.
     return "the UNet was replaced" if getattr(sd_unet, "current_unet", None) is not None else None
 
 
 def prompted_items(options: Mapping[str, Any], items: int) -> Sequence[int] | None:
-    """Which of the items that the UNet is given are prompted, a picture each; None where they are
-    not told apart.
+    """The prompted item of each picture in the UNet's batch; None if the host doesn't mark them.
 
-    Forge says in `transformer_options` which parts of the batch are prompted (0) and which not (1),
-    and an `AND` prompt has several that are: its first comes last.
+    Forge marks the parts of the batch in `transformer_options` as prompted (0) or not (1). An `AND`
+    prompt has several prompted parts, the first of them last.
     """
     parts = options.get("cond_or_uncond")
     if not parts:
@@ -138,25 +136,59 @@ def prompted_items(options: Mapping[str, Any], items: int) -> Sequence[int] | No
     return [part * pictures + picture for part in numbers for picture in range(pictures)]
 
 
-def first_items(conds: Any) -> list[int]:
-    """Each picture's first item in the denoiser's batch where `prompted_items` gives None, by the
-    encoded prompts.
+def first_items(sampler: Any) -> list[int]:
+    """Each picture's first item in the denoiser's batch, for hosts without `prompted_items`.
 
-    The prompted items come first; a picture has one of them, or with `AND` several, side by side.
+    Prompted items come first; a picture has one, or with `AND` several in a row.
     """
-    return [0, *accumulate(len(parts) for parts in conds.batch)][:-1]
+    parts = sampler.sampler_extra_args["cond"].batch
+    return [0, *accumulate(map(len, parts))][:-1]
+
+
+def steps_of(denoiser: Any) -> int:
+    """The number of the sampler's steps.
+
+    Samplers that run the model twice per step run it once in the last, and WebUI's total counts
+    that one twice too.
+    """
+    config = getattr(denoiser.sampler, "config", None)
+    options = getattr(config, "options", None) or {}
+    return int(denoiser.total_steps) - bool(options.get("second_order"))
+
+
+def is_interrupted() -> bool:
+    """Whether the user pressed a button that ends the running generation."""
+    state = shared.state
+    return bool(state.interrupted or state.skipped or getattr(state, "stopping_generation", False))
+
+
+def plain_txt2img(width: int, height: int, steps: int) -> Any:
+    """The `p` of a picture by Euler without any script."""
+    p = processing.StableDiffusionProcessingTxt2Img(
+        seed=0, sampler_name="Euler", steps=steps, width=width, height=height
+    )
+    # WebUI 1.9 and later correct a missing scheduler with a warning.
+    p.scheduler = "Automatic"
+    # reForge needs a runner even if it runs no script.
+    p.scripts, p.script_args = scripts.ScriptRunner(), ()
+    return p
+
+
+def plot_modules() -> list[Any]:
+    """The modules of the X/Y/Z plot, found by file: the module's name differs between versions."""
+    files = [data.module for data in scripts.scripts_data if Path(data.path).name == PLOT]
+    return [file for file in files if hasattr(file, "AxisOption") and hasattr(file, "axis_options")]
 
 
 def run_as_generation(function: Callable[[], T]) -> T:
-    """The function's result, from the thread in which the page's generations run: in Forge that is
-    its main thread."""
+    """Call `function` in the thread that runs the page's generations: Forge's main thread."""
     main_thread = getattr(sys.modules.get("modules.txt2img"), "main_thread", None)
     if main_thread is None:
         return function()
     future: Future[T] = Future()
 
     def run() -> None:
-        # Forge would print an exception, and lose it.
+        # Forge prints an exception and drops it.
         try:
             future.set_result(function())
         except BaseException as error:
@@ -168,8 +200,8 @@ def run_as_generation(function: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def last_parameters_kept() -> Iterator[None]:
-    """Puts the parameters of the last generation back, which the host writes to a file, and its
-    bars on the console."""
+    """Restore the last generation's parameters, which the host writes to a file, and its progress
+    bars."""
     file = Path(shared.data_path, "params.txt")
     before = file.read_bytes() if file.exists() else None
     try:
@@ -184,8 +216,8 @@ def last_parameters_kept() -> Iterator[None]:
 
 
 def leave_languages_to_others() -> None:
-    """WebUI before 1.7 takes one file a language: another's, which translates more than ours, is
-    that one."""
+    """Prefer other extensions' localizations in WebUI before 1.7, which loads one file per
+    language."""
     languages = getattr(sys.modules.get("modules.localization"), "localizations", {})
     for language, path in languages.items():
         if isinstance(path, str) and Path(path).resolve().is_relative_to(EXTENSION):
@@ -207,11 +239,11 @@ def listen(
     queue: bool | None = False,
     what: str = "",
 ) -> Any:
-    """Connects an event of a component or of the page to a function, to JavaScript, or to both.
+    """Connect an event of a component or of the page to a function, to JavaScript, or to both.
 
-    A function that fails changes nothing on the page, but that with `what`, its name for people,
-    the first output says why. What takes long goes through gradio's `queue` (None: where the page
-    has one). Gradio 3 calls the JavaScript `_js`, and gradio 4 `js`.
+    If the function fails, the page stays unchanged; with `what` (a display name) the first output
+    shows the error. Slow functions use gradio's `queue` (None: the page's default). Gradio 3 names
+    the JavaScript `_js`, gradio 4 `js`.
     """
 
     def unchanged(line: str) -> Any:
@@ -227,6 +259,6 @@ def listen(
         name: js,
     }
     listener = function and guarded(
-        what or "a part of the panel", function, unchanged, EXPECTED if what else ()
+        what or "part of the panel", function, unchanged, EXPECTED if what else ()
     )
     return event(listener, **options)

@@ -1,4 +1,4 @@
-"""A picture's parameters back into the panel."""
+"""From a picture's parameters to the panel."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ..settings import PANEL_FIELDS, Setting, SettingsError
-from .arguments import BEFORE_NAMED, from_text, shown
+from ..settings import BEFORE_NAMED, PANEL_FIELDS, Setting, SettingsError
+from .arguments import from_text, shown
 from .log import log
 
 
 def paste_fields(
     controls: Mapping[str, Any],
 ) -> list[tuple[Any, Callable[[Mapping[str, Any]], Any]]]:
-    """Pairs of control and function of the parsed parameters, for `Script.infotext_fields`.
+    """Pairs of a control and a function of the parsed parameters, for `Script.infotext_fields`.
 
-    Functions, since an absent key must set a field to its default, and since WebUI casts what it
-    pastes by itself by the component's type, and doesn't catch what that raises.
+    Functions, because a missing key must reset its field, and because WebUI's own conversion
+    follows the component's type and its errors aren't caught.
     """
     readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "enabled": lambda parameters: "ToMe ratio" in parameters

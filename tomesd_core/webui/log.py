@@ -16,15 +16,15 @@ _failures: set[str] = set()
 
 
 class NoResultError(Exception):
-    """There is no result. The message says why, in one line for people."""
+    """There is no result. The message tells users why, in one line."""
 
 
 EXPECTED = SettingsError, NoResultError
-"""The errors whose message is all that a person needs."""
+"""Errors whose message is all that a user needs."""
 
 
 def set_up() -> None:
-    """Sends the log to stderr, once, whatever WebUI's own logging does."""
+    """Send the log to stderr once, whatever WebUI's own logging does."""
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
@@ -34,12 +34,13 @@ def set_up() -> None:
 
 
 def failed(what: str, error: Exception) -> str:
-    """What to tell people of an unexpected error. It is in the log too, once, with the traceback."""
-    line = f"{what} failed ({type(error).__name__}: {error}); everything else goes on"
+    """A line for users on an unexpected error, which is logged once with its traceback."""
+    line = f"{what} failed ({type(error).__name__}: {error}); the rest works as usual"
     if line not in _failures:
         _failures.add(line)
         log.error(
-            f"{line}. Update WebUI and this extension; report this if it stays:", exc_info=error
+            f"{line}. Update WebUI and this extension; if it persists, please report it:",
+            exc_info=error,
         )
     return line
 
@@ -50,10 +51,10 @@ def guarded(
     otherwise: Callable[[str], Any] = lambda line: None,
     expected: tuple[type[Exception], ...] = (),
 ) -> Callable[..., Any]:
-    """`function`; where it fails, the log says once that `what` failed, and it gives what
-    `otherwise` makes of that.
+    """`function`, but an error is logged once as the failure of `what`, and `otherwise(line)`
+    returned.
 
-    Of an `expected` error `otherwise` is given the message, and the log says nothing.
+    For an `expected` error `otherwise` gets its message, and nothing is logged.
     """
 
     @functools.wraps(function)

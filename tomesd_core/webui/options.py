@@ -1,4 +1,4 @@
-"""The Settings page: what doesn't belong to a generation."""
+"""The Settings page: options that don't belong to a generation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from modules import shared
 from .log import log
 
 SECTION = ("sd_webui_tome", "ToMe")
-"""Not `tome`: that is the section of another extension of the title, and WebUI makes element ids of
-it."""
+"""Not , the section of another extension of this title: WebUI makes element ids from it."""
 OVERRULE_BUILT_IN = "tome_overrule_built_in"
 LOG_LEVEL = "tome_log_level"
 LOG_LAYERS = "tome_log_layers"
@@ -20,18 +19,18 @@ LEVELS = ["WARNING", "INFO", "DEBUG"]
 OPTIONS: dict[str, tuple[Any, str]] = {
     OVERRULE_BUILT_IN: (
         True,
-        "Leave WebUI's own token merging out of generations that ToMe merges",
+        "Disable WebUI's own token merging in generations with ToMe",
     ),
-    LOG_LEVEL: ("INFO", "What to log: warnings, a line for each generation, or more"),
-    LOG_LAYERS: (False, "Log what was merged layer by layer"),
+    LOG_LEVEL: ("INFO", "Log level: warnings, one line per generation, or more"),
+    LOG_LAYERS: (False, "Log merging layer by layer"),
 }
-"""Default and label of each."""
+"""Default and label of each option."""
 
 _wrong: set[str] = set()
 
 
 def add_options() -> None:
-    """Adds the extension's section."""
+    """Add the extension's section."""
     import gradio as gr
 
     for key, (default, label) in OPTIONS.items():
@@ -41,8 +40,7 @@ def add_options() -> None:
 
 
 def option(key: str) -> Any:
-    """An option's value; its default where it isn't set, or where `config.json` or the API set what
-    it can't be."""
+    """An option's value, or its default if it isn't set or has an invalid value."""
     default = OPTIONS[key][0]
     value = getattr(shared.opts, key, default)
     if value in LEVELS if key == LOG_LEVEL else isinstance(value, bool):
@@ -56,5 +54,5 @@ def option(key: str) -> Any:
 
 
 def apply_log_level() -> None:
-    """Sets the log to the level that was chosen."""
+    """Set the log to the chosen level."""
     log.setLevel(getattr(logging, option(LOG_LEVEL)))

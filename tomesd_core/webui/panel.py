@@ -1,4 +1,4 @@
-"""The panel under the prompt, made from the field list."""
+"""The panel under the prompt, built from the field list."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ from .arguments import CONTROLS, ENABLED, MAP_FIELDS, read_arguments, useful_fie
 from .log import failed
 from .measure_row import MeasureRow
 from .preset_row import PresetRow
-
-TAB_SIZE = {"width": 512, "height": 512, "steps": 20}
-"""What the preview assumes of the tab where the page's script can't read it off the page."""
+from .tab import TabValues
 
 MAIN_ROWS = (("ratio", "late_ratio"), ("schedule", "switch_at"), ("max_downsample", "min_tokens"))
 MORE_ROWS = (("method",), ("reuse_steps", "full_steps"), ("apply_to",))
-"""The panel's fields, row by row; those of the second are folded away."""
+"""The panel's fields by row; the second list is folded away."""
 
 
-def build(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
-    """Makes the panel; gives the script's controls by field name, in the order of its arguments.
+def build(
+    tab: str, elem_id: Callable[[str], str], tab_values: TabValues | None = None
+) -> dict[str, Any]:
+    """Build the panel; return the script's controls by field name, in the order of its arguments.
 
-    `tab` is `txt2img` or `img2img`; `elem_id` names an element of the script. Raises nothing: where
-    the panel can't be made, its bare controls are, and where those can't be, nothing is.
+    `tab` is `txt2img` or `img2img`; `elem_id` names an element of the script, and `tab_values`
+    follow the tab's components. Raises nothing: if the panel fails, its controls are built bare,
+    and if these fail, none are.
     """
     children = Context.block.children if Context.block is not None else []
     before = len(children)
-    for what, make in (
-        ("the panel", _whole_panel),
-        ("a panel without preview and presets", _bare_controls),
-    ):
+    ways = {
+        "the panel": lambda: _whole_panel(tab, elem_id, tab_values or TabValues()),
+        "a panel without preview and presets": lambda: _bare_controls(elem_id),
+    }
+    for what, make in ways.items():
         try:
-            return make(tab, elem_id)
+            return make()
         except Exception as error:
             failed(f"making {what}", error)
             del children[before:]
     return {}
 
 
-def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
+def _whole_panel(tab: str, elem_id: Callable[[str], str], tab_values: TabValues) -> dict[str, Any]:
     useful = useful_fields(PANEL_FIELDS["schedule"].default)
     fields: dict[str, Any] = {}
 
@@ -68,26 +70,20 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         measure_row = MeasureRow(tab, elem_id)
         with gr.Accordion("More", open=False, elem_id=elem_id("more")) as more:
             rows(*MORE_ROWS, tuple(MAP_FIELDS))
-        # The page's script presses it when something has changed and no slider is moving, and reads
-        # the first three inputs off the page: width, height and steps belong to the tab.
+        # The page's script presses it after a change, once no slider is moving.
         refresh = gr.Button("Refresh", visible=False, elem_id=elem_id("refresh"))
-        sizes = [
-            gr.Number(value, visible=False, elem_id=elem_id(name))
-            for name, value in TAB_SIZE.items()
-        ]
-    for component in (*sizes, chart, refresh, more):
+        numbers = tab_values.build(tab, elem_id)
+    for component in (chart, refresh, more):
         component.do_not_save_to_config = True
     fields["enabled"] = enabled
     controls = {name: fields[name] for name in CONTROLS}
     settings = [fields[name] for name in PANEL_FIELDS]
-    read_size = f"(...given) => toMeTabSize('{tab}', given)"
+    sizes = [numbers[name] for name in ("width", "height", "steps")]
 
     def preview_of_tab(*values: Any) -> str:
         return _preview(tab, *values)
 
-    preview_made = host.listen(
-        refresh.click, preview_of_tab, [*sizes, *controls.values()], [chart], js=read_size
-    )
+    preview_made = host.listen(refresh.click, preview_of_tab, [*sizes, *controls.values()], [chart])
     preset = [preset_row.preset]
     host.listen(
         preview_made.then, None, preset, preset, js=f"(preset) => toMeAnswered('{tab}', preset)"
@@ -96,11 +92,11 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         host.listen(event, js=f"() => toMeChanged('{tab}')")
     host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], settings)
     preset_row.connect(settings)
-    measure_row.connect(list(controls.values()))
+    measure_row.connect(numbers, list(controls.values()))
     return controls
 
 
-def _bare_controls(tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
+def _bare_controls(elem_id: Callable[[str], str]) -> dict[str, Any]:
     return {name: _control(setting, elem_id(name)) for name, setting in CONTROLS.items()}
 
 
@@ -115,24 +111,22 @@ def _control(setting: Setting, elem_id: str, visible: bool = True) -> Any:
         return gr.Radio(choices=[*map(str, setting.choices)], value=str(setting.default), **common)
     if setting.kind == "flag":
         return gr.Checkbox(value=setting.default, **common)
-    # WebUI casts what the API sends by the type of a control's value: a float lets every number
-    # pass.
+    # WebUI casts API values by the type of the control's value: a float lets every number pass.
     value, limits = float(setting.default), {"minimum": setting.minimum, "maximum": setting.maximum}
     return gr.Slider(value=value, step=setting.step, **limits, **common)
 
 
 def _visibility(schedule: str) -> list[dict[str, Any]]:
-    """Hides what has no effect."""
+    """Hide controls without effect."""
     useful = useful_fields(schedule)
     return [gr.update(visible=name in useful) for name in PANEL_FIELDS]
 
 
 def _preview(tab: str, width: Any, height: Any, steps: Any, *args: Any) -> str:
-    """The preview's HTML. The page's script takes the panel's title from it, and the preset that
-    the values are."""
+    """The preview's HTML, with the panel's title and the matching preset for the page's script."""
     name = None
     try:
-        settings = read_arguments([True, *args[1:]], None, presets.get).settings
+        settings = read_arguments([True, *args[1:]]).settings
         name, steps = presets.named(settings), min(max(int(steps), 1), 150)
         settings = settings.in_steps(steps)
         line = preview.of_loaded_model(settings, width, height, has_hires_pass=tab == "txt2img")

@@ -1,4 +1,4 @@
-"""The panel's row of presets: choose, save, delete, read again."""
+"""The panel's row of presets: choose, save, delete, reload."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from modules import ui_components
 
 from ..settings import PANEL_FIELDS, MergeSettings
 from . import host, presets
-from .arguments import panel_values, shown, useful_fields
+from .arguments import shown, useful_fields
 
 BUTTONS = {
     "save": ("💾", "Save the settings under the name in the preset field"),
     "delete": ("🗑️", "Delete the preset"),
-    "reload": ("🔄", "Read the presets again"),
+    "reload": ("🔄", "Reload presets"),
 }
 
 
 class PresetRow:
-    """The row's components; `connect` ties them to the panel's fields, once those are there."""
+    """The row's components; `connect` ties them to the panel's fields."""
 
     def __init__(self, elem_id: Callable[[str], str]) -> None:
         with ui_components.FormRow(elem_classes=["tome-presets"]):
@@ -43,14 +43,14 @@ class PresetRow:
             component.do_not_save_to_config = True
 
     def connect(self, fields: Sequence[Any]) -> None:
-        """Lets the row set `fields`, the panel's, and save what they are set to."""
+        """Let the row set and save `fields`, the panel's fields."""
         preset, outputs = self.preset, [self._message, self.preset]
         click = {name: button.click for name, button in self._buttons.items()}
         connect = partial(host.listen, what="this button")
         connect(preset.select, _choose, [preset], [self._message, *fields])
         connect(click["save"], _save, [preset, *fields], outputs)
         connect(click["delete"], _delete, [preset], outputs)
-        # The page as it was made holds the presets that there were then.
+        # The page lists the presets of the time it was built.
         connect(click["reload"], _reload, [], outputs)
         connect(Context.root_block.load, _load, [], outputs)
 
@@ -58,7 +58,7 @@ class PresetRow:
 def _choose(name: str) -> list[Any]:
     settings = presets.get(name)
     useful = useful_fields(settings.schedule)
-    values = panel_values(settings).items()
+    values = settings.panel_values.items()
     return [
         "",
         *(gr.update(value=shown(field, value), visible=field in useful) for field, value in values),
@@ -76,13 +76,13 @@ def _delete(name: str) -> list[Any]:
 
 
 def _reload(line: str = "", **update: Any) -> list[Any]:
-    """A message, with what there is to say of the presets' file, and the list of presets."""
+    """A message, including messages about the file, and the updated list of presets."""
     usable, messages = presets.read()
     text = "<br>".join(html.escape(part) for part in (line, *messages) if part)
     return [text, gr.update(choices=list(usable), **update)]
 
 
 def _load() -> list[Any]:
-    # Its answer may come after that to a button: it says nothing where there is nothing to say.
+    # Its answer may come after a button's, so it must not clear that button's message.
     text, presets_there = _reload()
     return [text or gr.update(), presets_there]

@@ -1,9 +1,9 @@
-"""Named settings: the built-in ones, and a user's own in a JSON file.
+"""Named settings: the built-in presets, and the user's in a JSON file.
 
-The file is `{"version": 1, "presets": {name: {field: value}}}`. People edit it by hand, copy it
-between machines and go back to older versions of the extension, so what isn't understood in it is
-kept as it is. Each call reads it anew, so every tab and process sees what the others saved.
-Whatever is wrong with it, the built-in presets work.
+The file is `{"version": 1, "presets": {name: {field: value}}}`. Users edit it by hand, copy it
+between machines and return to older versions of the extension, so unknown content is kept. Each
+call reads the file again, so that tabs and processes see each other's presets. The built-in presets
+work whatever is wrong with the file.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from ..settings import PANEL_FIELDS, MergeSettings, SettingsError
-from .arguments import BEFORE_NAMED, panel_values
+from ..settings import BEFORE_NAMED, PANEL_FIELDS, MergeSettings, SettingsError
 from .log import log
 
 PATH = Path(__file__).resolve().parents[2] / "presets.json"
-"""In the extension's folder, where git ignores it, so that an update keeps it."""
+"""In the extension's folder, ignored by git, so that an update keeps it."""
 VERSION, MAX_NAME = 1, 100
 
 _lock = threading.Lock()
 """Held while the file is changed."""
 
 BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
-    "Quality": ({"ratio": 0.55}, "Stays closest to the picture without merging; a little faster."),
+    "Quality": ({"ratio": 0.55}, "Closest to the unmerged picture; a little faster."),
     "Balanced": ({}, "Faster, with small changes in detail; a good start."),
     "Fast": (
         {"ratio": 0.9375, "max_downsample": 2, "full_steps": 1},
-        "For drafts: moves details more. Merges in coarser layers too.",
+        "For drafts: larger changes in detail. Merges coarser layers too.",
     ),
     "Hires only": (
         {"apply_to": "hires pass"},
@@ -43,23 +42,22 @@ BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Paper (60 %)": (
         {"ratio": 0.6, "method": "paper", "full_steps": 1},
-        "The paper's own method and ratio; moves pictures the most.",
+        "The paper's method and ratio; changes pictures the most.",
     ),
 }
-"""The read-only presets by name: what differs from the defaults, and what each is for."""
+"""The read-only presets by name: their differences from the defaults, and a description."""
 
 
 class PresetError(SettingsError):
-    """A preset, its name or the file can't be used. The message is for the user."""
+    """A preset, its name or the file is unusable. The message is for users."""
 
 
 class _DamagedError(PresetError):
-    """The bytes are no presets, not even a newer version's."""
+    """The file holds no presets, not even a newer version's."""
 
 
 def read() -> tuple[dict[str, MergeSettings], list[str]]:
-    """Every preset that can be used, the built-in ones first, and what the user must be told of the
-    file."""
+    """Every usable preset, built-in ones first, and messages about the file for the user."""
     presets = {name: MergeSettings(**fields) for name, (fields, _) in BUILT_IN.items()}
     try:
         own = _load()["presets"]
@@ -76,8 +74,7 @@ def read() -> tuple[dict[str, MergeSettings], list[str]]:
 
 
 def get(name: Any) -> MergeSettings:
-    """The preset's settings. A built-in one is found in any case. Raises `PresetError` where there
-    is none."""
+    """The preset's settings; built-in names match in any case. Raises `PresetError` if unknown."""
     presets, messages = read()
     key = _built_in(name) or str(name)
     if key not in presets:
@@ -93,16 +90,15 @@ def named(settings: MergeSettings) -> str | None:
         (
             name
             for name, preset in read()[0].items()
-            if panel_values(preset) == panel_values(settings)
+            if preset.panel_values == settings.panel_values
         ),
         None,
     )
 
 
 def save(name: Any, settings: MergeSettings) -> Any:
-    """Saves the panel's fields of `settings`, also over a preset of the user's. Gives the name as
-    it is stored."""
-    name, fields = clean_name(name), panel_values(settings)
+    """Save the panel's fields of `settings`; return the stored name. Overwrites a user's preset."""
+    name, fields = clean_name(name), settings.panel_values
     _settings(
         fields
     )  # A ratio may be right only together with an expert field, such as a larger stride.
@@ -112,7 +108,7 @@ def save(name: Any, settings: MergeSettings) -> Any:
 
 
 def delete(name: str) -> None:
-    """Deletes one of the user's presets, also one that can't be used."""
+    """Delete one of the user's presets, usable or not."""
     with _changing() as own:
         if name not in own and (built_in := _built_in(name)):
             raise PresetError(f"{built_in!r} is a built-in preset, which can't be deleted")
@@ -122,8 +118,7 @@ def delete(name: str) -> None:
 
 
 def clean_name(name: Any) -> Any:
-    """`name` as presets are stored: no spaces around it, Unicode NFC. It is text and nothing else:
-    no path, no HTML."""
+    """The name as stored: stripped, Unicode NFC. Raises `PresetError` if unusable or built in."""
     if built_in := _built_in(name):
         raise PresetError(
             f"{built_in!r} is a built-in preset, which can't be changed: choose another name"
@@ -134,14 +129,13 @@ def clean_name(name: Any) -> Any:
     # breaks.
     if kinds <= {"Cf", "Zs"} or kinds & {"Cc", "Cs", "Zl", "Zp"} or len(name) > MAX_NAME:
         raise PresetError(
-            f"a preset's name must not be empty, and can have up to {MAX_NAME} characters, all in one line, "
-            f"got {brief(name)}"
+            f"a preset's name must have 1 to {MAX_NAME} characters in one line, got {brief(name)}"
         )
     return name
 
 
 def _built_in(name: Any) -> str | None:
-    """The built-in preset that a person would take `name` for."""
+    """The built-in preset with this name in any case and spacing, or None."""
     return next(
         (key for key in BUILT_IN if key.casefold().split() == str(name).casefold().split()), None
     )
@@ -156,7 +150,7 @@ def _settings(entry: Any) -> MergeSettings:
 
 
 def _load() -> dict[str, Any]:
-    """The file's content; without presets where there is no file."""
+    """The file's content; no presets if there is no file."""
     try:
         return _parse(PATH.read_bytes()) if PATH.exists() else {"version": VERSION, "presets": {}}
     except OSError as error:
@@ -171,7 +165,7 @@ def _parse(content: bytes) -> dict[str, Any]:
     version = document.get("version") if isinstance(document, dict) else None
     if isinstance(version, (int, float)) and version > VERSION:
         raise PresetError(
-            f"{PATH} is from a newer version of this extension and left as it is: update the extension"
+            f"{PATH} is from a newer version of the extension and stays as is: update it"
         )
     if version != VERSION or version is True or not isinstance(document.get("presets"), dict):
         raise _DamagedError(
@@ -182,8 +176,7 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _changing() -> Iterator[dict[str, Any]]:
-    """The user's presets, to be changed in place; the file is replaced as a whole, unless the block
-    fails."""
+    """The user's presets, to be changed in place; the file is replaced if no error occurs."""
     path = (
         PATH.resolve()
     )  # A symlink stays one: replacing it would cut it off from the file that it stands for.

@@ -1,5 +1,4 @@
-"""What will happen, before anything is generated: a small chart of the ratio over the steps, and
-one line."""
+"""The preview: a chart of the ratio over the steps, and one line on what will be merged."""
 
 from __future__ import annotations
 
@@ -21,20 +20,21 @@ WIDTH, HEIGHT = 120, 28
 
 
 def title(settings: MergeSettings | None) -> str:
-    """The panel's title: the state in a few words."""
+    """The panel's title: the current settings in a few words."""
     if settings is None:
         return "ToMe"
     ratios = [f"{settings.ratio_at(progress):.0%}".replace("%", " %") for progress in (0.0, 1.0)]
-    return f"ToMe: {' → '.join(dict.fromkeys(ratios))} of {_merged(settings)}, level {settings.max_downsample}"
+    shown = " → ".join(dict.fromkeys(ratios))
+    return f"ToMe: {shown} of {_merged(settings)}, level {settings.max_downsample}"
 
 
 def _merged(settings: MergeSettings) -> str:
-    """What there is less of, in a word."""
+    """The kind of tokens that are merged, in a word."""
     return "keys" if settings.method == "keys" else "tokens"
 
 
 def of_loaded_model(settings: MergeSettings, width: Any, height: Any, has_hires_pass: bool) -> str:
-    """`describe`, of the loaded model at a size in pixels, in a tab with hires fix or without."""
+    """`describe` the loaded model for a size in pixels, in a tab with or without hires fix."""
     if settings.apply_to == "hires pass" and not has_hires_pass:
         return "nothing would be merged: this tab has no hires pass"
     latent = int(height) // processing.opt_f, int(width) // processing.opt_f
@@ -47,7 +47,7 @@ def describe(
     latent: tuple[int, int],
     device_type: str,
 ) -> str:
-    """One line: how many layers will merge, and how many tokens; `latent` is (rows, columns)."""
+    """One line: how many layers will merge how many tokens. `latent` is (rows, columns)."""
     if layers is None:
         return "loaded at the first picture" if host.loads_later() else "no model loaded"
     if not layers:
@@ -69,14 +69,14 @@ def describe(
         line += f", {settings.apply_to} only"
     most_tokens = max(tokens for tokens, left in each if left)
     if device_type != "cpu" and most_tokens <= LITTLE_GAIN_TOKENS:
-        line += "; little to gain at this size where attention is fast"
+        line += "; little to gain at this size with fast attention"
     return line
 
 
 def _change(
     settings: MergeSettings, layer: Layer, latent: tuple[int, int], coarsest: int, device_type: str
 ) -> tuple[int, str]:
-    """A layer's tokens, and in words how many are left; these are empty where it won't merge."""
+    """A layer's tokens, and as text how many are left; empty if it won't merge."""
     tokens = math.prod(math.ceil(side / (layer.level or 1)) for side in latent)
     left = []
     try:
@@ -98,8 +98,7 @@ def _change(
 
 
 def chart(settings: MergeSettings, steps: int) -> str:
-    """An SVG of the ratio over the steps, a bar a step; drawn in the text's colour, so it fits any
-    theme."""
+    """An SVG of the ratio over the steps, one bar per step, in the theme's text colour."""
     ratios = [settings.ratio_at(progress_of(step, steps)) for step in range(steps)]
     width = WIDTH / steps
     bars = "".join(

@@ -14,12 +14,11 @@ from modules import shared
 from ..settings import SettingsError
 from ..version import VERSION
 from . import generation, host, measure, presets, sampling
-from .arguments import panel_values
 from .log import EXPECTED, failed, guarded
 
 
 def add_routes(demo: Any, app: FastAPI) -> None:
-    """Adds the routes to WebUI's app, behind the login that WebUI was started with."""
+    """Add the routes to WebUI's app, behind its login."""
     login = [Depends(check) for check in _logins(app)]
     for path, answer in (("/tome/presets", get_presets), ("/tome/status", get_status)):
         app.get(path, dependencies=login)(guarded(f"GET {path}", answer, _refuse))
@@ -31,20 +30,19 @@ def _refuse(line: str) -> None:
 
 
 def get_presets() -> list[dict[str, Any]]:
-    """Every preset that can be used: name, description and settings."""
+    """Every usable preset: name, description and settings."""
     return [
         {
             "name": name,
             "description": presets.BUILT_IN.get(name, ("", ""))[1],
-            "settings": panel_values(settings),
+            "settings": settings.panel_values,
         }
         for name, settings in presets.read()[0].items()
     ]
 
 
 def get_status() -> dict[str, Any]:
-    """The version, the loaded model's layers (None: no model is loaded), the settings in use, what
-    was merged last."""
+    """Version, layers of the loaded model (None: no model), settings in use, last summary."""
     layers = host.loaded_layers()
     settings = sampling.settings_in_use()
     return {
@@ -52,13 +50,13 @@ def get_status() -> dict[str, Any]:
         "layers": None
         if layers is None
         else [{"name": layer.name, "level": layer.level} for layer in layers],
-        "settings": None if settings is None else panel_values(settings),
+        "settings": None if settings is None else settings.panel_values,
         "summary": generation.last.summary,
     }
 
 
 def post_measure(request: dict[str, Any] = Body({})) -> list[dict[str, Any]]:  # noqa: B008 - FastAPI's way
-    """What `measure.measure` gives: a result a size."""
+    """The results of `measure.measure`, one per size."""
     try:
         return [dataclasses.asdict(result) for result in measure.measure(request)]
     except EXPECTED as error:
@@ -68,11 +66,10 @@ def post_measure(request: dict[str, Any] = Body({})) -> list[dict[str, Any]]:  #
 
 
 def _logins(app: Any) -> list[Callable[..., None]]:
-    """What lets in whom WebUI's API lets in (`--api-auth`), or else whom its page does
-    (`--gradio-auth`, or anyone)."""
+    """Dependencies that enforce the login of the API (`--api-auth`), or else of the page."""
     if shared.cmd_opts.api_auth:
         return [_check_credentials]
-    # Gradio's own question. An app without a page (`--nowebui`) has no such route, and no login.
+    # Gradio's own check. An app without a page (`--nowebui`) has no such route and no login.
     return [
         route.endpoint for route in app.routes if getattr(route, "path", None) == "/login_check"
     ]

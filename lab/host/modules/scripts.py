@@ -1,5 +1,4 @@
-"""Stands in for `modules.scripts`: executes extensions' scripts as WebUI does, and calls them. All
-are always on."""
+"""Stands in for `modules.scripts`: loads extensions' scripts, all always on, and calls them."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ AlwaysVisible = object()
 
 
 class Script:
-    """Base of all scripts, which define what they are called for, such as `process_batch`.
+    """Base class of scripts, which define the methods to be called, such as `process_batch`.
 
-    WebUI makes one instance a tab and keeps it until Reload UI.
+    WebUI makes one instance per tab and keeps it until Reload UI.
     """
 
     name = filename = args_from = args_to = controls = None
@@ -32,19 +31,19 @@ class Script:
     is_img2img = False
 
     def title(self) -> str:
-        """What the script is called, in the page and in the API."""
+        """Name in the page and in the API."""
         raise NotImplementedError
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        """Builds the script's controls and returns those whose values are its arguments."""
+        """Build the script's controls and return those whose values are its arguments."""
         return []
 
     def show(self, is_img2img: bool) -> Any:
-        """`AlwaysVisible`: always on."""
+        """Return `AlwaysVisible`: always on."""
         return AlwaysVisible
 
     def elem_id(self, item_id: str) -> str:
-        """An HTML id made of tab, title and `item_id`."""
+        """HTML id of tab, title and `item_id`."""
         title = re.sub(r"[^a-z_0-9]", "", re.sub(r"\s", "_", self.title().lower()))
         return f"script_{'img2img' if self.is_img2img else 'txt2img'}_{title}_{item_id}"
 
@@ -52,22 +51,22 @@ class Script:
 AxisOption = namedtuple(
     "AxisOption", ["label", "type", "apply", "confirm", "choices"], defaults=(None, None)
 )
-"""One thing that an axis of the X/Y/Z plot can vary. The plot itself is left out."""
+"""An option of an axis of the X/Y/Z plot; the plot itself is missing."""
 
 ScriptClassData = namedtuple("ScriptClassData", ["script_class", "path", "basedir", "module"])
 scripts_data: list[ScriptClassData] = []
 folders: list[str] = []
-"""The extensions'."""
+"""The extensions' folders."""
 current_basedir = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def basedir() -> str:
-    """The extension's folder; right only while its script is being executed."""
+    """Folder of the extension whose script is being executed."""
     return current_basedir
 
 
 def _execute(path: str) -> ModuleType:
-    """Executes a file as a module of its own, named by its file name and not kept in `sys.modules`."""
+    """Execute a file as a module named by its file name, not kept in `sys.modules`."""
     spec = importlib.util.spec_from_file_location(os.path.basename(path), path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -75,16 +74,13 @@ def _execute(path: str) -> ModuleType:
 
 
 def _classes(module: ModuleType) -> Iterator[type[Script]]:
-    return (
-        kind
-        for kind in vars(module).values()
-        if isinstance(kind, type) and issubclass(kind, Script)
-    )
+    kinds = (value for value in vars(module).values() if isinstance(value, type))
+    return (kind for kind in kinds if issubclass(kind, Script))
 
 
 def load_scripts() -> None:
-    """Executes all scripts anew, the plot's list first; a broken one is reported and left out."""
-    global current_basedir, scripts_txt2img, scripts_img2img
+    """Execute all scripts, the plot's list first; report those that fail."""
+    global current_basedir, scripts_txt2img, scripts_img2img, scripts_current
     script_callbacks.clear_callbacks()
     plot = SimpleNamespace(AxisOption=AxisOption, axis_options=[])
     scripts_data[:] = [ScriptClassData(None, "scripts/xyz_grid.py", "", plot)]
@@ -94,9 +90,8 @@ def load_scripts() -> None:
             try:
                 sys.path, current_basedir = [folder, *syspath], folder
                 module = _execute(path)
-                scripts_data.extend(
-                    ScriptClassData(kind, path, folder, module) for kind in _classes(module)
-                )
+                for kind in _classes(module):
+                    scripts_data.append(ScriptClassData(kind, path, folder, module))
             except Exception:
                 errors.report(f"Error loading script: {path}")
             finally:
@@ -104,17 +99,17 @@ def load_scripts() -> None:
     scripts_txt2img, scripts_img2img = ScriptRunner(), ScriptRunner()
     scripts_txt2img.initialize_scripts(is_img2img=False)
     scripts_img2img.initialize_scripts(is_img2img=True)
+    scripts_current = scripts_txt2img
 
 
 def reload_script_body_only() -> None:
-    """Does what "Reload custom script bodies" does: callbacks are not cleared, running scripts stay
-    the old ones."""
+    """Do what "Reload custom script bodies" does: callbacks and running scripts stay."""
     for path in dict.fromkeys(data.path for data in scripts_data if data.script_class):
         _execute(path)
 
 
 class ScriptRunner:
-    """One tab's scripts; a generation calls them by methods of the names that theirs have."""
+    """One tab's scripts; a generation calls them by methods of the same names."""
 
     def __init__(self) -> None:
         self.scripts: list[Script] = []
@@ -123,35 +118,35 @@ class ScriptRunner:
         self.infotext_fields: list[tuple[Any, Any]] = []
 
     def initialize_scripts(self, is_img2img: bool) -> None:
-        """Makes one of each."""
+        """Make one instance of each script."""
         for data in scripts_data:
             if data.script_class is not None:
                 script = data.script_class()
-                script.filename, script.is_img2img, script.name = (
-                    data.path,
-                    is_img2img,
-                    script.title().lower(),
-                )
+                script.filename, script.is_img2img = data.path, is_img2img
+                script.name = script.title().lower()
                 self.scripts.append(script)
         self.alwayson_scripts = list(self.scripts)
 
     def setup_ui(self) -> None:
-        """Builds the scripts' controls where the caller is in the page, and notes which arguments
-        are whose."""
+        """Build the scripts' controls at the current place of the page; assign the arguments."""
         self.infotext_fields = []
         self.inputs = [None]  # WebUI's first argument is the script that was chosen from a list
         for script in self.scripts:
             with gr.Group():
                 script.controls = list(script.ui(script.is_img2img))
-            script.args_from, script.args_to = (
-                len(self.inputs),
-                len(self.inputs) + len(script.controls),
-            )
+            script.args_from = len(self.inputs)
             self.inputs += script.controls
+            script.args_to = len(self.inputs)
             self.infotext_fields += script.infotext_fields
 
+    def after_component(self, component: Any) -> None:
+        """Tell the scripts that a component of the page was created."""
+        for script in self.scripts:
+            if hasattr(script, "after_component"):
+                script.after_component(component, elem_id=component.elem_id)
+
     def script(self, title: str) -> Script:
-        """The first script with this title, which is the one that WebUI's API reaches."""
+        """First script with this title, the one that WebUI's API uses."""
         return next(script for script in self.scripts if script.name == title.lower())
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -160,7 +155,7 @@ class ScriptRunner:
         return functools.partial(self._call, name)
 
     def _call(self, name: str, p: Any, *args: Any, **kwargs: Any) -> None:
-        """Calls a method of each script that has it; one that raises does not stop the others."""
+        """Call a method of each script that has it; one that raises doesn't stop the others."""
         for script in self.alwayson_scripts:
             if hasattr(script, name):
                 try:
@@ -171,9 +166,9 @@ class ScriptRunner:
 
 
 def init_default_script_args(runner: ScriptRunner) -> list[Any]:
-    """What a request to the API leaves out, by position; a method of WebUI's `Api`.
+    """Default arguments of a request to the API; a method of WebUI's `Api`.
 
-    WebUI builds all controls once more for it: what a script keeps on itself is then not the
+    Like WebUI it builds all controls once more, so a script's own attributes are no longer the
     page's.
     """
     script_args = [0, *[None] * (len(runner.inputs) - 1)]
@@ -186,3 +181,5 @@ def init_default_script_args(runner: ScriptRunner) -> list[Any]:
 
 scripts_txt2img: ScriptRunner | None = None
 scripts_img2img: ScriptRunner | None = None
+scripts_current: ScriptRunner | None = None
+"""The runner of the tab that is being built."""

@@ -1,4 +1,4 @@
-"""Stands in for `modules.ui_components`, and for what WebUI changes in gradio 3.41.2.
+"""Stands in for `modules.ui_components`, and for WebUI's changes to gradio 3.41.2.
 
 Its components take a `tooltip` and get a class `gradio-<kind>`.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from modules import scripts
 
 
 def _with_tooltip(original_init: Callable) -> Callable:
@@ -16,6 +17,8 @@ def _with_tooltip(original_init: Callable) -> Callable:
         self.webui_tooltip = kwargs.pop("tooltip", None)
         original_init(self, *args, **kwargs)
         self.elem_classes = [f"gradio-{self.get_block_name()}", *(self.elem_classes or [])]
+        if scripts.scripts_current is not None:
+            scripts.scripts_current.after_component(self)
 
     return init
 
@@ -32,7 +35,7 @@ gr.blocks.Block.get_config = _showing_tooltip(gr.blocks.Block.get_config)
 
 
 def _form(self: Any) -> type:
-    """What a component goes into that isn't in one: gradio's rounded form."""
+    """Parent of a component outside of a form: gradio's rounded form."""
     return gr.components.Form
 
 
@@ -57,8 +60,7 @@ class FormRow(gr.Row):
 
 
 class InputAccordion(gr.Checkbox):
-    """A fold that is a toggle: a hidden checkbox, whose value it is, and an accordion that follows
-    it."""
+    """An accordion that is a toggle: a hidden checkbox with the value, and the accordion."""
 
     is_template = True
 
