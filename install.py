@@ -1,4 +1,4 @@
-"""Run by WebUI at every start: says what is wrong with the surroundings. It installs nothing."""
+"""Reports an unsuitable environment at every start of WebUI. It installs nothing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def problems() -> list[str]:
-    """What keeps the extension from working here, a line each."""
+    """What keeps the extension from working here, one line each."""
     lines = []
-    if sys.version_info < (3, 10):  # noqa: UP036 - what runs it is what is asked
+    if sys.version_info < (3, 10):  # noqa: UP036 - an older Python may run this
         lines.append(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
-    # Asked of the packages' metadata: importing torch would delay every start by seconds.
+    # Read from the packages' metadata: importing torch would delay every start by seconds.
     for package, least in (("torch", (2, 0)), ("gradio", (3, 41))):
         try:
             text = version(package)

@@ -1,22 +1,22 @@
-"""The project's commands: `nox -s demo`, `tests`, `lint`, `live`, `bench`, and the tests with the
-pins of others."""
+"""The project's commands: `nox -s demo`, `tests`, `lint`, `live`, `bench`, and pinned tests."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import nox
 
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-# The original ldm code. Its own pins are old and not needed for what is used of it.
+# The original ldm code. Its pins are old, and the parts used here don't need them.
 LDM = ("stable-diffusion-sdkit==2.1.5",)
 LDM_NEEDS = ("einops", "omegaconf", "safetensors", "tqdm")
 
-# gradio 3.41.2, the version that WebUI pins, with the versions around it that it still works with.
+# gradio 3.41.2, which WebUI pins, and versions of its dependencies that work with it.
 PAGE = (
     "gradio==3.41.2",
     "gradio_client==0.5.0",
@@ -46,11 +46,11 @@ TESTS = (
     "scikit-image",
 )
 
-# What users of WebUI 1.10.1 have.
+# The packages of WebUI 1.10.1.
 WEBUI_PINS = ("torch==2.1.2", "numpy==1.26.2")
 CURRENT = ("torch==2.13.0", "numpy<2")
-# What Forge Neo has. gradio 3 asks for numpy 1 and for modules that Python no longer has, and runs
-# with these.
+# The packages of Forge Neo. gradio 3 declares numpy 1 and modules that Python has dropped, but
+# works with these.
 NEO_PINS = ("torch==2.11.0", "numpy==2.3.5")
 NEO_PAGE = (
     *(pin for pin in PAGE if not pin.startswith(("gradio==", "altair", "markupsafe"))),
@@ -69,7 +69,7 @@ NEO_PAGE = (
     *("pyyaml", "requests", "semantic-version"),
 )
 
-# What Forge pins, and its reForge branches on gradio 4.
+# The packages of Forge, and of reForge's branches on gradio 4.
 FORGE_PINS = (
     "gradio==4.40.0",
     "fastapi==0.104.1",
@@ -79,7 +79,7 @@ FORGE_PINS = (
     "pillow==9.5.0",
 )
 
-# diffusers of today and of two years ago, with what each needs of its time.
+# The current diffusers and the one of 2024, each with packages of its time.
 DIFFUSERS_PINS = {
     "current": ("diffusers==0.42.1", "transformers==5.24.0", "accelerate==1.15.0", "peft==0.21.2"),
     "2024": (
@@ -91,11 +91,14 @@ DIFFUSERS_PINS = {
     ),
 }
 
+CODE = ("tomesd_core", "scripts", "lab", "tests")
+MOST_LINES = 320
+"""The longest module that `lint` accepts."""
+
 
 def _install(session: nox.Session, *packages: str) -> None:
-    version = session.run(
-        "python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True
-    ).strip()
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    version = (session.run("python", "-c", code, silent=True) or "3.11").strip()
     if version == "3.13":
         session.install(*NEO_PINS, *LDM_NEEDS, *NEO_PAGE, *packages)
         session.install("--no-deps", *LDM, PAGE[0])
@@ -111,10 +114,9 @@ def _install(session: nox.Session, *packages: str) -> None:
 
 def _test(session: nox.Session) -> None:
     _install(session, *TESTS)
-    session.install(
-        "--no-deps", "ca-tome==0.1.3"
-    )  # It asks for an older torch, and for diffusers, which is not used.
-    # Each test's tensors are small: a process a core is faster than two threads in one.
+    # ca-tome requires an older torch, and diffusers, which its patch doesn't use.
+    session.install("--no-deps", "ca-tome==0.1.3")
+    # The tests' tensors are small, so one process per core is faster than threads.
     parallel = ("-n", "auto", "--dist", "loadfile") if not session.posargs else ()
     env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
     session.run("python", "-m", "pytest", *parallel, *session.posargs, env=env)
@@ -128,15 +130,13 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python="3.10" if sys.version_info[:2] != (3, 10) else None)
 def webui_pins(session: nox.Session) -> None:
-    """The same tests with what users of WebUI 1.10.1 have: Python 3.10, torch 2.1.2, numpy 1.26.2,
-    gradio 3.41.2."""
+    """The same tests with the packages of WebUI 1.10.1: Python 3.10, torch 2.1.2, gradio 3.41.2."""
     _test(session)
 
 
 @nox.session
 def forge_pins(session: nox.Session) -> None:
-    """The panel and the seam with Forge's gradio 4.40.0 and what Forge pins around it; they need no
-    WebUI."""
+    """The panel, and the differences between hosts, with Forge's gradio 4.40.0; needs no WebUI."""
     session.install(*CURRENT, *FORGE_PINS, "pytest", "playwright")
     env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
     tests = session.posargs or ("tests/seam",)
@@ -146,11 +146,11 @@ def forge_pins(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("pins", [nox.param(pins, id=name) for name, pins in DIFFUSERS_PINS.items()])
 def diffusers_pins(session: nox.Session, pins: tuple[str, ...]) -> None:
-    """The library, installed as a wheel, on UNets and pipelines of diffusers, beside tomesd."""
-    shutil.rmtree("build", ignore_errors=True)  # A wheel would take files along that are no more.
+    """The library, installed as a wheel, in diffusers, next to tomesd."""
+    shutil.rmtree("build", ignore_errors=True)  # The wheel would include deleted files from it.
     session.install(*CURRENT, *pins, "tomesd==0.1.3", "pytest", "pytest-xdist", ".")
     env = {"OMP_NUM_THREADS": "1"}
-    # From elsewhere, and without this folder on the path: what is imported is what was installed.
+    # Run elsewhere, so that the installed wheel is imported, not this folder.
     tests = os.path.abspath("tests/library")
     session.chdir(session.create_tmp())
     session.run(
@@ -169,16 +169,16 @@ def diffusers_pins(session: nox.Session, pins: tuple[str, ...]) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """A page with the panel and a tiny model; with a prompt, the pictures alone."""
+    """A page with the panel and a tiny model; with a prompt, the pictures only."""
     _install(session)
     env = {"GRADIO_ANALYTICS_ENABLED": "False"}
-    # Ctrl-C reaches the page too, which needs a moment to end by itself.
+    # Ctrl-C reaches the page too, which needs a moment to shut down.
     session.run("python", "-m", "lab.demo", *session.posargs, env=env, interrupt_timeout=20)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff check, ruff format, and mypy --strict over the product."""
+    """ruff, mypy --strict over the product, and the length of modules."""
     session.install(
         "ruff==0.17.6",
         "mypy==2.4.1",
@@ -190,21 +190,23 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", "--strict", "tomesd_core")
+    files = [path for folder in CODE for path in Path(folder).rglob("*.py")]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    if long := [f"{path}: {lines}" for path, lines in lengths.items() if lines > MOST_LINES]:
+        session.error(f"modules of more than {MOST_LINES} lines: {', '.join(long)}")
 
 
 @nox.session
 def live(session: nox.Session) -> None:
-    """Drives the WebUI that WEBUI_URL names, through its API and, with Chromium, its page."""
+    """Tests of the WebUI at WEBUI_URL, over its API and, with Chromium, its page."""
     if not os.environ.get("WEBUI_URL"):
-        session.error(
-            "WEBUI_URL must name a running WebUI, started with --api: WEBUI_URL=http://127.0.0.1:7860"
-        )
+        session.error("WEBUI_URL must be the address of a WebUI with --api: http://127.0.0.1:7860")
     session.install("pytest", "requests", "webuiapi", "playwright", "pillow", "psutil")
     session.run("python", "-m", "pytest", "--confcutdir=tests/live", "tests/live", *session.posargs)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """A short benchmark of this machine, beside tomesd."""
+    """A short benchmark of this machine, next to tomesd."""
     _install(session, "psutil", "tomesd==0.1.3", "scikit-image")
     session.run("python", "-m", "lab.bench", *(session.posargs or ("speed", "--quick")))

@@ -19,9 +19,8 @@ import yaml
 from lab.bench.__main__ import parser as bench_parser
 from lab.demo.__main__ import _parser as demo_parser
 from lab.figure import make_parser as figure_parser
-from tomesd_core.settings import FIELDS, MergeSettings, Setting
+from tomesd_core.settings import FIELDS, Setting
 from tomesd_core.webui.arguments import read_arguments
-from tomesd_core.webui.presets import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 HEAD = "| setting | values | default | what it does |\n| --- | --- | --- | --- |"
@@ -124,7 +123,7 @@ def test_the_readme_is_short():
 
 def test_every_named_nox_session_exists():
     sessions = re.findall(
-        r"@nox.session.*?\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8")
+        r"@nox\.session.*\n(?:@.*\n)*def (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8")
     )
     named = set(re.findall(r"nox -s (\w+)", EVERYTHING))
     assert len(named) > 4 and named <= set(sessions)
@@ -180,39 +179,27 @@ def test_every_example_in_python_compiles(code):
     assert compile(code, "example", "exec").co_names, "an example that does nothing"
 
 
-def preset(name: str) -> MergeSettings:
-    return MergeSettings(**BUILT_IN[name][0])
+def requests_in_examples() -> list[Any]:
+    """The `alwayson_scripts` of the calls in the Python examples."""
+    nodes = [node for code in EXAMPLES for node in ast.walk(ast.parse(code))]
+    words = [word for node in nodes if isinstance(node, ast.Call) for word in node.keywords]
+    return [ast.literal_eval(word.value) for word in words if word.arg == "alwayson_scripts"]
 
 
-def arguments_of(alwayson_scripts: dict[str, Any]) -> Any:
-    """The extension's arguments in a request."""
-    return read_arguments(alwayson_scripts["ToMe"]["args"])
+def test_every_request_merges():
+    bodies = [json.loads(body) for body in REQUESTS]
+    some = [body["alwayson_scripts"] for body in bodies if "settings" not in body]
+    settings = [body["settings"] for body in bodies if "settings" in body]
+    assert settings and some and requests_in_examples()
+    arguments = [scripts["ToMe"]["args"] for scripts in (*some, *requests_in_examples())]
+    for args in (*arguments, *([values] for values in settings)):
+        assert read_arguments(args).enabled
 
 
-@pytest.mark.parametrize("body", REQUESTS)
-def test_every_request_is_one_that_merges(body):
-    request = json.loads(body)
-    scripts = (
-        request["alwayson_scripts"]
-        if "settings" not in request
-        else {"ToMe": {"args": [request["settings"]]}}
-    )
-    assert arguments_of(scripts).enabled
-
-
-def test_every_request_in_an_example_is_one_that_merges():
-    calls = [
-        node
-        for code in EXAMPLES
-        for node in ast.walk(ast.parse(code))
-        if isinstance(node, ast.Call)
-    ]
-    values = [
-        word.value for call in calls for word in call.keywords if word.arg == "alwayson_scripts"
-    ]
-    assert values
-    for value in values:
-        assert arguments_of(ast.literal_eval(value)).enabled
+def test_every_named_route_exists():
+    code = (ROOT / "tomesd_core" / "webui" / "routes.py").read_text(encoding="utf-8")
+    routes = set(re.findall(r"/tome/\w+", EVERYTHING))
+    assert len(routes) > 2 and all(route in code for route in routes)
 
 
 def test_every_message_in_the_troubleshooting_is_in_the_code():

@@ -1,8 +1,6 @@
 """One generation: its arguments, read once and kept on its `p`, and what is written there for it.
 
-WebUI and extensions copy `p`: hires fix, loops and plots make shallow copies, and ADetailer a new
-`p`. A copy shares p's dictionaries and takes our instance attributes along, so everything about a
-generation is in one object, `Generation`, which knows its own `p`.
+WebUI and extensions copy `p`: docs/architecture.md, "Hosts", tells when and what follows.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def build(
     """
     children = Context.block.children if Context.block is not None else []
     before = len(children)
-    ways = {
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
         "the panel": lambda: _whole_panel(tab, elem_id, tab_values or TabValues()),
         "a panel without preview and presets": lambda: _bare_controls(elem_id),
     }
