@@ -1,1 +1,1 @@
-"""The laboratory, which WebUI imports nothing of: a stand-in for WebUI, the demo and the benchmark."""
+"""Stand-in for WebUI, demo and benchmark; the extension imports nothing of it."""

@@ -1,5 +1,4 @@
-"""Draws docs/algorithm.png: how one layer of a real picture merges, from the core's own partition,
-matching and map.
+"""Draw docs/algorithm.png: how one layer of a real picture merges, by the core's own code.
 
 `python -m lab.figure docs/algorithm.png` needs ldm and matplotlib, as the benchmarks do.
 """
@@ -22,7 +21,7 @@ from tomesd_core.token_map import TokenMap
 from tomesd_core.unet import find_layers
 
 from .bench.packages import require
-from .bench.samplers import SAMPLERS
+from .bench.samplers import SAMPLERS, Guidance
 from .demo.model import TinyModel
 
 PROMPT, SEED, SCALE, STEPS, AT_STEP, RATIO = "cat face", 1, 3.0, 20, 14, 0.85
@@ -31,16 +30,15 @@ QUERY = (12, 11)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line's parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.figure", description=__doc__.split("\n")[0]
-    )
+    """Parser of the command line."""
+    summary = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m lab.figure", description=summary)
     parser.add_argument("out", type=Path, help="a PNG")
     return parser
 
 
 def draw(path: Path) -> None:
-    """Writes the figure to `path`."""
+    """Write the figure to `path`."""
     picture, x, queries, keys = _layer_inputs()
     side = picture.shape[0]
     settings = MergeSettings(ratio=RATIO, skip_unprofitable=False)
@@ -66,7 +64,7 @@ def draw(path: Path) -> None:
     axis.plot(destinations % side, destinations // side, "s", color="red", markersize=4)
 
     _draw_sources(axes[0, 1], picture, token_map, destinations)
-    axes[0, 1].set_title(f"2. {removed} sources fall to the destination most alike")
+    axes[0, 1].set_title(f"2. {removed} sources are merged into their most similar destination")
 
     means = token_map.merge(torch.from_numpy(picture).float().view(1, side * side, 3))
     axes[0, 2].imshow(token_map.unmerge(means).view(side, side, 3).numpy().clip(0, 1))
@@ -89,9 +87,8 @@ def draw(path: Path) -> None:
         axis.imshow(weights.view(side, side).numpy(), vmin=0, vmax=highest, cmap="viridis")
         axis.plot(QUERY[1], QUERY[0], "+", color="red", markersize=12)
         elsewhere = float((weights - every).abs().sum()) / 2
-        axis.set_title(
-            title if weights is every else f"{title}: {elsewhere:.0%} of the weight elsewhere"
-        )
+        suffix = "" if weights is every else f": {elsewhere:.0%} of the weight elsewhere"
+        axis.set_title(f"{title}{suffix}")
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
@@ -102,52 +99,43 @@ def _draw_sources(
     side = picture.shape[0]
     axis.imshow(picture, alpha=0.6)
     slots = token_map.slots[0]
-    # Every fourth destination's sources: of all of them one would see nothing.
+    # Only every fourth destination's: all sources would hide each other.
     destination_of = {int(slots[one]): int(one) for one in destinations[::4]}
     for token, slot in enumerate(slots.tolist()):
         end = destination_of.get(slot, token)
         if end != token:
-            axis.plot(
-                [token % side, end % side],
-                [token // side, end // side],
-                color="black",
-                linewidth=0.4,
-            )
+            columns, rows = [token % side, end % side], [token // side, end // side]
+            axis.plot(columns, rows, color="black", linewidth=0.4)
     axis.plot(destinations % side, destinations // side, "s", color="red", markersize=3)
 
 
 def _layer_inputs() -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-    """The picture, [H, W, 3]; a layer's block input, [1, N, C]; one head's scaled queries and keys,
-    [1, N, d]."""
+    """Picture [H, W, 3], block input [1, N, C], one head's scaled queries and keys [1, N, d]."""
     model = TinyModel.load("emoji")
-    layer = next(
-        layer
-        for layer in reversed(find_layers(model.model.diffusion_model))
-        if layer.is_self_attention
-    )
+    layers = reversed(find_layers(model.model.diffusion_model))
+    layer = next(layer for layer in layers if layer.is_self_attention)
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        return lambda module, args, output=None: seen.__setitem__(
-            name, (args[0] if output is None else output)[-1:]
-        )
+    is_seeing = [False]
 
-    attention, handles = layer.block.attn1, []
+    def see(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Tensor | None = None) -> None:
+            if is_seeing[0]:
+                seen[name] = (args[0] if output is None else output)[-1:]
+
+        return hook
+
+    attention = layer.block.attn1
+    layer.block.register_forward_pre_hook(see("x"))
+    for name in ("to_q", "to_k"):
+        getattr(attention, name).register_forward_hook(see(name))
 
     def begin_step(step: int) -> None:
-        if step == AT_STEP:
-            handles.append(layer.block.register_forward_pre_hook(keep("x")))
-            handles.extend(
-                getattr(attention, name).register_forward_hook(keep(name))
-                for name in ("to_q", "to_k")
-            )
-        if step == AT_STEP + 1:
-            for handle in handles:
-                handle.remove()
+        is_seeing[0] = step == AT_STEP
 
     noise = torch.randn(1, *model.image_shape, generator=torch.Generator().manual_seed(SEED))
-    context, empty = (model.encode_prompts([prompt]) for prompt in (PROMPT, ""))
-    latent = SAMPLERS["PLMS"](model, noise, context, empty, SCALE, STEPS, begin_step)
+    guidance = Guidance(model.encode_prompts([PROMPT]), model.encode_prompts([""]), SCALE)
+    latent = SAMPLERS["PLMS"](model, noise, guidance, STEPS, begin_step)
     size = seen["to_q"].shape[-1] // attention.heads
     picture = model.to_rgb(latent)[0].permute(1, 2, 0).numpy()
     return picture, seen["x"], seen["to_q"][..., :size] * attention.scale, seen["to_k"][..., :size]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lab.bench.contenders import Contender, contenders
+from lab.bench.contenders import Contender, available
 from lab.bench.pictures import UNTRAINED, Pipeline
 from tomesd_core.settings import MergeSettings
 
@@ -19,7 +19,7 @@ TINY_STUDIO = Pipeline(UNTRAINED, steps=4, scale=3.0, attention="sdp", dtype="fl
 def one_contender(name: str, ratio: float, tokens: int = 256) -> Contender:
     """A contender that merges layers of any size."""
     settings = MergeSettings(schedule="constant", skip_unprofitable=False)
-    (contender,), _ = contenders([name], ratio, tokens, torch.float32, settings)
+    (contender,), _ = available([name], ratio, tokens, torch.float32, settings)
     return contender
 
 

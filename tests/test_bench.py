@@ -115,64 +115,39 @@ def test_speed_over_several_steps(bench: Callable, monkeypatch: pytest.MonkeyPat
     assert "bfloat16" in ours["versions"]
 
 
-def test_speed_of_presets(bench: Callable) -> None:
-    rows, _ = bench(
-        "speed", "--tiny", "--rounds", 1, "--presets", "Quality", "Fast", "--force", stem="presets"
-    )
-    names = [row["contender"] for row in rows]
-    assert names == [UNMERGED, "Quality", "Quality before", "Fast", "Fast before"]
-    # 0.75 and 0.5 of 256 tokens, and of 64 at level 2.
-    for part in ("7 of 7", "256 → 64 to 128 tokens", "64 → 16 to 32 tokens", "8 of 8 steps"):
-        assert part in rows[4]["merged"]
-
-
 def test_layer(bench: Callable) -> None:
     pytest.importorskip("tomesd")
     rows, _ = bench("layer", "--tiny", "--rounds", 1, "--ratios", 0.3, 0.75)
-    matchers_alone = [EXACT]
-    names = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM, QUERIES]
-    limits = [LIMIT_KEYS, LIMIT]
-    assert [(row["tokens"], row["ratio"], row["contender"]) for row in rows] == [
-        (tokens, ratio, name)
-        for tokens in ("64", "256")
-        for ratio in ("0.3", "0.75")
-        for name in [*names, *([TODO] if ratio == "0.75" else []), *limits]
-    ]
     assert set(layer.COLUMNS) <= set(rows[0])
-    for case in [(tokens, ratio) for tokens in ("64", "256") for ratio in ("0.3", "0.75")]:
-        by_name = {row["contender"]: row for row in rows if (row["tokens"], row["ratio"]) == case}
-        seconds = {name: float(row["layer"]) for name, row in by_name.items() if row["layer"]}
-        assert set(by_name) - set(seconds) == set(matchers_alone)
-        for name, row in by_name.items():
-            # Tiny layers don't pay, except by the rule of the method paper.
-            rule = "merge" if name == PAPER and row["tokens"] == "256" else "skip"
-            assert row["rule"] == (rule if name in (KEYS, TOKENS, PAPER) else "")
-            if name in seconds:
-                assert float(row["gain"]) == pytest.approx(seconds[UNMERGED] / seconds[name])
-            if name in LIMIT_OF:
-                assert float(row["over_limit"]) == pytest.approx(
-                    seconds[name] / seconds[LIMIT_OF[name]]
-                )
-            assert bool(row["weighting"]) == (name in (KEYS, TOKENS))
-            assert bool(row["merging"]) == (
-                name in (KEYS, TOKENS, PAPER, *matchers_alone, CORNER, RANDOM)
-            )
-            if row["merging"]:
-                parts = [float(row[part]) for part in ("match", "merge", "unmerge") if row[part]]
-                assert len(parts) == (2 if name == KEYS else 3)
-                assert float(row["merging"]) == pytest.approx(sum(parts))
-                corner = float(by_name[CORNER]["merging"])
-                assert float(row["over_tomesd_corner"]) == pytest.approx(
-                    float(row["merging"]) / corner
-                )
-            # A slope needs two sizes.
-            assert bool(row["growth"]) == (bool(row["merging"]) and row["tokens"] == "256")
-        assert float(by_name[KEYS]["weighting"]) == pytest.approx(
-            seconds[KEYS] / seconds[UNWEIGHTED]
-        )
-        assert float(by_name[TOKENS]["weighting"]) == pytest.approx(
-            seconds[TOKENS] / seconds[PAPER]
-        )
+    names = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, EXACT, CORNER, RANDOM, QUERIES]
+    cases = [(tokens, ratio) for tokens in ("64", "256") for ratio in ("0.3", "0.75")]
+    for case in cases:
+        some = {row["contender"]: row for row in rows if (row["tokens"], row["ratio"]) == case}
+        last = [TODO, LIMIT_KEYS, LIMIT] if case[1] == "0.75" else [LIMIT_KEYS, LIMIT]
+        assert list(some) == [*names, *last]
+        seconds = {name: float(row["layer"]) for name, row in some.items() if row["layer"]}
+        assert set(some) - set(seconds) == {EXACT}, "matched only"
+        # Tiny layers don't pay, except by the rule of the method paper.
+        rules = {name: row["rule"] for name, row in some.items() if row["rule"]}
+        paper = "merge" if case[0] == "256" else "skip"
+        assert rules == {KEYS: "skip", TOKENS: "skip", PAPER: paper}
+        for column, of, over in (
+            ("gain", dict.fromkeys(seconds, UNMERGED), lambda mine, other: other / mine),
+            ("over_limit", LIMIT_OF, lambda mine, other: mine / other),
+            ("weighting", {KEYS: UNWEIGHTED, TOKENS: PAPER}, lambda mine, other: mine / other),
+        ):
+            shown = {name: float(row[column]) for name, row in some.items() if row[column]}
+            expected = {name: over(seconds[name], seconds[of[name]]) for name in of if name in some}
+            assert shown == pytest.approx(expected)
+        corner = float(some[CORNER]["merging"])
+        for name in (KEYS, TOKENS, PAPER, EXACT, CORNER, RANDOM):
+            row = some.pop(name)
+            parts = [float(row[part]) for part in ("match", "merge", "unmerge") if row[part]]
+            assert len(parts) == (2 if name == KEYS else 3)
+            assert float(row["merging"]) == pytest.approx(sum(parts))
+            assert float(row["over_tomesd_corner"]) == pytest.approx(sum(parts) / corner)
+            assert bool(row["growth"]) == (case[0] == "256"), "a slope needs two sizes"
+        assert not any(row["merging"] or row["growth"] for row in some.values())
 
 
 def test_layers_are_timed_with_their_contender(

@@ -27,7 +27,7 @@ from lab.bench.contenders import (
     UNMERGED,
     UNWEIGHTED,
     Contender,
-    contenders,
+    available,
     matchers,
 )
 from lab.bench.peers import TOMA, merged_layers
@@ -170,7 +170,7 @@ def test_contenders_that_need_too_much_memory_are_skipped() -> None:
     some, notes = matchers(256, 0.5, torch.float32)
     assert [one.name for one in some] == [MATCHING, EXACT]
     assert any("GB" in note or "not installed" in note for note in notes)
-    able, _ = contenders(EVERYONE, 0.5, 256 * 256, torch.float32)
+    able, _ = available(EVERYONE, 0.5, 256 * 256, torch.float32)
     assert [one.name for one in able] == [
         name for name in EVERYONE if name not in (CORNER, RANDOM, QUERIES, TODO)
     ]

@@ -9,10 +9,10 @@ import torch
 from on_bench import TINY_STUDIO
 
 from lab.bench import contenders, equal_time
-from lab.bench.ablations import TABLES
+from lab.bench.ablations import TABLES, shipped_settings
 from lab.bench.contenders import FORMER, KEYS, PAPER, UNMERGED, UNWEIGHTED
 from lab.bench.peers import CORNER, QUERIES, TODO
-from lab.bench.variants import Row, shipped_settings
+from lab.bench.variants import Row
 from tomesd_core.settings import FIELDS
 
 pytest.importorskip("ldm")

@@ -10,7 +10,8 @@ pytest.importorskip("ldm")
 
 from lab.bench.models import attention
 from lab.demo.model import MODELS, WEIGHTS, TinyModel, split_words
-from lab.demo.train import REGIONS, Recipe
+from lab.demo.train import Recipe
+from lab.demo.training_pictures import REGIONS
 
 SMALL = {
     "image_size": 8,

@@ -9,7 +9,7 @@ from PIL import Image
 
 pytest.importorskip("ldm")
 
-from lab.demo import train
+from lab.demo import train, training_pictures
 from lab.demo.model import TinyModel
 
 SMALL = {
@@ -165,9 +165,9 @@ def test_crops_lie_in_their_boxes_at_several_scales_and_are_equal_in_each_size(
     Image.fromarray(photograph.numpy()).save(tmp_path / "ramp.png")
     boxes = ((0, 0, 100, 100), (104, 4, 196, 98))
     monkeypatch.setattr(
-        train, "REGIONS", (("ramp.png", "a ramp", boxes), ("ramp.png", "it", boxes[1:]))
+        training_pictures, "REGIONS", (("ramp.png", "a ramp", boxes), ("ramp.png", "it", boxes[1:]))
     )
-    crops = train.load_photographs(tmp_path, crops=20, sizes=(8, 16))
+    crops = training_pictures.load_photographs(tmp_path, crops=20, sizes=(8, 16))
     assert crops.captions == ["a ramp"] * 20 + ["it"] * 20 and crops.names == ["a ramp", "it"]
     small, large = crops.rgb
     assert small.shape == (40, 3, 8, 8) and large.shape == (40, 3, 16, 16)
@@ -180,29 +180,29 @@ def test_crops_lie_in_their_boxes_at_several_scales_and_are_equal_in_each_size(
         assert top <= crop[1].min() and crop[1].max() < bottom
     sides = (large[:, 0, 0, -1].int() - large[:, 0, 0, 0]).tolist()
     assert 40 < min(sides) < 55 < 80 < max(sides)
-    again = train.load_photographs(tmp_path, crops=20, sizes=(8, 16))
+    again = training_pictures.load_photographs(tmp_path, crops=20, sizes=(8, 16))
     assert all(torch.equal(one, other) for one, other in zip(crops.rgb, again.rgb, strict=True))
 
 
 def test_the_photographs_are_in_scikit_images_package():
     skimage = pytest.importorskip("skimage")
-    crops = train.load_photographs(crops=1)
+    crops = training_pictures.load_photographs(crops=1)
     assert [tuple(size.shape) for size in crops.rgb] == [
-        (len(train.REGIONS), 3, side, side) for side in (32, 64)
+        (len(training_pictures.REGIONS), 3, side, side) for side in (32, 64)
     ]
-    assert len(crops.names) == len(train.REGIONS)
+    assert len(crops.names) == len(training_pictures.REGIONS)
     # The boxes lie inside the photographs.
     folder = Path(skimage.__file__).parent / "data"
-    for file, caption, boxes in train.REGIONS:
+    for file, caption, boxes in training_pictures.REGIONS:
         width, height = Image.open(folder / file).size
         for left, top, right, bottom in boxes:
             assert 0 <= left < right <= width and 0 <= top < bottom <= height, caption
 
 
 def test_a_missing_scikit_image_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training_pictures.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="scikit-image"):
-        train.load_photographs()
+        training_pictures.load_photographs()
     with pytest.raises(SystemExit):
         train.main(["emoji", "--out", str(tmp_path)])
     assert "--data" in capsys.readouterr().err

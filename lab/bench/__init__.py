@@ -1,1 +1,1 @@
-"""Measures merging on this machine, beside the peers that are installed: `python -m lab.bench`."""
+"""Measures merging on this machine, next to the peers that are installed: `python -m lab.bench`."""

@@ -1,8 +1,8 @@
-"""The benchmark's command line. A subcommand is a module of this package, named in `SUBCOMMANDS`.
+"""Command line of the benchmark. Each of `SUBCOMMANDS` is a module of this package.
 
-Such a module has a docstring whose first line is its help, `add_arguments(parser)`, and
-`run(args)`, which raises `packages.MissingPackage`, `FileNotFoundError` and `ValueError` for what
-the person can mend; it may return a status.
+The first line of the module's docstring is its help. It has `add_arguments(parser)` and
+`run(args)`, which raises `MissingPackage`, `FileNotFoundError` or `ValueError` for errors that the
+user can fix, and may return an exit status.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ SUBCOMMANDS = ("speed", "layer", "estimate", "memory", "quality", "soak")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of every subcommand; `module` in what it returns is the subcommand's module."""
-    whole = argparse.ArgumentParser(
-        prog="python -m lab.bench", description=importlib.import_module(__package__).__doc__
-    )
+    """Parser of all subcommands; it sets `module` to the subcommand's module."""
+    package = importlib.import_module(__package__)
+    whole = argparse.ArgumentParser(prog="python -m lab.bench", description=package.__doc__)
     commands = whole.add_subparsers(required=True, metavar="|".join(SUBCOMMANDS))
     for name in SUBCOMMANDS:
         module = importlib.import_module(f"{__package__}.{name}")
@@ -39,8 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns its exit status: mostly 0, and 2 where something is missing or
-    can't be measured."""
+    """Run one subcommand and return its exit status: 2 if something is missing or unmeasurable."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parser().parse_args(arguments)
     args.command = shlex.join(["python", "-m", "lab.bench", *arguments])

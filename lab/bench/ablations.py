@@ -1,4 +1,4 @@
-"""The paper's tables, and those of our methods, as ways to merge that are held against each other."""
+"""Tables of `bench quality`: the paper's, and those of the extension's methods."""
 
 from __future__ import annotations
 
@@ -6,67 +6,58 @@ import dataclasses
 import itertools
 from typing import Any
 
+from tomesd_core.settings import MergeSettings
 from tomesd_core.webui.presets import BUILT_IN
 
 from .contenders import FORMER, KEYS, PAPER, TOKENS, UNMERGED, UNWEIGHTED
-from .peers import (
-    CA_TOME,
-    CORNER,
-    QUERIES,
-    RANDOM,
-    TODO,
-    TODO_FACTORS,
-    TOMA,
-)
+from .peers import CA_TOME, CORNER, QUERIES, RANDOM, TODO, TODO_FACTORS, TOMA
 from .samplers import SAMPLERS
-from .variants import WHOLE, Row, Table, Variant, at_ratio, beside, by_settings, ours, shipped
+from .variants import UNMERGED_ROW, Row, Table, Variant, against_first, at_ratio, base_variant
+
+
+def shipped_settings(**settings: Any) -> MergeSettings:
+    """Settings as shipped, but without the rule that skips layers as small as the tiny models'."""
+    return MergeSettings(**settings, skip_unprofitable=False)
 
 
 def _halved(title: str, reference: str, **rows: dict[str, Any]) -> Table:
-    """The paper's method at a mean ratio of 50 %; `rows` by name: what each has of its own."""
-    first = Row(reference, ours(**rows[reference]))
-    held = [
-        first if name == reference else Row(name, ours(**own), first) for name, own in rows.items()
+    """Table of the paper's method at a mean ratio of 50 %, by row the settings that differ."""
+    first = Row(reference, base_variant(**rows[reference]))
+    compared = [
+        first if name == reference else Row(name, base_variant(**settings), first)
+        for name, settings in rows.items()
     ]
-    return Table(title, [WHOLE, *held])
-
-
-def _change(schedule: str, early: float, late: float) -> dict[str, Any]:
-    return {"ratio": early, "late_ratio": late, "schedule": schedule}
+    return Table(title, [UNMERGED_ROW, *compared])
 
 
 def _what() -> list[Row]:
-    """Ratio by ratio the method keys, and what leaves as many pairs."""
-    rows = [WHOLE]
+    """At each ratio the method keys, and the methods that leave as many pairs."""
+    rows = [UNMERGED_ROW]
     for keys, tokens in EQUAL_PAIRS.items():
-        others = [
-            at_ratio(name, tokens) for name in (TOKENS, PAPER, CORNER, RANDOM) if tokens is not None
-        ]
-        others += [at_ratio(UNWEIGHTED, keys)] if others else []
-        others += [at_ratio(TODO, keys)] if keys in TODO_FACTORS else []
-        rows += beside(at_ratio(KEYS, keys), *others)
+        others = [] if tokens is None else [(name, tokens) for name in _QUERY_MERGING]
+        others += [(UNWEIGHTED, keys)] if others else []
+        others += [(TODO, keys)] if keys in TODO_FACTORS else []
+        rows += against_first(at_ratio(KEYS, keys), *(at_ratio(*other) for other in others))
     return rows
 
 
 def _draw() -> list[Row]:
-    rows = [WHOLE]
+    rows = [UNMERGED_ROW]
+    draws: dict[str, dict[str, Any]] = {
+        "kept": {"redraw": False},
+        "new in each step": {"redraw": True},
+        "corner": {"partition": "corner"},
+    }
     for method, ratio in ((KEYS, 0.75), (KEYS, 0.84), (TOKENS, 0.5)):
-        draws = {
-            "kept": {"redraw": False},
-            "new in each step": {"redraw": True},
-            "corner": {"partition": "corner"},
-        }
-        rows += beside(
-            *(
-                Row(f"{method} {ratio:g}, {name}", ours(method, ratio=ratio, **own))
-                for name, own in draws.items()
-            )
+        variants = {name: base_variant(method, ratio=ratio, **own) for name, own in draws.items()}
+        rows += against_first(
+            *(Row(f"{method} {ratio:g}, {name}", one) for name, one in variants.items())
         )
     return rows
 
 
 def _schedules() -> list[Row]:
-    """Ways to reach about one mean ratio, by method; the first of a method is constant."""
+    """Schedules of about one mean ratio, by method; the first is constant."""
     ways: dict[str, list[tuple[str, float, float]]] = {
         KEYS: [
             ("constant", 0.84, 0),
@@ -76,33 +67,27 @@ def _schedules() -> list[Row]:
         ],
         TOKENS: [("constant", 0.6, 0), ("linear", 0.7, 0.5), ("linear", 0.5, 0.7)],
     }
-    rows = [WHOLE]
+    rows = [UNMERGED_ROW]
     for method, schedules in ways.items():
         named = []
         for schedule, early, late in schedules:
             name = f"{method}, {schedule} {early:g}" + (f" to {late:g}" if late else "")
-            named.append(
-                Row(name, by_settings(shipped(method=method, **_change(schedule, early, late))))
-            )
-        rows += beside(*named)
+            ratios = {"schedule": schedule, "ratio": early, "late_ratio": late}
+            settings = shipped_settings(method=method, **ratios)
+            named.append(Row(name, Variant.of(settings)))
+        rows += against_first(*named)
     return rows
 
 
 def _cells() -> list[Row]:
-    """Smaller cells and larger ones, at ratios that both allow."""
-    rows = [WHOLE]
+    """Smaller and larger cells, at ratios that both allow."""
+    rows = [UNMERGED_ROW]
     for method, ratios in ((KEYS, (0.5, 0.6, 0.75, 0.84, 0.9375)), (TOKENS, (0.5, 0.6, 0.75))):
         for ratio in ratios:
-            cells = (2, 4) if ratio <= 0.75 else (4, 8)
-            rows += beside(
-                *(
-                    Row(
-                        f"{method} {ratio:g}, {side}×{side}",
-                        ours(method, ratio=ratio, stride=(side, side)),
-                    )
-                    for side in cells
-                )
-            )
+            sides = (2, 4) if ratio <= 0.75 else (4, 8)
+            variants = [base_variant(method, ratio=ratio, stride=(side, side)) for side in sides]
+            names = [f"{method} {ratio:g}, {side}×{side}" for side in sides]
+            rows += against_first(*map(Row, names, variants))
     return rows
 
 
@@ -110,80 +95,59 @@ def _few_steps() -> list[Row]:
     rows = []
     for steps in (4, 8, 20, 50):
         rows.append(Row(UNMERGED, Variant(UNMERGED, steps=steps)))
-        ways = {every: ours(KEYS, ratio=0.84, reuse_steps=every) for every in (1, 2, 4)}
-        rows += beside(
-            *(
-                Row(f"kept for {every}", dataclasses.replace(way, steps=steps))
-                for every, way in ways.items()
-            )
-        )
+        kept = []
+        for every in (1, 2, 4):
+            variant = base_variant(KEYS, ratio=0.84, reuse_steps=every)
+            kept.append(Row(f"kept for {every}", dataclasses.replace(variant, steps=steps)))
+        rows += against_first(*kept)
     return rows
 
 
 def _samplers() -> list[Row]:
-    """Few steps of three samplers, each held against twenty: how near merged pictures are to their
-    unmerged twins."""
+    """Few steps of three samplers, compared to twenty by their distance to their own twins."""
     rows = []
     for sampler, ratio in itertools.product(SAMPLERS, (0.6, 0.84)):
-        name = f"{sampler}, {KEYS} {ratio:g}"
-        ways = [
-            (name, 20, 1),
-            (name, 8, 1),
-            (name, 4, 1),
-            (f"{name}, more kept", 8, 20),
-            (f"{name}, more kept", 4, 20),
-        ]
-        rows += beside(
-            *(
-                Row(
-                    name,
-                    dataclasses.replace(
-                        ours(KEYS, ratio=ratio, full_steps=full), steps=steps, sampler=sampler
-                    ),
-                )
-                for name, steps, full in ways
-            )
-        )
+        own = []
+        for steps, full_steps in ((20, 1), (8, 1), (4, 1), (8, 20), (4, 20)):
+            name = f"{sampler}, {KEYS} {ratio:g}" + (", more kept" if full_steps > 1 else "")
+            variant = base_variant(KEYS, ratio=ratio, full_steps=full_steps)
+            own.append(Row(name, dataclasses.replace(variant, steps=steps, sampler=sampler)))
+        rows += against_first(*own)
     return rows
 
 
 def _peers() -> list[Row]:
-    rows = [WHOLE]
-    for name, ratios in PEER_RATIOS.items():
-        rows += [at_ratio(name, ratio) for ratio in ratios]
-    return rows
+    every = [(name, ratio) for name, ratios in PEER_RATIOS.items() for ratio in ratios]
+    return [UNMERGED_ROW, *(at_ratio(*one) for one in every)]
 
 
 def _pictures() -> list[Row]:
-    """The presets that ship, and `tomesd` where its layer is about as fast as that of *Quality* and
-    of *Balanced*."""
+    """Presets, and `tomesd` where its layer is about as fast as *Quality*'s and *Balanced*'s."""
     presets = [
-        Row(name, by_settings(shipped(**BUILT_IN[name][0])))
+        Row(name, Variant.of(shipped_settings(**BUILT_IN[name][0])))
         for name in ("Quality", "Balanced", "Fast")
     ]
-    return [WHOLE, *presets, at_ratio(CORNER, 0.35), at_ratio(CORNER, 0.65)]
+    return [UNMERGED_ROW, *presets, at_ratio(CORNER, 0.35), at_ratio(CORNER, 0.65)]
 
 
 def _presets() -> list[Row]:
-    """The shipped presets beside what they were; here what is measured is what people get."""
-    rows = [WHOLE]
+    """The presets as shipped, and as they were in version 0.1.0."""
+    rows = [UNMERGED_ROW]
     for name, (values, _) in BUILT_IN.items():
-        now = shipped(**values)
+        now, before = shipped_settings(**values), FORMER.get(name)
         if now.apply_to != "both passes":
             continue
-        before = Row(f"{name}, before", by_settings(FORMER[name]))
-        # What did not change is there once.
-        rows += (
-            [Row(name, before.variant)]
-            if now == FORMER[name]
-            else beside(before, Row(name, by_settings(now)))
-        )
+        if now == before:
+            rows.append(Row(name, Variant.of(now)))
+        else:
+            former = Row(f"{name}, before", Variant.of(FORMER[name]))
+            rows += against_first(former, Row(name, Variant.of(now)))
     return rows
 
 
+_QUERY_MERGING = (TOKENS, PAPER, CORNER, RANDOM)
 EQUAL_PAIRS = {0.4375: 0.25, 0.75: 0.5, 0.84: 0.6, 0.9375: None}
-"""By ratio of the method keys, that at which what merges queries too leaves as many pairs; None:
-not measured."""
+"""By ratio of keys: the ratio of `_QUERY_MERGING` that leaves as many pairs; None: not measured."""
 
 PEER_RATIOS: dict[str, tuple[float, ...]] = {
     KEYS: (0.4375, 0.6, 0.75, 0.84, 0.9375),
@@ -193,57 +157,40 @@ PEER_RATIOS: dict[str, tuple[float, ...]] = {
     CA_TOME: (0.95, 0.9, 0.7),
     TOMA: (0.25, 0.5, 0.75),
 }
-"""By contender its ratios, and CA-ToMe's thresholds: 0.7 is the published one."""
+"""Ratios by contender, and CA-ToMe's thresholds, of which 0.7 is the published one."""
+
+_PARTITIONS: dict[str, dict[str, Any]] = {
+    "alternating": {"partition": "alternating"},
+    "corner 2x2": {"partition": "corner"},
+    "uniform": {"partition": "uniform"},
+    "uniform, own draws": {"partition": "uniform", "shared_draw": False},
+    "random 2x2": {},
+    "random 2x2, own draws": {"shared_draw": False},
+}
+_DEFAULTS = against_first(
+    Row("before", Variant.of(FORMER["Balanced"])),
+    Row("shipped", Variant.of(shipped_settings())),
+)
 
 TABLES = {
     "what": Table(
-        "What: which tokens are merged, at equally many pairs (paper, table 3a)",
-        _what(),
-        over="pairs",
+        "What: which tokens are merged, at equally many pairs (paper, table 3a)", _what(), "pairs"
     ),
     "draw": Table("Draw: how often destinations are drawn, with a matching in every step", _draw()),
-    "schedules": Table("Schedules: early and late ratios of our methods at one mean", _schedules()),
+    "schedules": Table("Schedules: early and late ratios by method at one mean", _schedules()),
     "cells": Table("Cells: the size of a cell with one destination", _cells()),
-    "steps": Table(
-        "Steps: for how many steps a matching is kept, keys at 0.84", _few_steps(), over="steps"
-    ),
-    "samplers": Table("Samplers: few steps beside many", _samplers(), over="steps"),
+    "steps": Table("Steps: number of steps per matching, keys at 0.84", _few_steps(), "steps"),
+    "samplers": Table("Samplers: few steps and many", _samplers(), "steps"),
     "partition": _halved(
-        "Partition: how destinations are chosen (paper, table 2)",
-        "random 2x2",
-        **{
-            "alternating": {"partition": "alternating"},
-            "corner 2x2": {"partition": "corner"},
-            "uniform": {"partition": "uniform"},
-            "uniform, own draws": {"partition": "uniform", "shared_draw": False},
-            "random 2x2": {},
-            "random 2x2, own draws": {"shared_draw": False},
-        },
-    ),
-    "when": _halved(
-        "When: early and late steps at one mean ratio (paper, table 3c)",
-        "constant 50 %",
-        **{
-            "constant 50 %": {},
-            **{
-                f"{schedule} {early} to {late} %": _change(schedule, early / 100, late / 100)
-                for schedule in ("linear", "step")
-                for early, late in ((60, 40), (40, 60), (75, 25), (25, 75))
-            },
-        },
+        "Partition: choice of destinations (paper, table 2)", "random 2x2", **_PARTITIONS
     ),
     "window": _halved(
-        "Window: the side, in tokens, of what a destination is looked for in",
+        "Window: side of the window, in tokens, that a destination is searched in",
         "whole image",
-        **{"whole image": {}, "16": {"window": 16}, "8": {"window": 8}, "4": {"window": 4}},
-    ),
-    "reuse": _halved(
-        "Reuse: for how many steps a matching is kept, and the draw with it",
-        "1",
-        **{"1": {}, "2": {"reuse_steps": 2}, "4": {"reuse_steps": 4}, "8": {"reuse_steps": 8}},
+        **{"whole image": {}, **{str(side): {"window": side} for side in (16, 8, 4)}},
     ),
     "where": _halved(
-        "Where: the levels that merge, by their least tokens (paper, table 3b)",
+        "Where: levels that merge (paper, table 3b)",
         "level 1",
         **{
             "level 1": {},
@@ -251,21 +198,11 @@ TABLES = {
             "levels 1, 2, 4": {"max_downsample": 4},
         },
     ),
-    "peers": Table("Peers: keys beside the methods of others", _peers(), over="pairs"),
-    "defaults": Table(
-        "Defaults: as shipped, and as they were",
-        [
-            WHOLE,
-            *beside(
-                Row("before", by_settings(FORMER["Balanced"])),
-                Row("shipped", by_settings(shipped())),
-            ),
-        ],
-    ),
+    "peers": Table("Peers: keys and the methods of others", _peers(), "pairs"),
+    "defaults": Table("Defaults: as shipped, and as they were", [UNMERGED_ROW, *_DEFAULTS]),
     "pictures": Table("Pictures: presets, and tomesd about as fast as the first two", _pictures()),
     "presets": Table(
-        "Presets: the built-in ones that a picture of one pass tells apart, and as they were",
-        _presets(),
+        "Presets: built-in ones that differ in a picture of one pass, and as they were", _presets()
     ),
 }
-"""By name; those that set a default come first, `presets` after the tables that set its rows."""
+"""By name, in the order in which they run."""

@@ -1,5 +1,4 @@
-"""What is measured beside each other: a way to put it on a UNet and to take it off again, and its
-matching alone."""
+"""The contenders: each attached to a UNet, and their matching alone."""
 
 from __future__ import annotations
 
@@ -20,57 +19,38 @@ from tomesd_core.partition import make_partition
 from tomesd_core.plan import tokens_removed
 from tomesd_core.settings import METHODS, MergeSettings
 
+from . import peers
 from .packages import INSTALL, MissingPackage, require
-from .peers import (
-    CA_TOME,
-    CORNER,
-    PUT_ON,
-    QUERIES,
-    RANDOM,
-    TODO,
-    TODO_FACTORS,
-    TOMESD_MOST,
-    Apply,
-    OnUnet,
-    Running,
-    attending_to,
-    match_tomesd,
-    merged_layers,
-)
+from .peers import CORNER, QUERIES, RANDOM, TODO, TODO_FACTORS, Apply, Attached, Attachment
 
 UNMERGED = "unmerged"
 KEYS, TOKENS, PAPER = METHODS
 UNWEIGHTED = "keys unweighted"
 LIMIT_KEYS, LIMIT = "limit keys", "limit"
 
-OURS = "ours"
-"""The matching of all our methods."""
-EXACT = f"{OURS}, exact"
-"""It without a lower precision for the similarities: what that brings."""
+MATCHING = "matching"
+"""The matching that all of the extension's methods share."""
+EXACT = f"{MATCHING}, exact"
+"""The same with similarities in full precision."""
 
 LIMIT_OF = {
     **dict.fromkeys((KEYS, UNWEIGHTED, TODO), LIMIT_KEYS),
     **dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM), LIMIT),
 }
-"""By contender: what none that merges as it does can beat."""
+"""By contender: the limit of every method that merges the same way."""
 
 PEERS = {"over_tomesd_corner": CORNER, "over_tomesd_random": RANDOM}
-MATCHING_OVER_PEERS = {
-    column: dict.fromkeys((OURS, EXACT, *METHODS, CORNER, RANDOM), peer)
-    for column, peer in PEERS.items()
-}
+_MATCHERS = (MATCHING, EXACT, *METHODS, CORNER, RANDOM)
+MATCHING_OVER_PEERS = {name: dict.fromkeys(_MATCHERS, peer) for name, peer in PEERS.items()}
 OVER_OTHERS = {
-    # At one ratio these leave as many pairs of queries and keys as the peers; keys leaves more.
-    **{
-        column: dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM), peer)
-        for column, peer in PEERS.items()
-    },
+    # At one ratio these leave as many query-key pairs as the peers; keys leaves more.
+    **{name: dict.fromkeys((TOKENS, PAPER, CORNER, RANDOM), peer) for name, peer in PEERS.items()},
     "over_limit": LIMIT_OF,
 }
-"""Columns that hold a contender's measure over that of another: by contender, whose."""
+"""By column and contender: the contender that it is divided by."""
 
 PEER_BYTES = 4e9
-"""Where `tomesd`'s similarities alone would take more than this, it is left out."""
+"""`tomesd` is skipped if its similarities alone take more than this."""
 
 BASE: dict[str, Any] = {
     "ratio": 0.5,
@@ -89,11 +69,10 @@ BASE: dict[str, Any] = {
     "shared_draw": True,
     "redraw": None,
 }
-"""What a table's row does not say otherwise: the paper's method, over the whole image.
+"""Settings of a table's row that names no others: the paper's method, over the whole image.
 
-Spelled out, never taken from the defaults: these are set from the tables, and must not move them.
-In layers as small as the tiny model's merging hardly pays, and is seen all the same
-(`skip_unprofitable`).
+They repeat the defaults, which are set from the tables and must not move them. The tiny models'
+layers are too small for merging to pay, so `skip_unprofitable` is off.
 """
 
 _FORMER_SETTINGS = BASE | {"late_ratio": 0.4, "schedule": "linear", "reuse_steps": 4, "window": 32}
@@ -106,8 +85,7 @@ FORMER = {
         "Paper (60 %)": {"ratio": 0.6, "late_ratio": 0.6, "schedule": "constant", "reuse_steps": 1},
     }.items()
 }
-"""The presets of version 0.1.0, whose names the shipped ones still have. `Balanced` was the
-default."""
+"""Presets of version 0.1.0 under their current names; `Balanced` was the default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +93,7 @@ class Contender:
     """One way to run a UNet."""
 
     name: str
-    put_on: Callable[[nn.Module], OnUnet]
+    attach: Callable[[nn.Module], Attachment]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,64 +102,53 @@ class Matcher:
 
     name: str
     match: Callable[[Tensor, tuple[int, int], float, int], tuple[Apply, Apply]]
-    """(x [B, N, C], grid (rows, columns), ratio, step) to merge [B, N, C] to [B, M, C], and
-    unmerge, its reverse."""
+    """(x [B, N, C], grid, ratio, step) to merge, [B, N, C] to [B, M, C], and unmerge."""
 
 
-def contenders(
+def available(
     names: Sequence[str],
     ratio: float,
     tokens: int,
     dtype: torch.dtype,
     settings: MergeSettings | None = None,
 ) -> tuple[list[Contender], list[str]]:
-    """Those of `names` that can remove `ratio` of the `tokens` of a UNet's finest layers, at batch
-    2; notes on others.
+    """Contenders that can remove `ratio` of a UNet's finest tokens; notes on the others.
 
-    Ours merge by `settings`, but for the method and the ratio.
+    The extension's methods merge by `settings`, except for the method and the ratio.
     """
-    contenders, notes = [], []
-    for name in names:
-        note = why_left_out(name, ratio, tokens, dtype)
-        if note is None:
-            contenders.append(
-                Contender(
-                    name, functools.partial(put_on, name=name, ratio=ratio, settings=settings)
-                )
-            )
-        else:
-            notes.append(note)
-    return contenders, notes
+    reasons = {name: reason_skipped(name, ratio, tokens, dtype) for name in names}
+    call = functools.partial(attach, ratio=ratio, settings=settings)
+    able = [
+        Contender(name, functools.partial(call, name=name))
+        for name in names
+        if reasons[name] is None
+    ]
+    return able, [reason for reason in reasons.values() if reason is not None]
 
 
-def why_left_out(name: str, ratio: float, tokens: int, dtype: torch.dtype) -> str | None:
-    """Why a contender can't remove this ratio of so many tokens; None where it can."""
+def reason_skipped(name: str, ratio: float, tokens: int, dtype: torch.dtype) -> str | None:
+    """Reason to skip a contender at this ratio and number of tokens; None to run it."""
     if name == TODO and ratio not in TODO_FACTORS:
-        return f"{TODO} is left out but at the ratios {' and '.join(map(str, TODO_FACTORS))}, the only ones that it has"
-    if name == CA_TOME and importlib.util.find_spec("ca_tome") is None:
-        return f"{CA_TOME} is left out, since it is not installed: {INSTALL['ca_tome']}"
+        return f"{TODO} is skipped: its ratios are {' and '.join(map(str, TODO_FACTORS))} only"
+    if name == peers.CA_TOME and importlib.util.find_spec("ca_tome") is None:
+        return f"{peers.CA_TOME} is skipped, since it is not installed: {INSTALL['ca_tome']}"
     if name not in (CORNER, RANDOM, QUERIES):
         return None
     try:
         require("tomesd")
     except MissingPackage:
-        return f"tomesd is left out, since it is not installed: {INSTALL['tomesd']}"
-    # Similarities of every src (three quarters) and every dst (the rest), at batch 2.
+        return f"tomesd is skipped, since it is not installed: {INSTALL['tomesd']}"
+    # Similarities of every src (three quarters) and every dst (one quarter), at batch 2.
     needed = 2 * (tokens - tokens // 4) * (tokens // 4) * torch.finfo(dtype).bits // 8
     if needed > PEER_BYTES:
-        return (
-            f"tomesd is left out at {tokens} tokens: its similarities alone take {needed / 1e9:.1f} GB, "
-            f"above {PEER_BYTES / 1e9:.0f} GB"
-        )
-    return (
-        f"tomesd is left out above its highest ratio, {TOMESD_MOST}"
-        if ratio > TOMESD_MOST
-        else None
-    )
+        return f"tomesd is skipped at {tokens} tokens: its similarities take {needed / 1e9:.1f} GB"
+    if ratio > peers.TOMESD_MOST:
+        return f"tomesd is skipped above its highest ratio, {peers.TOMESD_MOST}"
+    return None
 
 
 def peer_versions() -> str:
-    """The peers' packages that are installed, for people."""
+    """Versions of the peers' installed packages."""
     versions = []
     for package in ("tomesd", "ca-tome"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -190,106 +157,80 @@ def peer_versions() -> str:
 
 
 def matchers(side: int, ratio: float, dtype: torch.dtype) -> tuple[list[Matcher], list[str]]:
-    """What can match a grid of `side`×`side` tokens at batch 2, and notes on what is left out."""
-    every_matcher = [
-        Matcher(name, functools.partial(_match_ours, exact=name == EXACT)) for name in (OURS, EXACT)
-    ]
-    notes = []
-    for name in (CORNER, RANDOM):
-        note = why_left_out(name, ratio, side * side, dtype)
-        if note is None:
-            every_matcher.append(
-                Matcher(name, functools.partial(match_tomesd, use_rand=name == RANDOM))
-            )
-        else:
-            notes.append(note)
-    return every_matcher, notes
+    """Matchers of a grid of `side`×`side` tokens at batch 2, and notes on skipped ones."""
+    calls: dict[str, Any] = {
+        MATCHING: functools.partial(_match, exact=False),
+        EXACT: functools.partial(_match, exact=True),
+        CORNER: functools.partial(peers.match_tomesd, use_rand=False),
+        RANDOM: functools.partial(peers.match_tomesd, use_rand=True),
+    }
+    reasons = {name: reason_skipped(name, ratio, side * side, dtype) for name in calls}
+    able = [Matcher(name, call) for name, call in calls.items() if reasons[name] is None]
+    return able, [reason for reason in reasons.values() if reason is not None]
 
 
-def put_on(
+def attach(
     unet: nn.Module, name: str, ratio: float, settings: MergeSettings | None = None
-) -> OnUnet:
-    """Puts a contender on a UNet, to remove `ratio` of the tokens.
+) -> Attachment:
+    """Attach a contender to a UNet, to remove `ratio` of the tokens.
 
-    Ours merge by `settings`, but for the method and the ratio.
+    The extension's methods merge by `settings`, except for the method and the ratio.
     """
     if name not in (*METHODS, UNWEIGHTED):
         return _OTHERS[name](unet, ratio)
     method = KEYS if name == UNWEIGHTED else name
-    settings = dataclasses.replace(
-        settings or MergeSettings(full_steps=1), method=method, ratio=ratio
-    )
-    return merging(unet, Unweighted(**vars(settings)) if name == UNWEIGHTED else settings)
+    base = settings or MergeSettings(full_steps=1)
+    settings = dataclasses.replace(base, method=method, ratio=ratio)
+    return attach_merging(unet, Unweighted(**vars(settings)) if name == UNWEIGHTED else settings)
 
 
 @contextlib.contextmanager
-def merging(unet: nn.Module, settings: MergeSettings) -> Iterator[Running]:
-    """Ours, as the settings say."""
+def attach_merging(unet: nn.Module, settings: MergeSettings) -> Iterator[Attached]:
+    """Attach the extension's merging."""
     with hooks.attach(unet, settings) as attached:
-        yield Running(attached.set_step, lambda: attached.report().summary)
+        yield Attached(attached.set_step, lambda: attached.report().summary)
 
 
 class Unweighted(MergeSettings):
-    """The method keys with each merged key counted once: what proportional attention brings, and
-    what it takes."""
+    """The method keys with every merged key weighted 1, to measure proportional attention."""
 
     weights_keys = False
 
 
 def _first_tokens(y: Tensor, ratio: float) -> Tensor:
-    """[B, M, C] of [B, N, C]: so many of the first rows in memory, taken as a view.
+    """View the first rows in memory of [B, N, C] as [B, M, C].
 
-    Not y[:, :M], which is not contiguous: each of the projections would copy it. The number of
-    tokens is rounded as ours is: over an odd length attention is slower, and this would not be the
-    limit.
+    Unlike y[:, :M] the view is contiguous, so no projection copies it. M is rounded as in merging:
+    attention over an odd length is slower.
     """
     items, tokens, channels = y.shape
     count = tokens - tokens_removed(tokens, ratio, rounded=True)
     return y.view(-1, channels)[: items * count].view(items, count, channels)
 
 
-@contextlib.contextmanager
-def _limit(unet: nn.Module, ratio: float) -> Iterator[Running]:
-    """Attention over N(1-r) tokens, at no other cost: what no merging of queries, keys and values
-    can beat.
+def _limit(y: Tensor, grid: peers.Grid, ratio: float) -> tuple[Tensor, Tensor, Apply]:
+    """Attention over N(1-r) tokens at no other cost: a bound on merging queries, keys and values.
 
-    Each token's output is a view of the first row of what comes out. So nothing is computed or
-    copied besides the attention itself, and nothing is allocated: the two hooks are a few µs of
-    Python. The picture is nonsense; its time is not.
+    Each token's output is a view of the first row of the result, so nothing else is computed,
+    copied or allocated. The picture is nonsense; its time is not.
     """
-    whole: dict[nn.Module, int] = {}
-
-    def fewer(
-        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
-    ) -> tuple[object, object]:
-        y, *others = args
-        whole[module] = y.shape[1]
-        return (_first_tokens(y, ratio), *others), kwargs
-
-    def widened(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output[:, :1].expand(-1, whole[module], -1)
-
-    with contextlib.ExitStack() as handles:
-        for layer in merged_layers(unet) if ratio else []:
-            attn1 = layer.block.attn1
-            handles.callback(attn1.register_forward_pre_hook(fewer, with_kwargs=True).remove)
-            handles.callback(attn1.register_forward_hook(widened).remove)
-        yield Running()
+    fewer = _first_tokens(y, ratio)
+    return fewer, fewer, lambda output: output[:, :1].expand(-1, y.shape[1], -1)
 
 
-_OTHERS: dict[str, Callable[[nn.Module, float], OnUnet]] = {
-    **PUT_ON,
-    UNMERGED: lambda unet, ratio: contextlib.nullcontext(Running()),
-    # Keys and values that cost nothing: what no choice or merging of them can beat.
+_OTHERS: dict[str, Callable[[nn.Module, float], Attachment]] = {
+    **peers.ATTACH_PEER,
+    UNMERGED: lambda unet, ratio: contextlib.nullcontext(Attached()),
+    # Keys and values at no cost: a bound on merging keys and values.
     LIMIT_KEYS: functools.partial(
-        attending_to, choose=lambda y, grid, ratio: _first_tokens(y, ratio)
+        peers.attending_to, choose=lambda y, grid, ratio: _first_tokens(y, ratio)
     ),
-    LIMIT: _limit,
+    LIMIT: functools.partial(peers.around_attention, wrap=_limit),
 }
-"""By name, the contenders that are not ours."""
+"""By name: the contenders that are not the extension's."""
 
 
-def _match_ours(
+def _match(
     x: Tensor, grid: tuple[int, int], ratio: float, step: int, exact: bool
 ) -> tuple[Apply, Apply]:
     settings = MergeSettings(ratio=ratio, schedule="constant")

@@ -1,8 +1,8 @@
-"""How fast a variant is by what `bench layer` or `bench speed` measured, and `tomesd` beside keys
-at equal time."""
+"""Speed-ups measured by `bench layer` or `bench speed`, and tables at equal time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,16 +10,15 @@ import numpy as np
 from .ablations import PEER_RATIOS
 from .contenders import KEYS, LIMIT, UNMERGED
 from .peers import CA_TOME, CA_TOME_MATCHES, CA_TOME_STEPS, CORNER, TOMA, TOMESD_MOST
-from .variants import WHOLE, Gains, Table, Variant, at_ratio, beside
+from .variants import UNMERGED_ROW, Gains, Table, Variant, against_first, at_ratio
 
 
 def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
-    """How many times faster than unmerged a contender is at its ratio; None where that wasn't
-    measured.
+    """Speed-up of a contender at its ratio; None if that wasn't measured.
 
-    Nor is it known of a variant with settings of its own, a schedule or other levels. By their
-    share of `pairs`, CA-ToMe is taken to be as fast as `tomesd` in the steps in which it matches,
-    and as the limit in the others; ToMA is always taken to be as fast as the limit.
+    Variants with settings of their own, such as a schedule, have none. By their fraction of
+    `pairs`, CA-ToMe is taken to be as fast as `tomesd` in the steps in which it matches and as the
+    limit in the others, and ToMA as fast as the limit.
     """
     contender, ratio = variant.contender, variant.ratio
     if contender in (CA_TOME, TOMA):
@@ -36,22 +35,17 @@ def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
 
 
 def at_equal_time(what: str, gains: Gains) -> Table:
-    """`tomesd`'s corner at each of its ratios beside the method keys at the ratio that takes no
-    longer.
+    """`tomesd`'s corner against keys at the lowest whole percent that takes no longer.
 
-    Of keys it is the lowest such ratio, in whole percents. A ratio of `tomesd`'s is left out where
-    there is none, and outside of what was measured. Corner, since `tomesd`'s random destinations
-    lie no nearer (`what`).
+    Ratios outside of what was measured, or faster than keys was measured, are skipped.
     """
-    rows = [WHOLE]
+    rows = [UNMERGED_ROW]
     keys, corner = gains.get(KEYS, {}), gains.get(CORNER, {})
     percents = [percent for percent in range(1, 100) if _is_measured(keys, percent / 100)]
     for ratio in PEER_RATIOS[CORNER]:
-        if not _is_measured(corner, ratio):
-            continue
-        needed = _between(corner, ratio)
+        needed = _between(corner, ratio) if _is_measured(corner, ratio) else math.inf
         if fast := [percent for percent in percents if _between(keys, percent / 100) >= needed]:
-            rows += beside(at_ratio(KEYS, fast[0] / 100), at_ratio(CORNER, ratio))
+            rows += against_first(at_ratio(KEYS, fast[0] / 100), at_ratio(CORNER, ratio))
     return Table(f"Time: keys and tomesd at equal time, {what}", rows, over="ratio", gains=gains)
 
 
@@ -60,5 +54,5 @@ def _is_measured(points: Mapping[float, float], x: float) -> bool:
 
 
 def _between(points: Mapping[float, float], x: float) -> float:
-    """What the line through `points`, y by x, is at `x`, which lies between them."""
+    """Interpolate y by x linearly at `x`, which lies between the points."""
     return float(np.interp(x, sorted(points), [points[at] for at in sorted(points)]))

@@ -1,7 +1,7 @@
-"""Estimates what a self-attention layer, or a whole guided step, asks of a GPU, without one: by
-`roofline`.
+"""Estimate what a self-attention layer, or a whole guided step, costs on a GPU, without one.
 
-Launches, waits, bytes, memory, and how many times faster than unmerged. Every time is an estimate.
+Reports launches, waits, bytes, memory, and times faster than unmerged; with --sizes, of whole steps
+of square pictures. Every time is an estimate by the roofline model of `roofline`.
 """
 
 from __future__ import annotations
@@ -24,35 +24,25 @@ from tomesd_core.proportional import Heads, padded_size
 from tomesd_core.settings import MergeSettings
 
 from . import output
-from .contenders import (
-    CORNER,
-    KEYS,
-    PAPER,
-    TODO,
-    TODO_FACTORS,
-    TOKENS,
-    TOMESD_MOST,
-    UNMERGED,
-    match_tomesd,
-    put_on,
-)
+from .contenders import KEYS, PAPER, TOKENS, UNMERGED, attach
 from .models import CONTEXT_TOKENS, LATENT_FACTOR, SD1, SD2, SDXL, OneLayer, attention, make_unet
-from .options import add_shared, fill_in, merge_ratio, picture_size, whole_number
+from .options import SHARED, add_options, fill_in
+from .peers import CORNER, TODO, TODO_FACTORS, TOMESD_MOST, match_tomesd
 from .roofline import CARDS, FUSED, Recorder
 
 USUAL = {"tokens": [64, 128], "ratios": [0.5, 0.75, 0.84, 0.9375], "attention": "sdp"}
 QUICK = {"tokens": [64], "ratios": [0.75]}
-TINY: dict[str, Any] = {}
 STEPS = 3
-"""The last of them is what is counted: by then constants are kept."""
+"""Only the last step is recorded: constants are cached by then."""
 
 MODELS: Mapping[str, dict[str, Any]] = {"sd15": SD1, "sd2": SD2, "sdxl": SDXL}
 SHAPES = {"sd15": (320, 8), "sd2": (320, 5), "sdxl": (640, 10)}
 """Channels and heads of the finest self-attention layers."""
 
 SOURCES = (
-    "rates: bandwidths and peaks of the makers' data sheets, of peaks what such matrices reach in published "
-    "measurements; attention as published for FlashAttention 2; launches by ATen's sources, 2.5 µs each"
+    "rates: bandwidths and peaks from data sheets, peaks reduced to what such matrices reach in "
+    "published measurements; attention as published for FlashAttention 2; launches from ATen's "
+    "sources, 2.5 µs each"
 )
 
 Shape = tuple[int, int]
@@ -67,10 +57,9 @@ def record(
     autocast: bool = False,
     **settings: Any,
 ) -> Recorder:
-    """One call of a layer of `side`×`side` tokens with a contender on it, batch 2, once its
-    constants are kept.
+    """Record a call of a layer of `side`×`side` tokens with a contender, batch 2, in steady state.
 
-    `shape` is channels and heads, `settings` are ours.
+    `shape` is (channels, heads); `settings` are the extension's.
     """
     channels, heads = shape
     with torch.device("meta"):
@@ -78,15 +67,15 @@ def record(
         image = torch.empty(2, side, side, channels, dtype=dtype).permute(0, 3, 1, 2)
 
     with _as_cuda(dtype, autocast), attention(layer, "sdp"):
-        if name == CORNER:  # It patches transformer blocks, of which this is none.
-            with Recorder() as recorder:
-                x = image.permute(0, 2, 3, 1).flatten(1, 2)
-                merge, unmerge = match_tomesd(x, (side, side), ratio, step=0, use_rand=False)
-                unmerge(layer.block.attn1(merge(layer.block.norm1(x))))
-            return recorder
-        return _recorded(
-            layer, name, ratio, {"skip_unprofitable": False, **settings}, lambda: layer(image)
-        )
+        if name != CORNER:
+            settings = {"skip_unprofitable": False, **settings}
+            return _record(layer, name, ratio, settings, lambda: layer(image))
+        # tomesd patches transformer blocks, which this layer isn't.
+        with Recorder() as recorder:
+            x = image.permute(0, 2, 3, 1).flatten(1, 2)
+            merge, unmerge = match_tomesd(x, (side, side), ratio, step=0, use_rand=False)
+            unmerge(layer.block.attn1(merge(layer.block.norm1(x))))
+        return recorder
 
 
 def record_step(
@@ -98,33 +87,33 @@ def record_step(
     ratio: float,
     autocast: bool = False,
 ) -> Recorder:
-    """A guided step of a whole UNet at a latent of `side`×`side`, with attention of a `kind`; ours
-    by its own rule."""
+    """Record a guided step of a whole UNet at a latent of `side`×`side`, by the rule for layers."""
     unet, config = _unet(model, dtype), MODELS[model]
     with torch.device("meta"):
         latent = torch.empty(2, config["in_channels"], side, side, dtype=dtype)
         context = torch.empty(2, CONTEXT_TOKENS, config["context_dim"], dtype=dtype)
         timesteps = torch.empty(2, dtype=torch.long)
     with _as_cuda(dtype, autocast), attention(unet, kind):
-        return _recorded(unet, name, ratio, {}, lambda: unet(latent, timesteps, context=context))
+        return _record(unet, name, ratio, {}, lambda: unet(latent, timesteps, context=context))
 
 
 @functools.lru_cache(maxsize=1)
 def _unet(model: str, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         unet = make_unet(MODELS[model], dtype)
-    unet.dtype = dtype  # Of what it hands on.
+    unet.dtype = dtype  # ldm casts to it.
     return unet
 
 
-def _recorded(
+def _record(
     unet: nn.Module, name: str, ratio: float, settings: Mapping[str, Any], run: Callable[[], Any]
 ) -> Recorder:
     how = MergeSettings(**{"schedule": "constant", "full_steps": 1, **settings})
-    make_partition.cache_clear()  # Another subject's draws of the same grid would cost nothing here.
-    with torch.no_grad(), put_on(unet, name, ratio, how) as running:
+    # A partition cached by an earlier record would cost nothing here.
+    make_partition.cache_clear()
+    with torch.no_grad(), attach(unet, name, ratio, how) as attached:
         for step in range(STEPS):
-            running.begin_step(step, 20)
+            attached.begin_step(step, 20)
             with Recorder() as recorder:
                 run()
     return recorder
@@ -132,8 +121,7 @@ def _recorded(
 
 @contextlib.contextmanager
 def _as_cuda(dtype: torch.dtype, autocast: bool) -> Iterator[None]:
-    """While open, the meta device takes the branches that CUDA takes, and an attention has the
-    scale of its heads."""
+    """While open, the meta device takes CUDA's code paths, and attention has its heads' scale."""
     _define_fused()
 
     def known(attention: Any, x: Tensor, *_: Any) -> Heads:
@@ -154,76 +142,46 @@ def _as_cuda(dtype: torch.dtype, autocast: bool) -> Iterator[None]:
 
 
 class _Casts(TorchFunctionMode):
-    """Products in one dtype; with `autocast` norms and softmax in fp32. The meta device has no
-    autocast of its own."""
+    """As CUDA's autocast: products in `dtype`, with `autocast` norms and softmax in fp32."""
 
     def __init__(self, dtype: torch.dtype, autocast: bool) -> None:
         super().__init__()
-        self._dtypes = dict.fromkeys(
-            (F.linear, F.conv2d, torch.bmm, torch.matmul, torch.einsum), dtype
-        )
+        products = F.linear, F.conv2d, torch.bmm, torch.matmul, torch.einsum
+        self._dtypes = dict.fromkeys(products, dtype)
         if autocast:
-            self._dtypes |= dict.fromkeys(
-                (F.layer_norm, F.softmax, torch.softmax, Tensor.softmax), torch.float32
-            )
+            wide = F.layer_norm, F.softmax, torch.softmax, Tensor.softmax
+            self._dtypes |= dict.fromkeys(wide, torch.float32)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         dtype, kwargs = self._dtypes.get(func), kwargs or {}
 
         def cast(value: Any) -> Any:
-            return (
-                value.to(dtype)
-                if isinstance(value, Tensor) and value.is_floating_point()
-                else value
-            )
+            is_real = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(dtype) if is_real else value
 
         if dtype is not None:
-            args, kwargs = (
-                tuple(map(cast, args)),
-                {name: cast(value) for name, value in kwargs.items()},
-            )
+            args = tuple(map(cast, args))
+            kwargs = {name: cast(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
 @functools.cache
 def _define_fused() -> torch.library.Library:
-    """Makes the operation; what it returns keeps it."""
+    """Define the operation; the returned library keeps it alive."""
     library = torch.library.Library("tome_estimate", "DEF")
     library.define(f"{FUSED}(Tensor q, Tensor k, Tensor v) -> Tensor")
-    # As FlashAttention lays its output.
+    # FlashAttention's memory layout of the output.
     shape = lambda q, k, v: q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # noqa: E731
     library.impl(FUSED, shape, "Meta")
     return library
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench estimate`."""
-    add_shared(parser, rounds=False)
-    parser.set_defaults(dtype="float16")
-    parser.add_argument(
-        "--models", choices=MODELS, nargs="+", default=[*MODELS], help="whose layers, or steps"
-    )
-    parser.add_argument(
-        "--tokens",
-        type=whole_number,
-        nargs="+",
-        metavar="SIDE",
-        help="sides of a layer's token grids",
-    )
-    parser.add_argument(
-        "--sizes",
-        type=picture_size,
-        nargs="+",
-        metavar="WxH",
-        help="whole steps of square pictures",
-    )
-    parser.add_argument(
-        "--ratios", type=merge_ratio, nargs="+", metavar="R", help="shares of the tokens to remove"
-    )
-    parser.add_argument(
-        "--autocast", action="store_true", help="products in --dtype, norms in fp32"
-    )
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    """Add the options of `bench estimate`."""
+    add_options(parser, *SHARED, "tokens", "ratios", "sizes")
+    parser.set_defaults(dtype="float16", tiny=False)
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=[*MODELS])
+    parser.add_argument("--autocast", action="store_true", help="norms in fp32")
 
 
 COLUMNS: output.Columns = {
@@ -240,8 +198,8 @@ COLUMNS: output.Columns = {
 
 
 def run(args: argparse.Namespace) -> None:
-    """Records, prints the table, writes `estimate.csv`."""
-    fill_in(args, USUAL, QUICK, TINY)
+    """Record, print the table, and write `estimate.csv`."""
+    fill_in(args, USUAL, QUICK, {})
     rows: list[dict[str, object]] = []
     for model in args.models:
         for size, recorded in _subjects(args, model):
@@ -262,24 +220,20 @@ def run(args: argparse.Namespace) -> None:
 def _subjects(
     args: argparse.Namespace, model: str
 ) -> Iterator[tuple[str, Callable[[str, float], Recorder]]]:
-    """What is recorded, by contender and ratio: layers or, where sizes of pictures are given, whole
-    steps."""
+    """Yield sizes and their record functions of contender and ratio: layers, or whole steps."""
+    dtype, how = args.torch_dtype, {"autocast": args.autocast}
     for width, height in args.sizes or ():
         if width != height:
             raise ValueError(f"sizes must be square, got {width}x{height}")
-        step = functools.partial(
-            record_step, model, width // LATENT_FACTOR, args.torch_dtype, args.attention
-        )
-        yield f"{width}x{height}", functools.partial(step, autocast=args.autocast)
+        what = model, width // LATENT_FACTOR, dtype, args.attention
+        yield f"{width}x{height}", functools.partial(record_step, *what, **how)
     for side in () if args.sizes else args.tokens:
-        layer = functools.partial(
-            record, side, SHAPES[model], args.torch_dtype, autocast=args.autocast
-        )
+        layer = functools.partial(record, side, SHAPES[model], dtype, **how)
         yield f"{side}x{side} tokens", layer
 
 
 def contenders_at(ratio: float) -> list[str]:
-    """Who can remove this ratio."""
+    """Contenders that can remove this ratio."""
     names = [KEYS, TOKENS, PAPER]
     names += [CORNER] if ratio <= TOMESD_MOST else []
     return names + ([TODO] if ratio in TODO_FACTORS else [])
@@ -291,6 +245,5 @@ def _row(
     row = {"model": model, "size": size, "contender": name, "ratio": ratio}
     row |= {"launches": recorder.launches, "waits": len(recorder.waits), "bytes": recorder.bytes}
     row |= {"peak": recorder.peak - whole.peak}
-    return row | {
-        name: whole.seconds(card) / recorder.seconds(card) for name, card in CARDS.items()
-    }
+    gains = {name: whole.seconds(card) / recorder.seconds(card) for name, card in CARDS.items()}
+    return row | gains

@@ -1,16 +1,15 @@
-"""One self-attention layer, whole and in parts: how much faster merging makes it, and what of that
-is whose.
+"""Time of one self-attention layer, whole and in parts.
 
-Batch 2, 320 channels, 8 heads, on smooth tokens with noise, as pictures give. "layer" is the norm
-and the attention behind it with all that a contender does there: ours run by their hooks, as on a
-UNet. "x faster" is the unmerged layer over it, "/limit" it over the same attention without any
-merging: to as many keys for the method keys and ToDo, of as many tokens for the others. "weighting"
-is keys over the same unweighed, and tokens over paper. "rule" says whether `plan.pays` lets such a
-layer merge.
+Batch 2, 320 channels, 8 heads, on smooth tokens with noise, similar to those of pictures. "layer"
+is the norm and the attention with everything that a contender does there; the extension runs by its
+hooks, as on a UNet. "x faster" is the unmerged layer over it; "/limit" is it over the same
+attention without any merging: over as many keys for the method keys and ToDo, over as many tokens
+for the others. "weighting" is keys over unweighted keys, and tokens over paper. "rule" is the
+decision of `plan.pays`.
 
-Match, merge and unmerge are timed alone besides, which all our methods do alike, but that keys
-unmerges nothing; "merging" is their sum, and "growth" the exponent p of N^p with which it grows
-with the tokens, from the first size on.
+Match, merge and unmerge, which the extension's methods share (keys unmerges nothing), are also
+timed alone. "merging" is their sum, and "growth" the exponent p of its growth N^p with the tokens,
+from the first size on.
 """
 
 from __future__ import annotations
@@ -28,31 +27,11 @@ from torch import Tensor, nn
 from tomesd_core.plan import pays
 from tomesd_core.settings import METHODS, MergeSettings
 
-from . import output
-from .contenders import (
-    CORNER,
-    EXACT,
-    KEYS,
-    LIMIT,
-    LIMIT_KEYS,
-    LIMIT_OF,
-    MATCHING_OVER_PEERS,
-    OURS,
-    PAPER,
-    QUERIES,
-    RANDOM,
-    TODO,
-    TOKENS,
-    UNMERGED,
-    UNWEIGHTED,
-    Contender,
-    Matcher,
-    Running,
-    contenders,
-    matchers,
-)
+from . import contenders, output
+from .contenders import KEYS, LIMIT, LIMIT_KEYS, LIMIT_OF, PAPER, TOKENS, UNMERGED, UNWEIGHTED
 from .models import OneLayer, attention, inference, one_layer
-from .options import add_shared, fill_in, merge_ratio, whole_number
+from .options import SHARED, add_options, fill_in, whole_number
+from .peers import CORNER, QUERIES, RANDOM, TODO, Attached
 from .timing import compared, growth, interleaved, progress, spread, timed
 
 ITEMS, HEADS = 2, 8
@@ -63,28 +42,12 @@ QUICK = {"tokens": [32, 64], "rounds": 5}
 TINY = {"tokens": [8, 16], "channels": 32, "rounds": 1}
 
 MOST_SIDE = {"plain": 64, "sdp": 128}
-"""Of a grid whose layers are timed: above it plain attention takes more than 4 GB, and sdp minutes
-on a CPU."""
+"""Largest side of timed grids: above, plain takes more than 4 GB, and sdp minutes on a CPU."""
 
 HOOKED = (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, QUERIES, TODO, LIMIT_KEYS, LIMIT)
-"""What runs on a layer as on a UNet. `tomesd` replaces whole blocks: around a layer its parts are
-called."""
+"""Contenders attached to a layer; `tomesd` replaces blocks, so its parts are called around it."""
 
-ORDER = (
-    UNMERGED,
-    KEYS,
-    UNWEIGHTED,
-    TOKENS,
-    PAPER,
-    EXACT,
-    CORNER,
-    RANDOM,
-    QUERIES,
-    TODO,
-    LIMIT_KEYS,
-    LIMIT,
-)
-"""In which rows stand."""
+ORDER = (*HOOKED[:5], contenders.EXACT, CORNER, RANDOM, *HOOKED[5:])
 
 PARTS = ("match", "merge", "unmerge")
 Parts = dict[str, float]
@@ -112,24 +75,13 @@ CSV_COLUMNS = (*COLUMNS, "layer_low", "layer_high", "tokens", "rounds", "attenti
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench layer`."""
-    add_shared(parser)
-    parser.add_argument(
-        "--tokens", type=whole_number, nargs="+", metavar="SIDE", help="sides of square token grids"
-    )
-    parser.add_argument(
-        "--channels", type=whole_number, metavar="C", help="a multiple of the 8 heads"
-    )
-    parser.add_argument(
-        "--ratios", type=merge_ratio, nargs="+", metavar="R", help="shares of the tokens to remove"
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny layer: tries the command, and measures nothing"
-    )
+    """Add the options of `bench layer`."""
+    add_options(parser, *SHARED, "rounds", "tokens", "ratios", "tiny")
+    parser.add_argument("--channels", type=whole_number, metavar="C", help="a multiple of 8 heads")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints the table, writes `layer-ATTENTION.csv` and `.png`."""
+    """Measure, print the table, and write `layer-ATTENTION.csv` and `.png`."""
     fill_in(args, USUAL, QUICK, TINY)
     if args.channels % HEADS:
         raise ValueError(f"channels must be a multiple of the {HEADS} heads, got {args.channels}")
@@ -138,15 +90,6 @@ def run(args: argparse.Namespace) -> None:
     results = output.Results(args, f"layer-{args.attention}")
     rows = results.rows
     cases, notes = _cases(args)
-    panels = [
-        output.Panel(
-            f"matching, merging, unmerging, ratio {args.ratios[0]:g}",
-            "tokens",
-            "ms",
-            logarithmic=True,
-        )
-    ]
-    faster: dict[int, output.Panel] = {}
     runs = sum(len(some) + len(hooked) for _, _, some, hooked in cases) * (args.rounds + 1)
     with (
         attention(one_layer(args.channels, HEADS, args.device, args.torch_dtype), args.attention),
@@ -156,21 +99,26 @@ def run(args: argparse.Namespace) -> None:
             rows += _rows_of(*case, args, tick)
             _add_growth(rows)
             results.save()
+    results.show(COLUMNS, _panels(rows, args), notes)
+
+
+def _panels(rows: Sequence[output.Row], args: argparse.Namespace) -> list[output.Panel]:
+    """Plot the time of merging over tokens at the first ratio, and speed-ups by grid."""
+    title = f"matching, merging, unmerging, ratio {args.ratios[0]:g}"
+    merging = output.Panel(title, "tokens", "ms", logarithmic=True)
+    faster: dict[int, output.Panel] = {}
     for row in rows:
         if row["ratio"] == args.ratios[0] and row["merging"] is not None:
-            panels[0].add(row["contender"], row["tokens"], 1e3 * row["merging"])
+            merging.add(row["contender"], row["tokens"], 1e3 * row["merging"])
         if row["gain"] is not None and row["contender"] != UNMERGED:
             title = f"{row['grid']} tokens, {args.attention} attention"
-            panel = faster.setdefault(
-                row["tokens"], output.Panel(title, "ratio", "times faster than unmerged")
-            )
-            panel.add(row["contender"], row["ratio"], row["gain"])
-    results.show(COLUMNS, [*panels, *faster.values()], notes)
+            empty = output.Panel(title, "ratio", "times faster than unmerged")
+            faster.setdefault(row["tokens"], empty).add(row["contender"], row["ratio"], row["gain"])
+    return [merging, *faster.values()]
 
 
 def image_tokens(side: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[2, side², channels]: tokens that change slowly over the image, with noise of a third of
-    their strength."""
+    """Tokens that vary slowly over the image, with a third as much noise: [2, N, C]."""
     generator = torch.Generator().manual_seed(side)
     coarse = torch.randn(ITEMS, channels, 8, 8, generator=generator)
     smooth = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)
@@ -180,29 +128,26 @@ def image_tokens(side: int, channels: int, device: torch.device, dtype: torch.dt
     return tokens.contiguous().to(device, dtype)
 
 
-Case = tuple[int, float, Sequence[Matcher], Sequence[Contender]]
-"""A grid's side, a ratio, and what is timed there: matchings, and whole layers."""
+Case = tuple[int, float, Sequence[contenders.Matcher], Sequence[contenders.Contender]]
+"""Side of a grid, ratio, and what is timed there: matchers, and contenders on whole layers."""
 
 
 def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
-    """All that is timed, and notes on what is not."""
+    """All cases, and notes on what is skipped."""
     cases, notes = [], []
+    settings = MergeSettings(schedule="constant", full_steps=1, skip_unprofitable=False)
+    is_fast = (args.attention, args.device.type) == ("sdp", "cuda")
     for side in sorted(set(args.tokens)):
-        is_timed = side <= MOST_SIDE[args.attention] or (args.attention, args.device.type) == (
-            "sdp",
-            "cuda",
-        )
-        notes += (
-            []
-            if is_timed
-            else [f"layers are left out at {side}x{side} tokens: they take too long or too much"]
-        )
+        is_timed = is_fast or side <= MOST_SIDE[args.attention]
+        if not is_timed:
+            notes.append(f"layers are skipped at {side}x{side} tokens: too much time or memory")
         for ratio in args.ratios:
-            some, left_out = matchers(side, ratio, args.torch_dtype)
-            notes += left_out
-            settings = MergeSettings(schedule="constant", full_steps=1, skip_unprofitable=False)
-            hooked, left_out = contenders(HOOKED, ratio, side * side, args.torch_dtype, settings)
-            notes += left_out
+            some, skipped = contenders.matchers(side, ratio, args.torch_dtype)
+            notes += skipped
+            hooked, skipped = contenders.available(
+                HOOKED, ratio, side * side, args.torch_dtype, settings
+            )
+            notes += skipped
             cases.append((side, ratio, some, hooked if is_timed else []))
     return cases, notes
 
@@ -210,58 +155,56 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
 def _rows_of(
     side: int,
     ratio: float,
-    some: Sequence[Matcher],
-    hooked: Sequence[Contender],
+    some: Sequence[contenders.Matcher],
+    hooked: Sequence[contenders.Contender],
     args: argparse.Namespace,
     tick: Callable[[str], None],
 ) -> list[dict[str, object]]:
-    """The rows of one size and ratio, without their growth."""
+    """Rows of one size and ratio, without their growth."""
     x = image_tokens(side, args.channels, args.device, args.torch_dtype)
     image = x.view(ITEMS, side, side, -1).permute(0, 3, 1, 2)
 
-    def layer() -> OneLayer:
-        return one_layer(args.channels, HEADS, args.device, args.torch_dtype)
-
+    layer = functools.partial(one_layer, args.channels, HEADS, args.device, args.torch_dtype)
     runs: dict[str, Callable[[], Parts]] = {}
     with contextlib.ExitStack() as open_contenders, inference(x):
-        # Each is on a layer of its own all the time, since putting it on is no part of a step.
+        # Each contender stays attached to its own layer, since attaching is no part of a step.
         for one in hooked:
             unet = layer()
-            running = open_contenders.enter_context(one.put_on(unet))
-            runs[one.name] = functools.partial(_whole, unet, running, image)
+            attached = open_contenders.enter_context(one.attach(unet))
+            runs[one.name] = functools.partial(_whole, unet, attached, image)
         for matcher in some:
-            called = layer().block if hooked and matcher.name in (CORNER, RANDOM) else None
-            runs[matcher.name] = functools.partial(
-                _in_parts, matcher, x, (side, side), ratio, called
-            )
-        results = interleaved(
-            runs, args.rounds, lambda name: tick(f"{name}, {side}x{side}, {ratio:g}")
-        )
+            block = layer().block if hooked and matcher.name in (CORNER, RANDOM) else None
+            run = functools.partial(_in_parts, matcher, x, (side, side), ratio, block)
+            runs[matcher.name] = run
+        at = f"{side}x{side}, {ratio:g}"
+        results = interleaved(runs, args.rounds, lambda name: tick(f"{name}, {at}"))
     return _compared(results, side, ratio, args)
 
 
-def _whole(layer: OneLayer, running: Running, image: Tensor) -> Parts:
-    """The time of a layer that a contender is on."""
-    running.begin_step(0, 1)
+def _whole(layer: OneLayer, attached: Attached, image: Tensor) -> Parts:
+    """Time of a layer with its contender."""
+    attached.begin_step(0, 1)
     return {"layer": timed(functools.partial(layer, image), image.device)[0]}
 
 
 def _in_parts(
-    matcher: Matcher, x: Tensor, grid: tuple[int, int], ratio: float, block: nn.Module | None
+    matcher: contenders.Matcher,
+    x: Tensor,
+    grid: tuple[int, int],
+    ratio: float,
+    block: nn.Module | None,
 ) -> Parts:
-    """The times of match, merge and unmerge; and of the whole `block`, if there is one, with these
-    around it."""
+    """Times of match, merge and unmerge, and of the `block`, if given, with these around it."""
     y = F.layer_norm(x, x.shape[-1:])
+    match = functools.partial(matcher.match, x, grid, ratio, 1)
     parts: Parts = {}
-    parts["match"], (merge, unmerge) = timed(
-        functools.partial(matcher.match, x, grid, ratio, 1), x.device
-    )
+    parts["match"], (merge, unmerge) = timed(match, x.device)
     parts["merge"], fewer = timed(functools.partial(merge, y), x.device)
     parts["unmerge"], _ = timed(functools.partial(unmerge, fewer), x.device)
     if block is not None:
 
         def whole() -> Tensor:
-            merge, unmerge = matcher.match(x, grid, ratio, 1)
+            merge, unmerge = match()
             return unmerge(block.attn1(merge(block.norm1(x))))
 
         parts["layer"], _ = timed(whole, x.device)
@@ -271,30 +214,24 @@ def _in_parts(
 def _compared(
     results: Mapping[str, Sequence[Parts]], side: int, ratio: float, args: argparse.Namespace
 ) -> list[dict[str, object]]:
-    """A row for each contender: our methods' has the parts of our matching."""
-    layers = {
-        name: [one["layer"] for one in values]
-        for name, values in results.items()
-        if "layer" in values[0]
-    }
-    parts = {
-        name: {part: [one[part] for one in values] for part in PARTS}
-        for name, values in results.items()
-        if set(PARTS) <= set(values[0])
-    }
-    ours = parts.pop(OURS)
-    parts |= {
-        KEYS: {part: ours[part] for part in PARTS if part != "unmerge"},
-        TOKENS: ours,
-        PAPER: ours,
-    }
+    """Rows by contender; the extension's methods have the parts of its matching."""
+    layers: dict[str, list[float]] = {}
+    parts: dict[str, dict[str, list[float]]] = {}
+    for name, values in results.items():
+        if "layer" in values[0]:
+            layers[name] = [one["layer"] for one in values]
+        if set(PARTS) <= set(values[0]):
+            parts[name] = {part: [one[part] for one in values] for part in PARTS}
+    own = parts.pop(contenders.MATCHING)
+    parts[KEYS] = {part: own[part] for part in PARTS if part != "unmerge"}
+    parts[TOKENS] = parts[PAPER] = own
     merging = {
         name: [sum(one) for one in zip(*times.values(), strict=True)]
         for name, times in parts.items()
     }
     rows = {name: dict.fromkeys(CSV_COLUMNS) for name in sorted({*layers, *parts}, key=ORDER.index)}
     for row in (
-        *compared(merging, "merging", None, MATCHING_OVER_PEERS),
+        *compared(merging, "merging", None, contenders.MATCHING_OVER_PEERS),
         *compared(layers, "layer", UNMERGED, OVER_OTHERS),
     ):
         rows[row["contender"]] |= row
@@ -303,13 +240,13 @@ def _compared(
         row |= {"grid": f"{side}x{side}", "tokens": side * side, "ratio": ratio}
         row |= {"rounds": args.rounds, "attention_kind": args.attention}
         if name in METHODS:
-            is_worth_it = pays(side * side, args.channels, HEADS, ratio, args.device.type, name)
-            row["rule"] = "merge" if is_worth_it else "leave out"
+            merges = pays(side * side, args.channels, HEADS, ratio, args.device.type, name)
+            row["rule"] = "merge" if merges else "skip"
     return [*rows.values()]
 
 
 def _add_growth(rows: list[dict[str, object]]) -> None:
-    """Sets each row's growth, over the sizes up to this one of the same contender and ratio."""
+    """Set each row's growth over the sizes up to its own, of the same contender and ratio."""
     points = defaultdict(list)
     for row in rows:
         if row["merging"] is not None:

@@ -1,7 +1,7 @@
-"""Peak memory above the weights: of one guided step of the whole UNet, and of the matching alone.
+"""Peak memory above the weights: of one guided step of a whole UNet, and of the matching alone.
 
-On a CPU PyTorch's profiler lists what its allocator gives and takes (what oneDNN and BLAS keep for
-themselves is not in it); on a GPU it is `max_memory_allocated`. Inputs and weights do not count.
+On a CPU it is computed from the allocations that PyTorch's profiler records (without what oneDNN
+and BLAS keep), on a GPU it is `max_memory_allocated`. Inputs and weights don't count.
 """
 
 from __future__ import annotations
@@ -16,18 +16,14 @@ from pathlib import Path
 import torch
 
 from . import output, unet_runs
-from .contenders import MATCHING_OVER_PEERS, Matcher, Running, matchers
+from .contenders import MATCHING_OVER_PEERS, Attached, Matcher, matchers
 from .layer import image_tokens
-from .options import add_shared, add_unet, fill_in, whole_number
+from .options import add_options, add_unet, fill_in
 from .timing import compared, interleaved, progress
-from .unet_runs import Case, cases, count_runs, everyone, measure, panels
+from .unet_runs import Case, all_contenders, cases, count_runs, measure, panels
 
-USUAL = {
-    **unet_runs.USUAL,
-    "ratios": [0.25, 0.4375, 0.5, 0.6, 0.75, 0.84],
-    "tokens": [256],
-    "rounds": 1,
-}
+USUAL = {**unet_runs.USUAL, "tokens": [256], "rounds": 1}
+USUAL["ratios"] = [0.25, 0.4375, 0.5, 0.6, 0.75, 0.84]
 QUICK = {"sizes": [(256, 256)], "ratios": [0.6], "tokens": [64]}
 TINY = {"sizes": [(128, 128)], "ratios": [0.6], "tokens": [16]}
 
@@ -45,36 +41,33 @@ COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench memory`."""
-    add_shared(parser)
+    """Add the options of `bench memory`."""
     add_unet(parser)
-    parser.add_argument(
-        "--tokens", type=whole_number, nargs="+", metavar="SIDE", help="of grids for matching alone"
-    )
+    add_options(parser, "tokens")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints the table, writes `memory-ATTENTION.csv` and `.png`."""
+    """Measure, print the table, and write `memory-ATTENTION.csv` and `.png`."""
     fill_in(args, USUAL, QUICK, TINY)
     results = output.Results(args, f"memory-{args.attention}")
 
     def save(new: list[output.Row], what: str = "unet step") -> None:
         results.save({"what": what, **row} for row in new)
 
-    def step_peak(case: Case, running: Running) -> int:
-        running.begin_step(0, 1)
+    def step_peak(case: Case, attached: Attached) -> int:
+        attached.begin_step(0, 1)
         return peak_bytes(case.step, args.device)
 
     by_side = {side: matchers(side, MATCHING_RATIO, args.torch_dtype) for side in args.tokens}
     matchings = sum(len(some) for some, _ in by_side.values()) * (args.rounds + 1)
     with (
-        cases(args, functools.partial(everyone, args)) as all_cases,
+        cases(args, functools.partial(all_contenders, args)) as all_cases,
         progress(count_runs(all_cases, args.rounds) + matchings) as tick,
     ):
         notes = measure(all_cases, args, "bytes", step_peak, tick, save)
         plots = panels(results.rows, args, "times less than unmerged", output.PAPER_GIGABYTES)
-        for side, (some, left_out) in by_side.items():
-            notes += left_out
+        for side, (some, skipped) in by_side.items():
+            notes += skipped
             save(_matching_rows(side, some, args, tick), "matching")
     results.show(COLUMNS, plots, notes)
 
@@ -85,25 +78,22 @@ def _matching_rows(
     x = image_tokens(side, MATCHING_CHANNELS, args.device, args.torch_dtype)
 
     def peak(matcher: Matcher) -> int:
+        match = functools.partial(matcher.match, x, (side, side), MATCHING_RATIO, 1)
         with torch.no_grad():
-            return peak_bytes(
-                lambda: matcher.match(x, (side, side), MATCHING_RATIO, 1), args.device
-            )
+            return peak_bytes(match, args.device)
 
     peaks = {one.name: functools.partial(peak, one) for one in some}
     results = interleaved(peaks, args.rounds, lambda name: tick(f"{name}, {side}x{side}"))
     about = {"size": f"{side}x{side} tokens", "ratio": MATCHING_RATIO}
     how = {"rounds": args.rounds, "attention": args.attention}
-    return [
-        {**about, **row, **how} for row in compared(results, "bytes", None, MATCHING_OVER_PEERS)
-    ]
+    rows = compared(results, "bytes", None, MATCHING_OVER_PEERS)
+    return [{**about, **row, **how} for row in rows]
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that torch held at once while `work` ran, above what it held before; its
-    result counts.
+    """Peak bytes that torch held while `work` ran, above what it held before; its result counts.
 
-    Raises `ValueError` for a device that is neither cpu nor cuda.
+    Raises `ValueError` for a device other than cpu and cuda.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -123,11 +113,9 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    # In the order in which they happened: where two share a time, as they were recorded.
-    changes = sorted(
-        (event for event in events if event.get("name") == "[memory]"),
-        key=lambda event: event["ts"],
-    )
+    # A stable sort: events of one time stay in the order in which they were recorded.
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
     held = peak = 0
     for change in changes:
         held += change["args"]["Bytes"]

@@ -1,5 +1,4 @@
-"""The UNets that are measured: SD 1.5's own shape, a real checkpoint's, or a tiny one; and their
-inputs."""
+"""UNets to measure (SD 1.5's shape, a checkpoint's, or a tiny one), and their inputs."""
 
 from __future__ import annotations
 
@@ -30,18 +29,11 @@ SD1: dict[str, Any] = {
     "context_dim": 768,
     "transformer_depth": 1,
 }
-"""Stable Diffusion 1's UNet, as ldm's `UNetModel` takes it."""
+"""Stable Diffusion 1's UNet, as arguments of ldm's `UNetModel`."""
 
-_SD2 = {
-    "context_dim": 1024,
-    "num_heads": -1,
-    "num_head_channels": 64,
-    "use_linear_in_transformer": True,
-}
-SD2 = SD1 | _SD2
-"""Stable Diffusion 2's."""
+SD2 = SD1 | {"context_dim": 1024, "num_heads": -1, "num_head_channels": 64}
+SD2["use_linear_in_transformer"] = True
 BY_CONTEXT = {768: SD1, 1024: SD2}
-"""The UNets of Stable Diffusion 1 and 2, by the channels of their context."""
 
 SDXL: dict[str, Any] = {
     **SD2,
@@ -50,8 +42,7 @@ SDXL: dict[str, Any] = {
     "context_dim": 2048,
     "transformer_depth": {640: 2, 1280: 10},
 }
-"""Stable Diffusion XL's, but for its embedding of sizes, which takes no time; depths are by the
-channels of a level."""
+"""Stable Diffusion XL's UNet without its size embedding; depths are by channels."""
 
 TINY = SD1 | {
     "model_channels": 32,
@@ -62,11 +53,10 @@ TINY = SD1 | {
 """A UNet of the same kind that runs in milliseconds."""
 
 PREFIX = "model.diffusion_model."
-"""Where a checkpoint keeps its UNet."""
 
 CONTEXT_TOKENS = 77
 LATENT_FACTOR = 8
-"""Pixels of a picture along one of its latent's."""
+"""Pixels per latent pixel, along one side."""
 
 
 def build_unet(
@@ -75,26 +65,26 @@ def build_unet(
     dtype: torch.dtype,
     weights: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """ldm's `UNetModel` of this shape, with `weights` or random ones. Raises `MissingPackage`
-    without ldm, `ValueError` for weights of another shape."""
+    """ldm's `UNetModel` of this shape, with `weights` or random ones.
+
+    Raises `MissingPackage` without ldm, `ValueError` for weights of another shape.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = make_unet(config, dtype)
         if weights is None:
-            # Subnormal or zero activations could run at another speed.
+            # Subnormal or zero activations could change the speed.
             fill_zeros(unet)
         else:
             try:
                 unet.load_state_dict(weights, strict=True)
             except RuntimeError as error:
-                raise ValueError(
-                    f"the checkpoint has another shape than Stable Diffusion 1 or 2: {error}"
-                ) from error
+                raise ValueError(f"the checkpoint is not of SD 1 or 2's shape: {error}") from error
     return unet.to(device)
 
 
 def make_unet(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """ldm's `UNetModel` of this shape, as it is initialised. Raises `MissingPackage` without ldm."""
+    """ldm's `UNetModel` of this shape, as initialised. Raises `MissingPackage` without ldm."""
     attention = require("ldm.modules.attention")
     module = require("ldm.modules.diffusionmodules.openaimodel")
     depth = config["transformer_depth"]
@@ -102,51 +92,32 @@ def make_unet(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     class SpatialTransformer(attention.SpatialTransformer):
         def __init__(self, channels: int, *args: Any, **kwargs: Any) -> None:
             kwargs["depth"] = depth[channels] if isinstance(depth, dict) else depth
-            # ldm's own takes one context for each block.
+            # ldm's own takes one context per block.
             kwargs["context_dim"] = [kwargs["context_dim"]] * kwargs["depth"]
             super().__init__(channels, *args, **kwargs)
 
         def forward(self, x: Tensor, context: Tensor) -> Tensor:
             return super().forward(x, [context] * len(self.transformer_blocks))
 
-    rest = {
-        "image_size": 32,
-        "use_spatial_transformer": True,
-        "use_checkpoint": False,
-        "legacy": False,
-    }
-    # Where xformers is installed ldm takes its attention; all that is measured here starts from
-    # ldm's own.
+    rest = {"image_size": 32, "use_spatial_transformer": True, "use_checkpoint": False}
+    # ldm takes xformers' attention if it is installed; measurements start from ldm's own.
     with (
         patch.object(attention, "XFORMERS_IS_AVAILBLE", False),
         patch.object(module, "SpatialTransformer", SpatialTransformer),
     ):
-        unet = module.UNetModel(**config, **rest)
+        unet = module.UNetModel(**config, **rest, legacy=False)
     unet = unet.to(dtype).eval().requires_grad_(False)
     for part in unet.modules():
         if type(part).__name__ == "GroupNorm32":
-            # It casts its input to fp32, whatever the UNet's dtype: its weights must be of the
-            # same.
+            # It casts its input to fp32, so its weights must be fp32.
             part.float()
     return unet
 
 
-def diffusers_unet(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> nn.Module:
-    """diffusers' UNet of SD 1.5's shape, or a tiny one; random weights. Raises `MissingPackage`
-    without diffusers."""
-    shape = {"block_out_channels": (32, 64, 64, 64)} if tiny else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = require("diffusers").UNet2DConditionModel(
-            cross_attention_dim=SD1["context_dim"], **shape
-        )
-    return unet.to(device, dtype).eval().requires_grad_(False)
-
-
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The UNet's shape and weights of a Stable Diffusion 1 or 2 checkpoint (`.safetensors`).
+    """Read the UNet's shape and weights from a Stable Diffusion 1 or 2 checkpoint (`.safetensors`).
 
-    Raises `ValueError` where the file is of another kind, `MissingPackage` without safetensors.
+    Raises `ValueError` for other files, `MissingPackage` without safetensors.
     """
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(f"checkpoint must be a .safetensors file, got {path}")
@@ -157,28 +128,19 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         weight.shape[1] for name, weight in weights.items() if name.endswith("attn2.to_k.weight")
     ]
     if not contexts or contexts[0] not in BY_CONTEXT or "input_blocks.0.0.weight" not in weights:
-        raise ValueError(
-            f"{path.name}: there is no UNet of Stable Diffusion 1 or 2 under {PREFIX}*"
-        )
-    # Those for inpainting see a mask and a picture besides.
-    return {
-        **BY_CONTEXT[contexts[0]],
-        "in_channels": weights["input_blocks.0.0.weight"].shape[1],
-    }, weights
+        raise ValueError(f"{path.name}: there is no UNet of Stable Diffusion 1 or 2 in {PREFIX}*")
+    # Inpainting models have more input channels, for a mask and a picture.
+    inputs = weights["input_blocks.0.0.weight"].shape[1]
+    return {**BY_CONTEXT[contexts[0]], "in_channels": inputs}, weights
 
 
 def one_step(unet: nn.Module, config: Mapping[str, Any], size: Size) -> Callable[[], Tensor]:
-    """One pass of classifier-free guidance, batch 2, for a picture of `size`, to be run as often as
-    one likes."""
+    """Return a function that runs one pass of classifier-free guidance, batch 2, at `size`."""
     weight = next(unet.parameters())
-    width, height = size
+    width, height = (side // LATENT_FACTOR for side in size)
     generator = torch.Generator().manual_seed(1)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-
-    latent = random(2, config["in_channels"], height // LATENT_FACTOR, width // LATENT_FACTOR)
-    context = random(2, CONTEXT_TOKENS, config["context_dim"])
+    shapes = (2, config["in_channels"], height, width), (2, CONTEXT_TOKENS, config["context_dim"])
+    latent, context = (torch.randn(shape, generator=generator).to(weight) for shape in shapes)
     timesteps = torch.full((2,), 500, device=weight.device)
 
     def step() -> Tensor:
@@ -189,8 +151,7 @@ def one_step(unet: nn.Module, config: Mapping[str, Any], size: Size) -> Callable
 
 
 class OneLayer(nn.Module):
-    """A UNet that is one self-attention at level 1 and the norm before it: all that merging looks
-    for, and no more."""
+    """A UNet of one self-attention layer at level 1 and its norm: all that merging looks for."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -198,12 +159,11 @@ class OneLayer(nn.Module):
 
     @property
     def block(self) -> nn.Module:
-        """What has `norm1` and `attn1`."""
+        """The block, with `norm1` and `attn1`."""
         return self.input_blocks[0].transformer_blocks[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to tokens, [B, H·W, C]; nothing is copied of what lies in memory as tokens
-        do."""
+        """[B, C, H, W] to tokens, [B, H·W, C], without a copy if they lie in memory as tokens."""
         return self.input_blocks(x)
 
 
@@ -228,7 +188,7 @@ class _Block(nn.Module):
 
 
 def one_layer(channels: int, heads: int, device: torch.device, dtype: torch.dtype) -> OneLayer:
-    """ldm's own attention alone, with random weights, always the same."""
+    """`OneLayer` of ldm's own attention, with random but fixed weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer = OneLayer(channels, heads)
@@ -237,8 +197,7 @@ def one_layer(channels: int, heads: int, device: torch.device, dtype: torch.dtyp
 
 @contextlib.contextmanager
 def inference(weight: Tensor) -> Iterator[None]:
-    """While open, models run as for a picture: without gradients, and in a dtype other than float32
-    under autocast."""
+    """While open, models run as in sampling: without gradients; under autocast unless in fp32."""
     narrow = contextlib.nullcontext()
     if weight.dtype != torch.float32:
         narrow = torch.autocast(weight.device.type, weight.dtype)
@@ -248,17 +207,10 @@ def inference(weight: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attention(model: nn.Module, kind: str) -> Iterator[None]:
-    """While open, every attention of the classes in `model` runs as `kind`: `plain` is ldm's own,
-    `sdp` torch's fused.
+    """While open, ldm's attention classes run as `kind`: `plain` (ldm's own) or `sdp` (fused).
 
-    It is replaced on the class, as WebUI does it, where merging takes it for the user's choice and
-    not for another extension's. A diffusers model gets the processors of these kinds.
+    The class is patched, as WebUI does; merging treats a patched instance as another extension's.
     """
-    if hasattr(model, "set_attn_processor"):
-        processors = require("diffusers.models.attention_processor")
-        model.set_attn_processor(
-            {"plain": processors.AttnProcessor, "sdp": processors.AttnProcessor2_0}[kind]()
-        )
     classes = {
         type(module) for module in model.modules() if type(module).__name__ == "CrossAttention"
     }

@@ -1,4 +1,4 @@
-"""What the subcommands' command lines share."""
+"""Options that the subcommands share."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ Size = tuple[int, int]
 
 
 def picture_size(text: str) -> Size:
-    """`512x768` as (width, height) in pixels; both must be multiples of 64, so that the UNet's
-    levels divide."""
+    """Parse `512x768` as (width, height) in pixels: multiples of 64, for the UNet's levels."""
     match = re.fullmatch(r"(\d+)[x×](\d+)", text)
     size = (int(match[1]), int(match[2])) if match else (0, 0)
     if not all(size) or any(side % 64 for side in size):
@@ -34,7 +33,7 @@ def picture_size(text: str) -> Size:
 
 
 def merge_ratio(text: str) -> float:
-    """A ratio that `MergeSettings` takes."""
+    """Parse a ratio that `MergeSettings` accepts."""
     try:
         return FIELDS["ratio"].check("ratio", float(text))
     except ValueError as error:
@@ -42,74 +41,53 @@ def merge_ratio(text: str) -> float:
 
 
 def whole_number(text: str) -> int:
-    """A whole number from 1 up."""
+    """Parse a whole number from 1 up."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number from 1 up is needed, got {text!r}")
     return int(text)
 
 
 def picture_side(text: str) -> int:
-    """A side of a tiny model's pictures, in pixels: its levels halve it twice."""
+    """Parse a side of a tiny model's pictures: a multiple of 8 pixels, for its three levels."""
     side = whole_number(text)
     if side % 8:
         raise argparse.ArgumentTypeError(f"a side is a multiple of 8 pixels, got {text!r}")
     return side
 
 
-def add_shared(parser: argparse.ArgumentParser, rounds: bool = True) -> None:
-    """The options of every subcommand, and of one that measures in rounds. None is `fill_in`'s to
-    replace."""
-    if rounds:
-        parser.add_argument(
-            "--rounds", type=whole_number, metavar="N", help="how often everything is measured"
-        )
-    parser.add_argument(
-        "--attention", choices=ATTENTION, help="ldm's own attention, or torch's fused one"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument(
-        "--device",
-        type=torch.device,
-        default=None,
-        help="default: cuda where there is one, else cpu",
-    )
-    parser.add_argument(
-        "--threads", type=whole_number, metavar="N", help="threads of torch on the CPU"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), metavar="DIR", help="where files go (./out)"
-    )
-    parser.add_argument("--quick", action="store_true", help="smaller, fewer, shorter")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rounds": {"type": whole_number, "metavar": "N", "help": "number of measurements of each run"},
+    "attention": {"choices": ATTENTION, "help": "ldm's own attention, or torch's fused one"},
+    "dtype": {"choices": DTYPES, "default": "float32"},
+    "device": {"type": torch.device, "help": "default: cuda if available, else cpu"},
+    "threads": {"type": whole_number, "metavar": "N", "help": "torch's CPU threads"},
+    "out": {"type": Path, "default": Path("out"), "metavar": "DIR", "help": "for files (./out)"},
+    "quick": {"action": "store_true", "help": "smaller, fewer, shorter"},
+    "tiny": {"action": "store_true", "help": "a tiny model, to try the command, not to measure"},
+    "ratios": {"type": merge_ratio, "metavar": "R", "help": "fractions of tokens to remove"},
+    "tokens": {"type": whole_number, "metavar": "SIDE", "help": "sides of square token grids"},
+    "sizes": {"type": picture_size, "metavar": "WxH", "help": "pictures, in pixels"},
+    "methods": {"choices": METHODS, "help": "of the extension (default: keys and paper)"},
+    "force": {"action": "store_true", "help": "merge layers too small to pay too"},
+    "checkpoint": {"type": Path, "metavar": "FILE.safetensors", "help": "of SD 1 or 2"},
+}
+"""What `add_argument` takes, by name; `fill_in` replaces options left at None."""
+for _name in ("ratios", "tokens", "sizes", "methods"):
+    OPTIONS[_name]["nargs"] = "+"
+
+SHARED = ("attention", "dtype", "device", "threads", "out", "quick")
+
+
+def add_options(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Add some of `OPTIONS`."""
+    for name in names:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
 
 
 def add_unet(parser: argparse.ArgumentParser) -> None:
-    """The options of a subcommand that runs a whole UNet."""
-    parser.add_argument(
-        "--sizes", type=picture_size, nargs="+", metavar="WxH", help="pictures, in pixels"
-    )
-    parser.add_argument(
-        "--ratios", type=merge_ratio, nargs="+", metavar="R", help="shares of the tokens to remove"
-    )
-    parser.add_argument(
-        "--methods", choices=METHODS, nargs="+", help="how ours merges (default: keys and paper)"
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="merge also where it can't pay (skip_unprofitable=False)",
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--checkpoint", type=Path, metavar="FILE.safetensors", help="of Stable Diffusion 1 or 2"
-    )
-    parser.add_argument(
-        "--diffusers",
-        action="store_true",
-        help="diffusers' UNet of random weights in place of ldm's",
-    )
-    which.add_argument(
-        "--tiny", action="store_true", help="a tiny UNet: tries the command, and measures nothing"
-    )
+    """Add the options of a subcommand that runs a whole UNet."""
+    add_options(parser, *SHARED, "rounds", "sizes", "ratios", "methods", "force")
+    add_options(parser.add_mutually_exclusive_group(), "checkpoint", "tiny")
 
 
 def fill_in(
@@ -118,17 +96,13 @@ def fill_in(
     quick: Mapping[str, Any],
     tiny: Mapping[str, Any],
 ) -> None:
-    """Sets what was not given, by `--tiny`, `--quick` or else `usual`; the device and torch's
-    threads too.
+    """Fill in missing options by `--tiny`, `--quick` or `usual`; set device and threads.
 
-    Raises `MissingPackage` for what would be missed only after the measuring, `ValueError` for a
-    device that torch doesn't have.
+    Raises `MissingPackage` before measuring rather than after it, and `ValueError` for a device
+    that torch can't use.
     """
-    for name, value in {
-        **usual,
-        **(quick if args.quick else {}),
-        **(tiny if args.tiny else {}),
-    }.items():
+    chosen = {**usual, **(quick if args.quick else {}), **(tiny if args.tiny else {})}
+    for name, value in chosen.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for package in ("matplotlib", "tqdm"):

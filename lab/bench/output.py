@@ -1,5 +1,4 @@
-"""What every subcommand writes: a table on the screen, a CSV, a plot; each says on which machine it
-was made."""
+"""What every subcommand writes: a printed table, a CSV and a plot, each naming the machine."""
 
 from __future__ import annotations
 
@@ -20,16 +19,15 @@ from .contenders import peer_versions
 from .packages import require
 
 Row = Mapping[str, object]
-"""One line of a table and of a CSV, by column; None is a value that was not measured."""
+"""One line of a table and of a CSV, by column; None for a value that wasn't measured."""
 
 Columns = Mapping[str, tuple[str, Callable[[object], str]]]
-"""Of a table: by the rows' key, the title and how a value is written."""
+"""Columns of a table: by the rows' key, the title and the function that formats a value."""
 
 PAPER = "paper (RTX 4090, fp16, 512x512)"
 PAPER_SECONDS = {0.0: 3.09, 0.1: 2.56, 0.2: 2.29, 0.3: 2.06, 0.4: 1.85, 0.5: 1.65, 0.6: 1.52}
 PAPER_GIGABYTES = {0.0: 3.41, 0.1: 2.99, 0.2: 2.17, 0.3: 1.71, 0.4: 1.26, 0.5: 0.89, 0.6: 0.60}
-"""Seconds and GB an image, by ratio: SD 1.5, 50 PLMS steps, plain attention (arXiv 2303.17604,
-table 4)."""
+"""Seconds and GB per image: SD 1.5, 50 PLMS steps, plain attention (arXiv 2303.17604, table 4)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Machine:
     """Where and when something was measured."""
 
     machine: str
-    """Processor, cores and threads, and the GPU where one was used, in words."""
+    """Processor, cores and threads, and the GPU if one was used."""
     versions: str
     date: str
     command: str
@@ -47,7 +45,7 @@ class Machine:
 
 
 def this_machine(device: torch.device, dtype: str, command: str) -> Machine:
-    """This machine, as it is now."""
+    """Describe this machine."""
     threads = torch.get_num_threads()
     words = f"{_processor()}, {cores()} cores, {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
@@ -59,28 +57,25 @@ def this_machine(device: torch.device, dtype: str, command: str) -> Machine:
 
 
 def cores() -> int:
-    """How many cores this process may use, where the system tells; a container's are fewer than the
-    machine's."""
+    """Number of cores that this process may use; in a container fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        if model := re.search(
-            r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
-        ):
+        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if model := re.search(r"^model name\s*: (.+)", cpus, re.MULTILINE):
             return model[1]
     return platform.processor() or platform.machine()
 
 
 def number(digits: int, factor: float = 1) -> Callable[[object], str]:
-    """Writes a value times `factor`, such as ms of s or MB of bytes, with so many digits after the
-    point."""
+    """Format a value times `factor`, such as ms from s, with `digits` decimals."""
     return lambda value: f"{value * factor:.{digits}f}"
 
 
 def spread(name: str, title: str, digits: int = 3, factor: float = 1) -> Columns:
-    """The columns of a median and its quartiles."""
+    """Columns of a median and its quartiles."""
     titles = {name: title, f"{name}_low": "25 %", f"{name}_high": "75 %"}
     return {name: (title, number(digits, factor)) for name, title in titles.items()}
 
@@ -90,7 +85,7 @@ OVER_OTHERS: Columns = {name: (title, number(3)) for name, title in OVER.items()
 
 
 class Results:
-    """The rows that a subcommand has measured so far, for a table, a CSV and a plot."""
+    """Rows that a subcommand has measured so far, for a table, a CSV and a plot."""
 
     def __init__(self, args: argparse.Namespace, stem: str) -> None:
         self.rows: list[dict[str, object]] = []
@@ -98,20 +93,18 @@ class Results:
         self.files = [args.out / f"{stem}{ending}" for ending in (".csv", ".png")]
 
     def save(self, new: Iterable[Row] = ()) -> None:
-        """Adds rows, and writes the CSV of all: what was measured in an hour is kept when the next
-        is broken off."""
+        """Add rows, and write the CSV of all, so that an interrupted run keeps its results."""
         self.rows += [dict(row) for row in new]
         write_csv(self.files[0], self.rows, self.machine)
 
     def show(self, columns: Columns, panels: Sequence[Panel], notes: Sequence[str]) -> None:
-        """Draws the plot, and prints the table."""
+        """Draw the plot, and print the table."""
         plot(self.files[1], panels, self.machine)
         show(table(columns, self.rows), self.machine, notes, self.files)
 
 
 def table(columns: Columns, rows: Sequence[Row]) -> str:
-    """The rows under their titles in Markdown, every column as wide as it must be, numbers to the
-    right."""
+    """Format rows as a Markdown table with padded columns, numbers to the right."""
     columns_of_cells: list[list[str]] = []
     for key, (title, write) in columns.items():
         values = [row.get(key) for row in rows]
@@ -124,8 +117,7 @@ def table(columns: Columns, rows: Sequence[Row]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row], machine: Machine) -> None:
-    """The rows as measured, in SI units, with the machine's columns behind them. The folder is made
-    if need be."""
+    """Write rows in SI units and the machine's columns after them; create the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     made_on = dataclasses.asdict(machine)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -136,35 +128,28 @@ def write_csv(path: Path, rows: Sequence[Row], machine: Machine) -> None:
 
 @dataclasses.dataclass
 class Panel:
-    """One pair of axes. What is across may be words, whose points are not joined."""
+    """One pair of axes. x may be words, whose points are not joined."""
 
     title: str
     across: str
     up: str
     lines: dict[str, list[tuple[float | str, float]]] = dataclasses.field(default_factory=dict)
-    """By name: the points (x, y)."""
     errors: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    """By name, where known: how far each point's interval reaches up and down."""
-    reference: str | None = None
-    """The line that the others are held against: it is drawn dashed, without points."""
+    """By name, if known: half of each point's interval."""
+    reference: str = ""
+    """Name of the line to compare with, drawn dashed and without points."""
     logarithmic: bool = False
 
     def add(self, name: str, x: float | str, y: float | None, error: float | None = None) -> None:
-        """Adds a point, if it was measured, to the line of that name; all of a line's points have
-        an error, or none."""
+        """Add a point to a line, if it was measured; a line has errors at all points or at none."""
         if y is not None:
             self.lines.setdefault(name, []).append((x, y))
             if error is not None:
                 self.errors.setdefault(name, []).append(error)
 
 
-def paper_line(measured: Mapping[float, float]) -> list[tuple[float, float]]:
-    """The paper's values as times better than its unmerged one, by ratio."""
-    return [(ratio, measured[0.0] / value) for ratio, value in measured.items()]
-
-
 def plot(path: Path, panels: Sequence[Panel], machine: Machine) -> None:
-    """Draws the panels beside each other into a PNG."""
+    """Draw the panels side by side into a PNG."""
     require("matplotlib").use("Agg")
     pyplot = require("matplotlib.pyplot")
     figure, axes = pyplot.subplots(
@@ -172,18 +157,12 @@ def plot(path: Path, panels: Sequence[Panel], machine: Machine) -> None:
     )
     for panel, axis in zip(panels, axes[0], strict=True):
         for name, points in panel.lines.items():
-            style = (
-                {"linestyle": "--", "color": "grey"} if name == panel.reference else {"marker": "o"}
-            )
             words = isinstance(points[0][0], str)
-            style = {"linestyle": "none"} | style if words else style
-            axis.errorbar(
-                *zip(*points, strict=True),
-                yerr=panel.errors.get(name),
-                capsize=3,
-                label=name,
-                **style,
-            )
+            style = {"marker": "o"} | ({"linestyle": "none"} if words else {})
+            if name == panel.reference:
+                style = {"linestyle": "--", "color": "grey"}
+            errors = panel.errors.get(name)
+            axis.errorbar(*zip(*points, strict=True), yerr=errors, capsize=3, label=name, **style)
             if words:
                 pyplot.setp(axis.get_xticklabels(), rotation=45, ha="right")
         axis.set(title=panel.title, xlabel=panel.across, ylabel=panel.up)
@@ -191,16 +170,15 @@ def plot(path: Path, panels: Sequence[Panel], machine: Machine) -> None:
             axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(
-        f"{machine.machine}; {machine.versions}; {machine.date}", fontsize="small", wrap=True
-    )
+    about = f"{machine.machine}; {machine.versions}; {machine.date}"
+    figure.suptitle(about, fontsize="small", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def show(tables: str, machine: Machine, notes: Sequence[str], files: Sequence[Path]) -> None:
-    """Prints machine, tables, notes (each once) and where the files are."""
+    """Print the machine, the tables, the notes without repeats, and the files' paths."""
     print(f"\n{machine}\n")
     print(tables)
     for note in dict.fromkeys(notes):

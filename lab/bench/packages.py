@@ -1,4 +1,4 @@
-"""The packages that the benchmark needs and the library doesn't."""
+"""Packages that the benchmark needs and the library doesn't."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import types
 
 INSTALL = {
     "ca_tome": "pip install --no-deps ca-tome==0.1.3",
-    "ldm": "pip install einops omegaconf pillow tqdm && pip install --no-deps stable-diffusion-sdkit==2.1.5",
-    "diffusers": "pip install diffusers",
+    "ldm": "pip install einops omegaconf pillow tqdm && "
+    "pip install --no-deps stable-diffusion-sdkit==2.1.5",
     "matplotlib": "pip install matplotlib",
     "psutil": "pip install psutil",
     "requests": "pip install requests",
@@ -17,16 +17,17 @@ INSTALL = {
     "tomesd": "pip install tomesd==0.1.3",
     "tqdm": "pip install tqdm",
 }
-"""By top-level module: the command that installs it."""
 
 
 class MissingPackage(RuntimeError):
-    """A package is not installed; the message says how to install it."""
+    """A package is missing; the message says how to install it."""
 
 
 def require(name: str) -> types.ModuleType:
-    """Imports a module of a package in `INSTALL`. Raises `MissingPackage` where it, or what it
-    needs, is missing."""
+    """Import a module of a package in `INSTALL`.
+
+    Raises `MissingPackage` if it or one of its dependencies is missing.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

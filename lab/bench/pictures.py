@@ -1,5 +1,4 @@
-"""Pictures of a tiny model, made with and without merging, and kept on disk: what was made is never
-made again."""
+"""Pictures of a tiny model, with and without merging, cached on disk."""
 
 from __future__ import annotations
 
@@ -29,53 +28,49 @@ from .contenders import UNWEIGHTED, Unweighted
 from .models import attention
 from .options import DTYPES
 from .packages import require
-from .peers import CA_TOME, CORNER, PUT_ON, QUERIES, RANDOM, Running
-from .samplers import SAMPLERS
+from .peers import ATTACH_PEER, CA_TOME, CORNER, QUERIES, RANDOM, Attached
+from .samplers import SAMPLERS, Guidance
 from .timing import timed
 from .variants import Variant
 
-CHUNK = 8
-"""Pictures made at once, and kept in one file; guidance doubles them. On a CPU more at once were no
-faster."""
+BATCH = 8
+"""Pictures made at once and kept in one file; larger batches were no faster on a CPU."""
 
 UNTRAINED = "untrained"
-"""A smaller model of random weights, in a trained one's place."""
+"""Name of a smaller model with random weights."""
 
 PACKAGES = {**dict.fromkeys((CORNER, RANDOM, QUERIES), "tomesd"), CA_TOME: "ca-tome"}
-"""By contender, whose code it is."""
 
 TINY_SHAPE = {"image_size": 8, "channel_mult": [1, 1, 1], "context_dim": 32}
 TINY_CAPTIONS = ("cat face", "red apple", "red cat", "apple face", "apple")
 
 
-class Chunk(NamedTuple):
+class Batch(NamedTuple):
     """Pictures that were made at once."""
 
     pictures: Tensor
     """uint8, [N, H, W, 3]."""
     seconds: float
     merged: str
-    """What was merged, for people; may be empty."""
+    """Summary of what was merged; may be empty."""
     pairs: float
-    """The share of query-key pairs that was left in merged layers; NaN where the ratio alone
-    decides."""
+    """Fraction of query-key pairs left in merged layers; NaN if the ratio alone decides."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Studio:
-    """All that pictures depend on besides their number and the way to merge."""
+class Pipeline:
+    """Everything that pictures depend on except their number and variant."""
 
     name: str
-    """The model's: one of `MODELS`, or `UNTRAINED`."""
+    """One of `MODELS`, or `UNTRAINED`."""
     steps: int
-    """Where a variant doesn't say; they divide 1000."""
+    """Steps of variants without their own; they divide 1000."""
     scale: float
-    """Of classifier-free guidance."""
     attention: str
     dtype: str
     device: torch.device
     side: int | None = None
-    """Of a picture, in pixels; None: the model's own."""
+    """Side of a picture in pixels; None for the model's own."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -84,95 +79,74 @@ class Studio:
         return channels, self.side or height, self.side or width
 
     def model(self) -> TinyModel:
-        """The model, which later calls give again. Raises `FileNotFoundError` where its weights are
-        missing."""
+        """The model, cached. Raises `FileNotFoundError` if its weights are missing."""
         return _model(self.name, self.device)
 
     def captions(self, count: int) -> list[int]:
-        """The numbers of the captions that the first `count` pictures are made of.
+        """Caption numbers of the first `count` pictures.
 
-        All captions in turn, in an order that is drawn once: those that come after each other in
-        the model are alike.
+        All captions take turns in a fixed random order, since the model's neighbours are alike.
         """
         captions = len(self.model().captions)
         order = torch.randperm(captions, generator=torch.Generator().manual_seed(0)).tolist()
         return [order[number % captions] for number in range(count)]
 
     def steps_of(self, variant: Variant) -> int:
-        """In how many steps a variant's pictures are made."""
+        """Number of steps of a variant."""
         return variant.steps or self.steps
 
-    def make(self, variant: Variant, first: int) -> Chunk:
-        """`CHUNK` pictures from number `first` on."""
+    def make(self, variant: Variant, first: int) -> Batch:
+        """Make `BATCH` pictures from number `first` on."""
         model = self.model()
-        prompts = [model.captions[number] for number in self.captions(first + CHUNK)[first:]]
         unet, dtype = model.model.diffusion_model, DTYPES[self.dtype]
-        # Older torch refuses to make an autocast to fp32, even one that is off.
+        # Older torch refuses an autocast to fp32, even a disabled one.
         wide = dtype == torch.float32
         narrow = contextlib.nullcontext() if wide else torch.autocast(self.device.type, dtype)
-        # `tomesd` draws from a copy of the global random state, which is made in its first call.
+        # `tomesd` draws from a copy of the global random state, made in its first call.
         with torch.random.fork_rng(devices=[]), attention(unet, self.attention), narrow:
             torch.manual_seed(first)
-            with variant.put_on(unet) as running:
-                work = functools.partial(self._sample, model, prompts, first, running, variant)
+            with variant.attach(unet) as attached:
+                work = functools.partial(self._sample, variant, first, attached)
                 seconds, x = timed(work, self.device)
-                merged, pairs = running.describe(), running.pairs()
+                merged, pairs = attached.describe(), attached.pairs()
         pictures = model.to_rgb(x).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
-        return Chunk(pictures, seconds, merged, math.nan if pairs is None else pairs)
+        return Batch(pictures, seconds, merged, math.nan if pairs is None else pairs)
 
-    def _sample(
-        self,
-        model: TinyModel,
-        prompts: Sequence[str],
-        first: int,
-        running: Running,
-        variant: Variant,
-    ) -> Tensor:
-        """[B, 3, H, W]; picture i starts from the noise of seed `first` + i."""
-        steps = self.steps_of(variant)
-        noise = [
-            torch.randn(self.image_shape, generator=torch.Generator().manual_seed(first + number))
-            for number in range(len(prompts))
-        ]
-        return SAMPLERS[variant.sampler](
-            model,
-            torch.stack(noise).to(self.device),
-            model.encode_prompts(prompts),
-            model.encode_prompts([""] * len(prompts)),
-            self.scale,
-            steps,
-            lambda step: running.begin_step(step, steps),
-        )
+    def _sample(self, variant: Variant, first: int, attached: Attached) -> Tensor:
+        """Sample latents [B, 3, H, W]; picture i starts from the noise of seed `first` + i."""
+        model, steps = self.model(), self.steps_of(variant)
+        numbers = range(first, first + BATCH)
+        prompts = [model.captions[number] for number in self.captions(first + BATCH)[first:]]
+        seeded = [torch.Generator().manual_seed(number) for number in numbers]
+        noise = [torch.randn(self.image_shape, generator=generator) for generator in seeded]
+        x = torch.stack(noise).to(self.device)
+        contexts = (model.encode_prompts(some) for some in (prompts, [""] * BATCH))
+        guidance = Guidance(*contexts, self.scale)
+
+        def begin_step(step: int) -> None:
+            attached.begin_step(step, steps)
+
+        return SAMPLERS[variant.sampler](model, x, guidance, steps, begin_step)
 
     def digest(self, variant: Variant) -> str:
-        """Of all that a variant's pictures depend on: the model, how it is run, and the code that
-        merges."""
+        """Digest of what a variant's pictures depend on: model, pipeline and merging code."""
         code: list[object] = []
         if variant.settings is not None:
-            # What settings come to, besides their values: not the text of their module, with its
-            # labels and defaults.
+            # What settings resolve to; their module's text has labels and defaults too.
             code += [
                 _code_digest(),
                 variant.settings.cell,
-                variant.settings.draws_anew,
+                variant.settings.redraws,
                 variant.settings.exact,
             ]
         if package := PACKAGES.get(variant.contender):
             code.append(importlib.metadata.version(package))
-        elif variant.contender in PUT_ON:
+        elif variant.contender in ATTACH_PEER:
             code.append(inspect.getsource(peers))
         if variant.contender == UNWEIGHTED:
             code.append(inspect.getsource(Unweighted))
-        how = [
-            self.scale,
-            self.attention,
-            self.dtype,
-            self.device.type,
-            self.image_shape,
-            CHUNK,
-            Chunk._fields,
-            torch.__version__,
-        ]
+        how = [self.scale, self.attention, self.dtype, self.device.type, self.image_shape]
+        how += [BATCH, Batch._fields, torch.__version__]
         way = {**dataclasses.asdict(variant), "steps": self.steps_of(variant)}
         everything = [_model_digest(self.model()), how, way, code]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
@@ -204,74 +178,65 @@ def _code_digest() -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Series:
+class Pictures:
     """A variant's pictures."""
 
-    pictures: Tensor
+    pixels: Tensor
     """uint8, [N, H, W, 3]."""
     seconds: float
-    """A picture: the median over its chunks. They are made one after the other, not in rounds."""
+    """Per picture, the median over its batches, which are made one after the other."""
     merged: str
     pairs: float
-    """As of a `Chunk`; the mean."""
+    """Mean over the batches."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Album:
-    """The folder that pictures are kept in: a folder a variant, by its digest, and a file a chunk."""
+class PictureCache:
+    """Cache of pictures: a folder per variant, named by its digest, with a file per batch."""
 
     folder: Path
-    studio: Studio
+    pipeline: Pipeline
 
     def missing(self, variants: Sequence[Variant], count: int) -> dict[Path, tuple[Variant, int]]:
-        """The chunks, by the file that each is kept in, that the variants' first `count` pictures
-        lack.
+        """Missing batches of the variants' first `count` pictures, by file.
 
-        In turns: a slow minute of the machine falls on all variants alike.
+        Variants take turns, so that a slow minute of the machine affects all alike.
         """
-        # By where they are kept: the studio's number of steps, and the same said by a variant, give
-        # the same pictures.
-        chunks = [(variant, first) for first in range(0, count, CHUNK) for variant in variants]
-        by_path = {self._path(*chunk): chunk for chunk in chunks}
-        return {path: chunk for path, chunk in by_path.items() if not path.is_file()}
+        # Keyed by file: a variant that names the pipeline's number of steps has the same pictures.
+        batches = [(variant, first) for first in range(0, count, BATCH) for variant in variants]
+        by_path = {self._path(*batch): batch for batch in batches}
+        return {path: batch for path, batch in by_path.items() if not path.is_file()}
 
     def make(
-        self, chunks: Sequence[tuple[Variant, int]], processes: int, threads: int
+        self, batches: Sequence[tuple[Variant, int]], processes: int, threads: int
     ) -> Iterator[Variant]:
-        """Makes chunks, in so many processes of so many threads; gives the variant of each, in
-        order, once kept."""
-        if processes == 1 or len(chunks) < 2:
-            for chunk in chunks:
-                yield self._make(chunk)
+        """Make batches in parallel; yield the variant of each, in order, once it is saved."""
+        if processes == 1 or len(batches) < 2:
+            for batch in batches:
+                yield self._make(batch)
             return
-        # Of tensors as small as these, two are computed faster side by side than each by two
-        # threads.
+        # Tensors are so small that two single-threaded processes beat one of two threads.
         spawning = multiprocessing.get_context("spawn")
-        with spawning.Pool(min(processes, len(chunks)), torch.set_num_threads, (threads,)) as pool:
-            yield from pool.imap(self._make, chunks)
+        with spawning.Pool(min(processes, len(batches)), torch.set_num_threads, (threads,)) as pool:
+            yield from pool.imap(self._make, batches)
 
-    def read(self, variant: Variant, count: int) -> Series:
-        """The first `count` pictures of a variant, all of which must have been made."""
-        chunks = []
-        for first in range(0, count, CHUNK):
+    def read(self, variant: Variant, count: int) -> Pictures:
+        """Read a variant's first `count` pictures, all of which must have been made."""
+        batches = []
+        for first in range(0, count, BATCH):
             with np.load(self._path(variant, first)) as arrays:
-                chunks.append({name: arrays[name] for name in arrays.files})
-        pictures = torch.from_numpy(np.concatenate([chunk["pictures"] for chunk in chunks])[:count])
-        seconds = float(np.median([chunk["seconds"] for chunk in chunks])) / CHUNK
-        return Series(
-            pictures,
-            seconds,
-            str(chunks[0]["merged"]),
-            float(np.mean([chunk["pairs"] for chunk in chunks])),
-        )
+                batches.append({name: arrays[name] for name in arrays.files})
+        pixels = np.concatenate([batch["pictures"] for batch in batches])[:count]
+        seconds = float(np.median([batch["seconds"] for batch in batches])) / BATCH
+        pairs = float(np.mean([batch["pairs"] for batch in batches]))
+        return Pictures(torch.from_numpy(pixels), seconds, str(batches[0]["merged"]), pairs)
 
-    def _make(self, chunk: tuple[Variant, int]) -> Variant:
-        variant, first = chunk
-        made = self.studio.make(variant, first)
+    def _make(self, batch: tuple[Variant, int]) -> Variant:
+        variant, first = batch
+        made = self.pipeline.make(variant, first)
         path = self._path(variant, first)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Under its own name only once it is whole: an interrupted run leaves no half chunk to be
-        # read.
+        # Renamed once it is complete, so that an interrupted run leaves no partial batch.
         partial = path.with_suffix(f".{os.getpid()}.partial")
         with partial.open("wb") as file:
             np.savez_compressed(file, **{**made._asdict(), "pictures": made.pictures.numpy()})
@@ -279,4 +244,4 @@ class Album:
         return variant
 
     def _path(self, variant: Variant, first: int) -> Path:
-        return self.folder / self.studio.digest(variant) / f"{first:05d}.npz"
+        return self.folder / self.pipeline.digest(variant) / f"{first:05d}.npz"

@@ -1,8 +1,9 @@
-"""A GPU without one: the operations of code on meta tensors, and their times by a roofline.
+"""Operations of code on meta tensors, and their times on a GPU by a roofline model.
 
-On PyTorch's meta device tensors have shapes and no values; every operation is recorded. How many
-kernels CUDA launches for it is read off ATen's sources. Every time is an estimate: the larger of an
-operation's bytes over the card's bandwidth, its products over the card's rate, and 2.5 µs a launch.
+On PyTorch's meta device tensors have shapes and no values, and every operation is recorded. The
+number of kernels that CUDA launches is from ATen's sources. Every time is an estimate: the largest
+of an operation's bytes over the card's bandwidth, its products over the card's rate, and 2.5 µs per
+launch.
 """
 
 from __future__ import annotations
@@ -23,14 +24,13 @@ LAUNCH_SECONDS, KERNEL_SECONDS, BANDWIDTH_SHARE = 2.5e-6, 5e-6, 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a GPU does, in bytes and operations a second: the makers' data sheets, and published
-    measurements."""
+    """A GPU's bytes and operations per second, by data sheets and published measurements."""
 
     bandwidth: float
     products: float
-    """Dense fp16 products with fp32 sums, as matrices of this size reach it."""
+    """Dense fp16 products with fp32 sums, as reached by matrices of this size."""
     attention: dict[int, float]
-    """FlashAttention 2's forward pass, by the size of heads that its kernels have."""
+    """FlashAttention 2's forward pass by its kernels' head size."""
 
 
 CARDS = {
@@ -41,76 +41,41 @@ CARDS = {
 }
 
 FUSED = "fused_attention"
-"""On the meta device PyTorch would take its fused attention apart: this operation stands for it."""
+"""Represents fused attention, which PyTorch decomposes on the meta device."""
 
-VIEWS = {
-    *(
-        "view",
-        "_unsafe_view",
-        "transpose",
-        "t",
-        "permute",
-        "expand",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-    ),
-    *(
-        "alias",
-        "detach",
-        "as_strided",
-        "unfold",
-        "narrow",
-        "split",
-        "_reshape_alias",
-        "empty",
-        "empty_like",
-    ),
-    *(
-        "empty_strided",
-        "new_empty",
-        "new_empty_strided",
-        "diagonal",
-        "lift_fresh",
-        "split_with_sizes",
-        "chunk",
-    ),
-    *("unbind",),
-}
-READING = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "unique_consecutive",
-    "_unique2",
-    "equal",
-    "is_nonzero",
-}
-"""Operations whose result the CPU waits for."""
+_VIEWS = """
+_reshape_alias _unsafe_view alias as_strided chunk detach diagonal empty empty_like empty_strided
+expand lift_fresh narrow new_empty new_empty_strided permute select slice split split_with_sizes
+squeeze t transpose unbind unfold unsqueeze view
+"""
+VIEWS = set(_VIEWS.split())
+"""Operations that launch no kernel."""
+READING = {"_local_scalar_dense", "_unique2", "equal", "is_nonzero", "masked_select", "nonzero"}
+READING |= {"unique_consecutive"}
+"""Operations that make the CPU wait for their result."""
 CLONING = {"constant_pad_nd", "scatter", "index_put", "masked_fill"}
 """Operations of two kernels: a fill or a copy, and their own."""
 SHORT_ROW = 4096
-"""Rows up to this length are sorted by one block; longer ones by radix, a pass for each byte."""
+"""Longest row that one block sorts; longer ones take a radix pass per byte."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """Shape and bytes of a tensor that went through an operation."""
+    """Shape and bytes of an operation's tensor."""
 
     shape: tuple[int, ...]
     bytes: int
-    """A dimension of stride 0 has none."""
+    """Dimensions of stride 0 have none."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Operand:
-        """What is kept of a tensor."""
+        """Shape and bytes of `tensor`."""
         sides = (side for side, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
         return cls(tuple(tensor.shape), math.prod(sides) * tensor.element_size())
 
     @property
     def count(self) -> int:
-        """Its numbers."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -125,23 +90,22 @@ class Operation:
 
     @property
     def bytes(self) -> int:
-        """What it reads and writes."""
+        """Bytes read and written."""
         written = sum(each.bytes for each in self.outputs)
-        # Some read the rows that they take, not all.
+        # These read only the rows that they take.
         takes_rows = self.name in ("index_select", "gather", "index")
         read = self.inputs[1:] if takes_rows else self.inputs
         return written * (1 + takes_rows) + sum(each.bytes for each in read)
 
     def seconds(self, card: Card) -> float:
-        """About how long it takes."""
+        """Estimated time."""
         ins, outs = self.inputs, self.outputs
         if self.name == FUSED:
             (items, heads, queries, size), keys = ins[0].shape, ins[1].shape[2]
             wide = next(width for width in WIDTHS if size <= width)
+            shorter = min(queries, keys)
             rate = card.attention.get(wide, card.attention[64])
-            rate *= (
-                0.88 if min(queries, keys) <= 1024 else 0.95 if min(queries, keys) <= 2048 else 1
-            )
+            rate *= 0.88 if shorter <= 1024 else 0.95 if shorter <= 2048 else 1
             moved = 4 * items * heads * size * (queries + keys)
             work = 4 * items * heads * queries * keys * wide / rate
             return max(work, moved / card.bandwidth / BANDWIDTH_SHARE) + KERNEL_SECONDS
@@ -158,29 +122,28 @@ class Operation:
 
 
 class Recorder(TorchDispatchMode):
-    """Records, while open, operations on the meta device, what the CPU would wait for, and the peak
-    of memory."""
+    """While open, records operations on the meta device, waits of the CPU, and the memory peak."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
         self.waits: list[str] = []
         self.peak = 0
-        """The most bytes of results that lived at once."""
+        """Most bytes of results alive at once."""
         self._living: dict[StorageWeakRef, int] = {}
 
     @property
     def launches(self) -> int:
-        """Kernels that CUDA would launch."""
+        """Number of kernels that CUDA would launch."""
         return sum(operation.launches for operation in self.operations)
 
     @property
     def bytes(self) -> int:
-        """What all operations read and write."""
+        """Bytes read and written by all operations."""
         return sum(operation.bytes for operation in self.operations)
 
     def seconds(self, card: Card) -> float:
-        """About how long all of them take, where the GPU is what is waited for."""
+        """Estimated time of all operations, if the CPU keeps the GPU busy."""
         return sum(operation.seconds(card) for operation in self.operations)
 
     def __torch_dispatch__(
@@ -193,9 +156,8 @@ class Recorder(TorchDispatchMode):
         if (name in READING and devices != {"cpu"}) or len(devices) > 1:
             self.waits.append(name)
         if devices != {"cpu"} and (launches := _launches(name, args, outputs)):
-            self.operations.append(
-                Operation(name, launches, *([*map(Operand.of, each)] for each in (inputs, outputs)))
-            )
+            operands = ([*map(Operand.of, each)] for each in (inputs, outputs))
+            self.operations.append(Operation(name, launches, *operands))
         if devices != {"cpu"}:
             self._note_memory(inputs, outputs)
         return results
@@ -212,7 +174,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among the values, and in lists of them."""
+    """Tensors among the values, and in lists of them."""
     each = (
         one for value in values for one in (value if isinstance(value, (list, tuple)) else [value])
     )
@@ -220,17 +182,15 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _launches(name: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
-    """How many kernels CUDA launches for an operation."""
+    """Number of kernels that CUDA launches for an operation."""
     if name in VIEWS or (outputs and all(tensor.numel() == 0 for tensor in outputs)):
         return 0
     if name in CLONING:
         return 2
     if name in ("sort", "argsort"):
         values = args[0]
-        numbers = [
-            each for each in args[1:] if isinstance(each, int) and not isinstance(each, bool)
-        ]
-        length = values.shape[numbers[0] if numbers else -1]
+        dims = [each for each in args[1:] if type(each) is int]
+        length = values.shape[dims[0] if dims else -1]
         if length <= SHORT_ROW:
             return 4
         return values.element_size() + (4 if values.numel() == length else 11)

@@ -1,4 +1,4 @@
-"""Guided sampling of a tiny model: ldm's own PLMS and DDIM, and DPM++ 2M as WebUI has it."""
+"""Guided sampling of a tiny model: ldm's PLMS and DDIM, and DPM++ 2M as in WebUI."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,35 +16,36 @@ from ..demo.samplers import EpsDenoiser, sample_dpmpp_2m
 from .packages import require
 
 BeginStep = Callable[[int], None]
-"""Called with a step's number, from 0, before the step's first evaluation; after the last step once
-more."""
+"""Called with a step's number, from 0, before its first evaluation, and once at the end."""
 
-Sampler = Callable[[TinyModel, Tensor, Tensor, Tensor, float, int, BeginStep], Tensor]
-"""(model, noise [B, C, H, W], context [B, L, D], empty context, guidance scale, steps, begin_step)
-to [B, C, H, W]."""
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance of a batch: contexts [B, L, D], and the scale."""
+
+    context: Tensor
+    empty: Tensor
+    scale: float
+
+
+Sampler = Callable[[TinyModel, Tensor, Guidance, int, BeginStep], Tensor]
+"""(model, noise [B, C, H, W], guidance, steps, begin_step) to pictures [B, C, H, W]."""
 
 
 def _by_ldm(module: str, name: str) -> Sampler:
     def sample(
-        model: TinyModel,
-        noise: Tensor,
-        context: Tensor,
-        empty: Tensor,
-        scale: float,
-        steps: int,
-        begin_step: BeginStep,
+        model: TinyModel, noise: Tensor, guidance: Guidance, steps: int, begin_step: BeginStep
     ) -> Tensor:
         sampler = getattr(require(module), name)(model)
         begin_step(0)
-        # It prints, and draws a progress bar of its own for each run.
+        # It prints, and draws a progress bar for each run.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             x, _ = sampler.sample(
                 S=steps,
                 batch_size=len(noise),
                 shape=tuple(noise.shape[1:]),
-                conditioning=context,
-                unconditional_conditioning=empty,
-                unconditional_guidance_scale=scale,
+                conditioning=guidance.context,
+                unconditional_conditioning=guidance.empty,
+                unconditional_guidance_scale=guidance.scale,
                 x_T=noise,
                 callback=lambda step: begin_step(step + 1),
                 verbose=False,
@@ -54,14 +56,9 @@ def _by_ldm(module: str, name: str) -> Sampler:
 
 
 def _dpmpp_2m(
-    model: TinyModel,
-    noise: Tensor,
-    context: Tensor,
-    empty: Tensor,
-    scale: float,
-    steps: int,
-    begin_step: BeginStep,
+    model: TinyModel, noise: Tensor, guidance: Guidance, steps: int, begin_step: BeginStep
 ) -> Tensor:
+    context, empty, scale = guidance
     denoiser, both = EpsDenoiser(model), torch.cat([empty, context])
 
     def guided(x: Tensor, sigma: Tensor, step: int) -> Tensor:
@@ -80,4 +77,3 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         "DPM++ 2M": _dpmpp_2m,
     }
 )
-"""By WebUI's name."""

@@ -1,4 +1,4 @@
-"""Interleaved rounds, and the medians of what they gave."""
+"""Interleaved rounds, and the medians of their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Spread(NamedTuple):
-    """The median of some measurements, and the quartiles around it."""
+    """Median and quartiles of measurements."""
 
     median: float
     low: float
@@ -33,7 +33,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Spread:
-    """The quotients values/others, round by round: what slows a whole round does not count."""
+    """Spread of values/others round by round, which cancels what slows a whole round."""
     return spread([value / other for value, other in zip(values, others, strict=True)])
 
 
@@ -43,11 +43,10 @@ def compared(
     baseline: str | None,
     others: Mapping[str, Mapping[str, str]],
 ) -> list[dict[str, object]]:
-    """A row for each name: the spread of its results, as `what`, and how it stands to others of the
-    same rounds.
+    """Return a row per name: the spread of its results as `what`, and its quotients to others.
 
-    `gain` is the baseline over it, with quartiles. `others` says, by column and name, over which
-    other it is taken; None where there is no such one, or it was not measured.
+    `gain` is the baseline over it, with quartiles. `others` names, by column and name, the divisor;
+    None if there is none or it wasn't measured. Quotients are taken within rounds.
     """
     rows = []
     for name, values in results.items():
@@ -63,20 +62,14 @@ def compared(
 
 
 def growth(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """The exponent p with which values grow as sizes^p: the slope of the least-squares line through
-    their logarithms.
-
-    None for fewer than two sizes.
-    """
+    """Exponent p of values growing as sizes^p, by least squares; None for fewer than two sizes."""
     if len(sizes) < 2:
         return None
-    return statistics.linear_regression(
-        [math.log(size) for size in sizes], [math.log(value) for value in values]
-    ).slope
+    return statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, values)]).slope
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """Runs `work`, until the device is done with it; returns its seconds and its result."""
+    """Run `work`, wait for the device, and return its seconds and its result."""
     _wait_for(device)
     began = time.perf_counter()
     result = work()
@@ -87,11 +80,10 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
 def interleaved(
     runs: Mapping[str, Callable[[], T]], rounds: int, tick: Callable[[str], None], warmup: int = 1
 ) -> dict[str, list[T]]:
-    """Runs everything once a round, each round beginning with another: `rounds` results of each, by
-    name.
+    """Run everything once per round, each round starting at another one; return results by name.
 
-    So a slow minute of the machine falls on all alike, and none always runs behind the same moment.
-    The `warmup` rounds before them are not kept. `tick` is told the name of what is run next.
+    A slow minute of the machine then affects all alike, and none always follows the same other one.
+    The first `warmup` rounds are dropped. `tick` is called with the next name.
     """
     names = list(runs)
     results: dict[str, list[T]] = {name: [] for name in names}
@@ -107,7 +99,7 @@ def interleaved(
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar of `total` runs; what it yields is called with a run's name before the run."""
+    """Show a progress bar of `total` runs; yield a function to call with each run's name."""
     with require("tqdm").tqdm(total=total, unit="run") as bar:
 
         def tick(name: str) -> None:

@@ -1,5 +1,4 @@
-"""What `speed` and `memory` share: the UNet of the arguments, and everything that runs on it, size
-by size."""
+"""What `speed` and `memory` share: a UNet, and all contenders on it, size by size."""
 
 from __future__ import annotations
 
@@ -13,34 +12,14 @@ from torch import Tensor, nn
 
 from tomesd_core.settings import MergeSettings
 
-from . import output
-from .contenders import (
-    CORNER,
-    LIMIT_OF,
-    OVER_OTHERS,
-    RANDOM,
-    TODO,
-    UNMERGED,
-    Contender,
-    Running,
-    contenders,
-)
-from .models import (
-    LATENT_FACTOR,
-    SD1,
-    TINY,
-    attention,
-    build_unet,
-    diffusers_unet,
-    one_step,
-    read_checkpoint,
-)
+from . import contenders, models, output
+from .contenders import UNMERGED, Contender
+from .peers import CORNER, RANDOM, TODO, Attached
 from .timing import compared, interleaved
 
 USUAL = {"sizes": [(512, 512)], "methods": ["keys", "paper"], "attention": "plain"}
 
-Runs = Mapping["float | None", Sequence[Contender]]
-"""By ratio, what runs; None: what has ratios of its own."""
+Runs = Mapping[float, Sequence[Contender]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +27,6 @@ class Case:
     """A UNet at one size."""
 
     size: str
-    """Width and height in pixels."""
     unet: nn.Module
     step: Callable[[], Tensor]
     runs: Runs
@@ -59,53 +37,48 @@ class Case:
 def cases(
     args: argparse.Namespace, choose: Callable[[int], tuple[Runs, list[str]]]
 ) -> Iterator[list[Case]]:
-    """One case for each of the arguments' sizes, all of one UNet, which has the arguments'
-    attention while open.
+    """Yield one case per size, all of one UNet, which has the chosen attention while open.
 
-    `choose` says what runs on so many tokens, and gives notes on what does not.
+    `choose` returns the contenders for a number of tokens, and notes on skipped ones.
     """
-    config, weights = (TINY if args.tiny else SD1), None
+    config, weights = (models.TINY if args.tiny else models.SD1), None
     if args.checkpoint is not None:
-        config, weights = read_checkpoint(args.checkpoint)
-    if args.diffusers:
-        unet = diffusers_unet(args.device, args.torch_dtype, args.tiny)
-    else:
-        unet = build_unet(config, args.device, args.torch_dtype, weights)
-    with attention(unet, args.attention):
+        config, weights = models.read_checkpoint(args.checkpoint)
+    unet = models.build_unet(config, args.device, args.torch_dtype, weights)
+    with models.attention(unet, args.attention):
         all_cases = []
         for width, height in args.sizes:
-            runs, notes = choose((width // LATENT_FACTOR) * (height // LATENT_FACTOR))
-            all_cases.append(
-                Case(
-                    f"{width}x{height}", unet, one_step(unet, config, (width, height)), runs, notes
-                )
-            )
+            tokens = (width // models.LATENT_FACTOR) * (height // models.LATENT_FACTOR)
+            step = models.one_step(unet, config, (width, height))
+            all_cases.append(Case(f"{width}x{height}", unet, step, *choose(tokens)))
         yield all_cases
 
 
-def everyone(args: argparse.Namespace, tokens: int, reuse_steps: int = 1) -> tuple[Runs, list[str]]:
-    """At each of the arguments' ratios the unmerged UNet, ours by the arguments' methods, the
-    peers, and the limits.
+def all_contenders(
+    args: argparse.Namespace, tokens: int, reuse_steps: int = 1
+) -> tuple[Runs, list[str]]:
+    """At each ratio the unmerged UNet, the chosen methods, the peers, and the limits.
 
-    Ours merges at one ratio in all steps; with `--force` also where the rule says that it can't
-    pay.
+    The extension merges at one ratio in all steps; `--force` turns `skip_unprofitable` off.
     """
     settings = MergeSettings(
         schedule="constant", full_steps=1, reuse_steps=reuse_steps, skip_unprofitable=not args.force
     )
-    # Of the methods alone: with keys alone the limit of the peers tells nothing.
-    limits = dict.fromkeys(LIMIT_OF[method] for method in args.methods)
+    # With keys alone, the peers' limit would have nothing to compare.
+    limits = dict.fromkeys(contenders.LIMIT_OF[method] for method in args.methods)
     names = [UNMERGED, *args.methods, CORNER, RANDOM, TODO, *limits]
-    runs: dict[float | None, Sequence[Contender]] = {}
+    runs: dict[float, Sequence[Contender]] = {}
     notes: list[str] = []
     for ratio in args.ratios:
-        runs[ratio], left_out = contenders(names, ratio, tokens, args.torch_dtype, settings)
-        notes += left_out
+        runs[ratio], skipped = contenders.available(
+            names, ratio, tokens, args.torch_dtype, settings
+        )
+        notes += skipped
     return runs, notes
 
 
 def count_runs(all_cases: Sequence[Case], rounds: int) -> int:
-    """How often `measure` will tick: what the first runs of a size set up serves all its ratios."""
+    """Number of runs in `measure`: one warm-up round per size, and `rounds` per ratio."""
     return sum(
         len(some) * (rounds + (not i))
         for case in all_cases
@@ -117,66 +90,58 @@ def measure(
     all_cases: Sequence[Case],
     args: argparse.Namespace,
     what: str,
-    one: Callable[[Case, Running], float],
+    one: Callable[[Case, Attached], float],
     tick: Callable[[str], None],
     save: Callable[[list[output.Row]], None],
 ) -> list[str]:
-    """Runs everything on every case: `one` gives the measure, called `what`, of a contender that is
-    on the UNet.
+    """Run all contenders on every case; `one` measures an attached contender, named `what`.
 
-    `save` gets the rows of a size and ratio as soon as they are known. Gives notes on what was
-    merged and left out.
+    `save` gets the rows of a size and ratio as soon as they are known. Returns notes on what was
+    merged and skipped.
     """
     notes: list[str] = []
     for case in all_cases:
         for number, (ratio, some) in enumerate(case.runs.items()):
-            descriptions: dict[str, str] = {}
-            at = case.size if ratio is None else f"{case.size}, {ratio:g}"
+            merged: dict[str, str] = {}
+            at = f"{case.size}, {ratio:g}"
 
-            def run(
-                contender: Contender, case: Case = case, descriptions: dict[str, str] = descriptions
-            ) -> float:
-                with contender.put_on(case.unet) as running:
-                    value = one(case, running)
-                    descriptions[contender.name] = running.describe()
-                return value
-
+            run = functools.partial(_measure_one, case, one, merged)
             runs = {contender.name: functools.partial(run, contender) for contender in some}
+            warmup = int(not number)  # A size's first runs warm up for all its ratios.
             results = interleaved(
-                runs, args.rounds, lambda name, at=at: tick(f"{name}, {at}"), int(not number)
+                runs, args.rounds, lambda name, at=at: tick(f"{name}, {at}"), warmup
             )
             about = {"size": case.size, "ratio": ratio}
             how = {"rounds": args.rounds, "attention": args.attention}
-            rows = compared(results, what, UNMERGED, OVER_OTHERS)
-            save(
-                [
-                    {**about, **row, **how, "merged": descriptions[str(row["contender"])]}
-                    for row in rows
-                ]
-            )
-            notes += [f"{at}, {name}: {merged}" for name, merged in descriptions.items() if merged]
+            rows = compared(results, what, UNMERGED, contenders.OVER_OTHERS)
+            save([{**about, **row, **how, "merged": merged[row["contender"]]} for row in rows])
+            notes += [f"{at}, {name}: {summary}" for name, summary in merged.items() if summary]
         notes += case.notes
     return notes
+
+
+def _measure_one(
+    case: Case,
+    one: Callable[[Case, Attached], float],
+    merged: dict[str, str],
+    contender: Contender,
+) -> float:
+    with contender.attach(case.unet) as attached:
+        value = one(case, attached)
+        merged[contender.name] = attached.describe()
+    return value
 
 
 def panels(
     rows: Sequence[output.Row], args: argparse.Namespace, up: str, paper: Mapping[float, float]
 ) -> list[output.Panel]:
-    """A plot for each size: how many times better than unmerged, over the ratio or, where it has
-    none, by contender."""
+    """Plot per size: improvements over unmerged by ratio, and the paper's."""
     by_size: dict[str, output.Panel] = {}
+    paper_line = [(ratio, paper[0.0] / value) for ratio, value in paper.items()]
     for row in rows:
         title = f"{row['size']}, {args.attention} attention"
         panel = by_size.setdefault(row["size"], output.Panel(title, "ratio", up))
-        if row["ratio"] is None:
-            panel.across = ""
-        panel.add(
-            row["contender"],
-            row["contender"] if row["ratio"] is None else row["ratio"],
-            row["gain"],
-        )
+        panel.add(row["contender"], row["ratio"], row["gain"])
     for panel in by_size.values():
-        if panel.across:
-            panel.lines[output.PAPER] = output.paper_line(paper)
-            panel.reference = output.PAPER
+        panel.lines[output.PAPER], panel.reference = paper_line, output.PAPER
     return [*by_size.values()]

@@ -1,10 +1,9 @@
-"""What `bench quality` holds against each other: ways to merge, rows of a table, and tables."""
+"""What `bench quality` compares: variants of merging, rows of a table, and tables."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,113 +11,104 @@ from torch import nn
 from tomesd_core.plan import pairs_left
 from tomesd_core.settings import METHODS, MergeSettings
 
-from .contenders import BASE, KEYS, PAPER, UNMERGED, UNWEIGHTED, put_on
-from .peers import QUERIES, TODO, Running
+from . import contenders
+from .contenders import BASE, KEYS, PAPER, UNMERGED, UNWEIGHTED
+from .peers import QUERIES, TODO, Attachment
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to make pictures: a contender, for ours its settings, and in how many steps."""
+    """One way to make pictures: a contender, its settings, and the sampler's steps."""
 
     contender: str
     ratio: float = 0.0
     settings: MergeSettings | None = None
     steps: int | None = None
-    """None: the studio's."""
+    """None for the pipeline's."""
     sampler: str = "PLMS"
     """One of `samplers.SAMPLERS`."""
 
-    def put_on(self, unet: nn.Module) -> contextlib.AbstractContextManager[Running]:
-        """While open, the UNet runs so; nothing is left behind."""
-        return put_on(unet, self.contender, self.ratio, self.settings)
+    @classmethod
+    def of(cls, settings: MergeSettings) -> Variant:
+        """Merging by these settings."""
+        return cls(settings.method, settings.ratio, settings)
+
+    def attach(self, unet: nn.Module) -> Attachment:
+        """Attach the contender to a UNet."""
+        return contenders.attach(unet, self.contender, self.ratio, self.settings)
 
     @property
     def unmerged(self) -> Variant:
-        """The way to make this one's twins."""
+        """The unmerged variant with the same steps and sampler."""
         return Variant(UNMERGED, steps=self.steps, sampler=self.sampler)
 
     @property
     def mean_ratio(self) -> float:
-        """Over many steps."""
-        return _mean(self._ratios)
+        """Mean of the ratio over many steps."""
+        return self._mean(lambda ratio: ratio)
 
     @property
     def pairs(self) -> float:
-        """The share of query-key pairs left in a layer that merges, over many steps."""
+        """Fraction of query-key pairs left in a merged layer, over many steps."""
         method = KEYS if self.contender in (KEYS, UNWEIGHTED, TODO, QUERIES) else PAPER
-        return _mean([pairs_left(ratio, method) for ratio in self._ratios])
+        return self._mean(lambda ratio: pairs_left(ratio, method))
 
-    @property
-    def _ratios(self) -> list[float]:
+    def _mean(self, value: Callable[[float], float]) -> float:
         if self.settings is None or self.settings.schedule == "constant":
-            return [self.ratio]
-        return [self.settings.ratio_at(step / 999) for step in range(1000)]
+            return round(value(self.ratio), 6)
+        values = [value(self.settings.ratio_at(step / 999)) for step in range(1000)]
+        return round(sum(values) / len(values), 6)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return round(sum(values) / len(values), 6)
-
-
-def by_settings(settings: MergeSettings) -> Variant:
-    """Our merging as these settings say."""
-    return Variant(settings.method, settings.ratio, settings)
-
-
-def ours(contender: str = PAPER, **settings: Any) -> Variant:
-    """A contender of ours with `BASE`, where `settings` do not say otherwise."""
-    whole = MergeSettings(
-        **{**BASE, **settings, "method": KEYS if contender == UNWEIGHTED else contender}
-    )
+def base_variant(contender: str = PAPER, **settings: Any) -> Variant:
+    """A variant of the extension's methods: `BASE` with `settings`."""
+    method = KEYS if contender == UNWEIGHTED else contender
+    whole = MergeSettings(**{**BASE, **settings, "method": method})
     return Variant(contender, whole.ratio, whole)
-
-
-def shipped(**settings: Any) -> MergeSettings:
-    """As people get it, but that a layer is never left out for the tiny model's size."""
-    return MergeSettings(**settings, skip_unprofitable=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A way to merge under the name that its table gives it."""
+    """A variant under its name in a table."""
 
     name: str
     variant: Variant
     reference: Row | None = None
-    """The row of the same table that it is held against."""
+    """Row that the differences are taken to."""
 
 
 Gains = Mapping[str, Mapping[float, float]]
-"""By contender how many times faster than unmerged it was timed at each ratio; straight lines are
-drawn between."""
+"""Speed-up by contender and ratio; linear in between."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows, of which some are held against others."""
+    """A table's rows."""
 
     title: str
     rows: Sequence[Row]
     over: str | None = None
-    """`ratio`, `pairs` or `steps`: the rows of one name are a curve over it."""
+    """`ratio`, `pairs` or `steps`: rows of one name are a curve over it."""
     gains: Gains | None = None
-    """How fast its contenders are, where it is a table at equal time."""
+    """Speed-ups, for a table at equal time."""
 
     def without(self, contenders: set[str]) -> Table:
-        """The table without these contenders' rows."""
+        """The table without these contenders."""
         return dataclasses.replace(
             self, rows=[row for row in self.rows if row.variant.contender not in contenders]
         )
 
 
-WHOLE = Row(UNMERGED, Variant(UNMERGED))
+UNMERGED_ROW = Row(UNMERGED, Variant(UNMERGED))
 
 
 def at_ratio(contender: str, ratio: float) -> Row:
     """A contender at one ratio in all steps, under its own name."""
-    is_ours = contender in (*METHODS, UNWEIGHTED)
-    return Row(contender, ours(contender, ratio=ratio) if is_ours else Variant(contender, ratio))
+    if contender in (*METHODS, UNWEIGHTED):
+        return Row(contender, base_variant(contender, ratio=ratio))
+    return Row(contender, Variant(contender, ratio))
 
 
-def beside(first: Row, *others: Row) -> list[Row]:
-    """`first`, and others that are held against it."""
+def against_first(first: Row, *others: Row) -> list[Row]:
+    """`first`, and the others with `first` as reference."""
     return [first, *(dataclasses.replace(row, reference=first) for row in others)]

@@ -1,1 +1,1 @@
-"""The extension without a WebUI: a page, a tiny model, and samplers. Never imported inside WebUI."""
+"""The extension without WebUI: a page, a tiny model, and samplers. WebUI never imports it."""

@@ -1,5 +1,4 @@
-"""What merging does to a picture and to the time, with one of two tiny models in a stand-in for
-WebUI.
+"""Compare a picture and its time with and without merging, by a tiny model in a stand-in for WebUI.
 
 Without a prompt a page is served until Ctrl-C; with one, the pictures are made and saved without a
 page.
@@ -23,23 +22,23 @@ from .page import SEED, SIDES, STEPS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; gives its exit status."""
+    """Run the command; return its exit status."""
     options = _parser().parse_args(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # The chosen one is the first, and so the one to begin with.
+    # The first model is loaded at the start.
     names = sorted(MODELS, key=lambda name: name != options.model)
     with Host({name: functools.partial(_load_model, name) for name in names}) as host:
         from modules import shared
 
-        # What was merged is said beside the pictures.
+        # The summary is shown with the pictures, not logged.
         shared.opts.set("tome_log_level", "WARNING")
-        # The first run of anything in torch is slow: it is neither picture's time.
+        # torch's first run is slow, and belongs to neither picture's time.
         page.compare(host, host.script_args([True, 0.5]), steps=2)
         return _serve(host, options) if options.prompt is None else _save(host, options)
 
 
 def _load_model(name: str) -> TinyModel:
-    """A trained model; without its weights, it says so and gives a random one."""
+    """Load a trained model; without its weights, say so and return a random one."""
     try:
         return TinyModel.load(name)
     except FileNotFoundError as error:
@@ -49,31 +48,16 @@ def _load_model(name: str) -> TinyModel:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lab.demo", description=__doc__)
-    parser.add_argument("prompt", nargs="?", help="what to make; left out, a page is served")
-    parser.add_argument(
-        "--model",
-        choices=MODELS,
-        default=MODELS[0],
-        help="by what it was trained on (default: emoji)",
-    )
-    parser.add_argument(
-        "--port", type=int, help="the page's port (default: the first free one from 7860)"
-    )
-    parser.add_argument(
-        "--theme", choices=["light", "dark"], help="the page's colours (default: the browser's)"
-    )
+    parser.add_argument("prompt", nargs="?", help="without it a page is served")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="default: emoji")
+    parser.add_argument("--port", type=int, help="of the page (default: first free from 7860)")
+    parser.add_argument("--theme", choices=["light", "dark"], help="of the page")
     saved = parser.add_argument_group("with a prompt")
-    saved.add_argument(
-        "--ratio", type=float, default=0.5, help="share of the tokens removed, up to 0.9375 (0.5)"
-    )
-    saved.add_argument(
-        "--size", type=_size, default=(32, 32), metavar="WIDTHxHEIGHT", help="default: 32x32"
-    )
+    saved.add_argument("--ratio", type=float, default=0.5, help="of tokens to remove (0.5)")
+    saved.add_argument("--size", type=_size, default=(32, 32), metavar="WxH", help="default: 32x32")
     saved.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
     saved.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
-    saved.add_argument(
-        "--out", type=Path, default=Path("out/demo.png"), help="default: out/demo.png"
-    )
+    saved.add_argument("--out", type=Path, default=Path("out/demo.png"), help="out/demo.png")
     return parser
 
 
@@ -88,7 +72,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _serve(host: Host, options: argparse.Namespace) -> int:
-    """Serves the page until Ctrl-C. Exits where the port is taken."""
+    """Serve the page until Ctrl-C. Exits if the port is taken."""
     os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")  # gradio asks itself whether it is up
     host.load_page(page.build(host, options.theme))
     try:
@@ -101,8 +85,9 @@ def _serve(host: Host, options: argparse.Namespace) -> int:
         )
     except OSError as error:
         raise SystemExit(f"The page can't be served: {error}") from error
-    # As WebUI does: gradio lets any other page call this one.
-    app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ != "CORSMiddleware"]
+    # As WebUI does: gradio lets pages of other sites call this one.
+    others = [one for one in app.user_middleware if one.cls.__name__ != "CORSMiddleware"]
+    app.user_middleware = others
     app.middleware_stack = app.build_middleware_stack()
     host.start_app(app)
     try:
@@ -117,18 +102,13 @@ def _serve(host: Host, options: argparse.Namespace) -> int:
 
 def _save(host: Host, options: argparse.Namespace) -> int:
     tome = {"ratio": options.ratio, "schedule": "constant", "map_step": max(options.steps // 2, 1)}
-    fields = {
-        "steps": options.steps,
-        "seed": options.seed,
-        "width": options.size[0],
-        "height": options.size[1],
-    }
-    pictures, merged = page.compare(host, host.script_args([tome]), prompt=options.prompt, **fields)
-    unknown = [
-        f"The model does not know the word {word!r}."
-        for word in host.sd_model.unknown_words(options.prompt)
-    ]
-    print(*unknown, merged.comments.strip(), sep="\n")
+    width, height = options.size
+    fields = {"prompt": options.prompt, "steps": options.steps, "seed": options.seed}
+    fields |= {"width": width, "height": height}
+    pictures, merged = page.compare(host, host.script_args([tome]), **fields)
+    for word in host.sd_model.unknown_words(options.prompt):
+        print(f"The model does not know the word {word!r}.")
+    print(merged.comments.strip())
     if "ToMe error" in merged.extra_generation_params:
         return 2
     print(*(label for _, label in pictures[:2]), sep="\n")

@@ -1,31 +1,30 @@
-"""A tiny text-to-image model with all of Stable Diffusion's structure: the demo's and the
-benchmarks' trained models.
+"""A tiny text-to-image model with Stable Diffusion's structure, for the demo and the benchmarks.
 
-The UNet is the original ``ldm`` one, with self- and cross-attention at three levels, in pixel space
-at 32×32: one was trained on emoji, and one on crops of photographs, at 64×64 too. The text side is
-a small vocabulary of the training pictures' own words. `TinyModel` offers what the ``ldm`` samplers
-and a host ask of a ``LatentDiffusion``: ``model.diffusion_model``, ``apply_model``,
-``alphas_cumprod`` and the like.
+The UNet is the original `ldm` one, with self- and cross-attention at three levels, in pixel space
+at 32×32. One model was trained on emoji, and one on crops of photographs, at 64×64 too. The text
+side is a small vocabulary. `TinyModel` has what `ldm`'s samplers and a host use of a
+`LatentDiffusion`: `model.diffusion_model`, `apply_model`, `alphas_cumprod` and the like.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .text import WordEncoder, split_words
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 MODELS = ("emoji", "photos")
-"""The trained models, by what they were trained on: each is a folder in `WEIGHTS`."""
+"""Trained models by their training pictures; each is a folder in `WEIGHTS`."""
 
-#: The shape of the shipped models; `TinyModel` takes a mapping of this form.
 DEFAULT_SHAPE: dict[str, Any] = {
     "image_size": 32,
     "model_channels": 32,
@@ -38,21 +37,19 @@ DEFAULT_SHAPE: dict[str, Any] = {
     "prompt_length": 6,
     "beta_start": 1e-4,
     "beta_end": 2e-2,
-    # A pixel in [0, 1] is `value * pixel_scale + pixel_offset`: centres the pictures, which are
-    # mostly white.
     "pixel_offset": 0.85,
     "pixel_scale": 0.35,
 }
+"""Shape of the shipped models; a pixel in [0, 1] is `value * pixel_scale + pixel_offset`."""
 
-
-def split_words(prompt: str) -> list[str]:
-    """The words of ``prompt``, in lower case, without punctuation; ``"T-Rex!"`` is ``["t",
-    "rex"]``."""
-    return re.findall(r"[^\W_]+", prompt.lower())
+_UNET_SHAPE = ("image_size", "model_channels", "channel_mult", "num_res_blocks")
+_UNET_SHAPE += ("attention_resolutions", "num_head_channels", "context_dim")
+_UNET = {"in_channels": 3, "out_channels": 3, "use_spatial_transformer": True}
+_UNET |= {"transformer_depth": 1, "use_checkpoint": False, "legacy": False}
 
 
 class _Diffusion(nn.Module):
-    """Holds the UNet where ``ldm`` and WebUI look for it: ``model.diffusion_model``."""
+    """Holds the UNet where `ldm` and WebUI look for it: `model.diffusion_model`."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -62,47 +59,16 @@ class _Diffusion(nn.Module):
         return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn), dim=1))
 
 
-class WordEncoder(nn.Module):
-    """Turns word numbers into the UNet's context.
-
-    Learnt word and position embeddings, then one small MLP that shows every position the mean of
-    all of them: "red apple" and "red heart" should differ in what "red" says, too.
-    """
-
-    def __init__(self, words: int, length: int, dim: int) -> None:
-        super().__init__()
-        self.word = nn.Embedding(
-            words + 1, dim
-        )  # number 0 is the padding, and alone it is the empty prompt
-        self.position = nn.Parameter(torch.randn(length, dim) * 0.02)
-        self.mix = nn.Sequential(
-            nn.LayerNorm(2 * dim), nn.Linear(2 * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
-        )
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """``ids``: LongTensor [B, L]. Returns the context, [B, L, dim]."""
-        h = self.word(ids)
-        # The mean over words alone, so that a caption's length does not dilute it; of the padding
-        # where it is empty.
-        weight = (ids > 0).to(h.dtype).unsqueeze(-1)
-        weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, torch.ones_like(weight))
-        mean = (h * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        h = h + self.position
-        return self.norm(h + self.mix(torch.cat([h, mean.expand_as(h)], dim=-1)))
-
-
 class TinyModel(nn.Module):
-    """A trained (or random) tiny text-to-image model, in the form that ``ldm``'s samplers drive.
+    """A tiny text-to-image model, as `ldm`'s samplers drive it.
 
-    To the samplers it predicts the noise (``parameterization == "eps"``), in 1000 steps of ldm's
-    "linear" schedule. The UNet itself predicts the velocity (arXiv 2202.00512), from which
-    `apply_model` takes the noise: a small model that was trained briefly errs least that way in the
-    noisiest steps, which settle a picture's colours.
+    To samplers it predicts the noise (`parameterization == "eps"`), in 1000 steps of ldm's "linear"
+    schedule. The UNet predicts the velocity (arXiv 2202.00512), from which `apply_model` computes
+    the noise: briefly trained small models then err least in the noisiest steps, which decide
+    colours.
 
-    A word's place in ``words`` is its number; ``captions`` are the training pictures', for choosing
-    prompts; ``shape`` holds entries that differ from `DEFAULT_SHAPE`. Raises `ValueError` for an
-    unknown one.
+    A word's number is its place in `words`; `captions` are those of the training pictures; `shape`
+    overrides entries of `DEFAULT_SHAPE`. Raises `ValueError` for an unknown entry.
     """
 
     parameterization = "eps"
@@ -124,29 +90,14 @@ class TinyModel(nn.Module):
         self.captions = list(captions)
         self._number = {word: i + 1 for i, word in enumerate(self.words)}
 
-        # Imported here: ldm takes a second or more, and this module's names are wanted without it,
-        # too.
+        # Imported here, since ldm takes a second or more to import.
         from ldm.modules.diffusionmodules.openaimodel import UNetModel
         from ldm.modules.diffusionmodules.util import make_beta_schedule
 
-        same = (
-            "image_size",
-            "model_channels",
-            "channel_mult",
-            "num_res_blocks",
-            "attention_resolutions",
-        )
-        same += ("num_head_channels", "context_dim")
-        sizes = {name: self.shape[name] for name in same} | {"in_channels": 3, "out_channels": 3}
-        rest = {
-            "use_spatial_transformer": True,
-            "transformer_depth": 1,
-            "use_checkpoint": False,
-            "legacy": False,
-        }
-        self.model = _Diffusion(UNetModel(**sizes, **rest))
-        # ldm's 32 groups would here hold one channel each, and so wipe out every channel's mean:
-        # colours would drift.
+        unet_shape = {name: self.shape[name] for name in _UNET_SHAPE}
+        self.model = _Diffusion(UNetModel(**unet_shape, **_UNET))
+        # ldm's 32 groups would hold one channel each here and normalise away its mean: colours
+        # drift.
         for module in self.model.modules():
             if isinstance(module, nn.GroupNorm):
                 module.num_groups = self.shape["norm_groups"]
@@ -155,23 +106,17 @@ class TinyModel(nn.Module):
         )
 
         self.num_timesteps = 1000
-        betas = torch.as_tensor(
-            make_beta_schedule(
-                "linear", self.num_timesteps, self.shape["beta_start"], self.shape["beta_end"]
-            )
-        )
+        ends = self.shape["beta_start"], self.shape["beta_end"]
+        betas = torch.as_tensor(make_beta_schedule("linear", self.num_timesteps, *ends))
         cumprod = torch.cumprod(1 - betas, dim=0)
         previous = torch.cat([torch.ones(1, dtype=cumprod.dtype), cumprod[:-1]])
-        for name, values in (
-            ("betas", betas),
-            ("alphas_cumprod", cumprod),
-            ("alphas_cumprod_prev", previous),
-        ):
+        names = "betas", "alphas_cumprod", "alphas_cumprod_prev"
+        for name, values in zip(names, (betas, cumprod, previous), strict=True):
             self.register_buffer(name, values.float(), persistent=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Device of the model."""
         return self.betas.device
 
     @property
@@ -180,25 +125,23 @@ class TinyModel(nn.Module):
         return (3, self.shape["image_size"], self.shape["image_size"])
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        """The predicted noise in ``x``, noisy pictures; both [B, 3, H, W].
+        """Predict the noise in noisy pictures `x`; both [B, 3, H, W].
 
-        ``t``: step numbers [B], 0 (nearly clean) to 999 (nearly pure noise), whole or, for
-        k-diffusion, between. ``cond``: context [B, L, context_dim], or as ldm passes it:
-        ``[context]`` or ``{"c_crossattn": [context]}``.
+        `t`: step numbers [B] from 0 (nearly clean) to 999 (nearly pure noise), whole or, for
+        k-diffusion, fractional. `cond`: context [B, L, context_dim], or as ldm passes it:
+        `[context]` or `{"c_crossattn": [context]}`.
         """
         alpha = self._alpha(t).view(-1, 1, 1, 1)
         return alpha.sqrt() * self.velocity(x, t, cond) + (1 - alpha).sqrt() * x
 
     def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        """What the UNet predicts, √ᾱ·noise - √(1-ᾱ)·picture; arguments and result as for
-        `apply_model`."""
+        """The UNet's prediction, √ᾱ·noise - √(1-ᾱ)·picture; arguments as in `apply_model`."""
         if isinstance(cond, Mapping):
             cond = cond["c_crossattn"]
         return self.model(x, t, [cond] if isinstance(cond, Tensor) else cond).float()
 
     def _alpha(self, t: Tensor) -> Tensor:
-        """ᾱ at ``t`` [B]; between two steps as in k-diffusion, whose samplers ask for such: log σ
-        is interpolated."""
+        """ᾱ at `t` [B]; at fractional steps log σ is interpolated, as in k-diffusion."""
         if not t.is_floating_point():
             return self.alphas_cumprod[t]
         log_sigma = 0.5 * ((1 - self.alphas_cumprod) / self.alphas_cumprod).log()
@@ -207,76 +150,72 @@ class TinyModel(nn.Module):
         return torch.sigmoid(-2 * torch.lerp(log_sigma[low], log_sigma[high], t - low))
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """The words of ``prompt`` that the model was never shown, once each, in order;
-        `encode_prompts` skips them."""
+        """Words of `prompt` that aren't in the vocabulary, without repeats; encoding skips them."""
         return [word for word in dict.fromkeys(split_words(prompt)) if word not in self._number]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Word numbers, LongTensor [B, L], 0 for none; unknown words, and known ones past L, are
-        skipped."""
-        length = self.shape["prompt_length"]
-        rows = [
-            [self._number[w] for w in split_words(p) if w in self._number][:length] for p in prompts
-        ]
-        return torch.tensor(
-            [row + [0] * (length - len(row)) for row in rows], dtype=torch.long, device=self.device
-        )
+        """Word numbers, LongTensor [B, L], padded with 0; unknown words and those past L are
+        dropped."""
+        length, rows = self.shape["prompt_length"], []
+        for prompt in prompts:
+            numbers = [self._number.get(word) for word in split_words(prompt)]
+            known = [number for number in numbers if number is not None][:length]
+            rows.append(known + [0] * (length - len(known)))
+        return torch.tensor(rows, dtype=torch.long, device=self.device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Context for ``prompts``, [B, L, context_dim]; the empty prompt is the learnt
-        unconditional one.
-
-        Unknown words are left out, never guessed: ask `unknown_words` and tell the user.
-        """
+        """Context of `prompts`, [B, L, context_dim]; the empty prompt is the unconditional one."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string")
         return self.text(self.tokenize(prompts))
 
     def from_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures as the model sees them, [B, 3, H, W]; transparent parts become white. The
-        inverse of `to_images`."""
-        rgb = rgb_tensor(images).to(self.device)
+        """Pictures as the model's input, [B, 3, H, W]; transparent parts become white."""
+        arrays = [torch.from_numpy(np.array(on_white(image))) for image in images]
+        rgb = torch.stack(arrays).permute(0, 3, 1, 2).float().div(255).to(self.device)
         return (rgb - self.shape["pixel_offset"]) / self.shape["pixel_scale"]
 
     def to_images(self, x: Tensor) -> list[Image.Image]:
-        """RGB pictures of ``x`` [B, 3, H, W]; values outside the range of pixels are clipped."""
+        """RGB pictures of `x` [B, 3, H, W], clipped; the inverse of `from_images`."""
         rgb = self.to_rgb(x).mul(255).round().byte().permute(0, 2, 3, 1).cpu().contiguous()
         return [Image.fromarray(picture.numpy()) for picture in rgb]
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """``x`` [B, 3, H, W] as RGB in [0, 1], clipped."""
-        return (x.detach().float() * self.shape["pixel_scale"] + self.shape["pixel_offset"]).clamp(
-            0, 1
-        )
+        """`x` [B, 3, H, W] as RGB in [0, 1], clipped."""
+        rgb = x.detach().float() * self.shape["pixel_scale"] + self.shape["pixel_offset"]
+        return rgb.clamp(0, 1)
 
     @classmethod
     def load(cls, name: str = "emoji") -> TinyModel:
-        """One of the trained `MODELS`, as from `read`."""
+        """Load one of the trained `MODELS`."""
         return cls.read(WEIGHTS / name / "tiny.safetensors")
 
     @classmethod
     def read(cls, path: str | Path) -> TinyModel:
-        """The model in ``path``, a ``.safetensors`` file with its ``.json`` beside it, in fp32 and
-        in eval mode.
+        """Read a model from a `.safetensors` file and its `.json`, in fp32 and eval mode.
 
-        Raises `FileNotFoundError` where one of the two is missing.
+        Raises `FileNotFoundError` if one of the two is missing.
         """
+        from safetensors.torch import load_file
+
         path = Path(path)
-        weights, metadata = (
-            _read(path),
-            json.loads(_existing(path.with_suffix(".json")).read_text(encoding="utf-8")),
-        )
+        for file in (path, path.with_suffix(".json")):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file.name} is missing from {file.parent}")
+        metadata = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         model = cls(metadata["words"], metadata["captions"], metadata["shape"])
-        model.load_state_dict(weights)
+        model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
         return model.eval().requires_grad_(False)
 
     def save(self, path: str | Path, **remarks: Any) -> None:
-        """Writes the weights in fp16 to ``path`` (``.safetensors``), and the ``.json`` that
-        describes them beside it.
+        """Write weights in fp16 to a `.safetensors` file, and their description to a `.json`.
 
-        That holds shape, words and captions; ``remarks`` (JSON values) are added to it, for people.
+        The description holds shape, words and captions, and `remarks` (JSON values) for people.
         """
-        _write(self, path)
+        from safetensors.torch import save_file
+
+        half = {name: value.half().contiguous() for name, value in self.state_dict().items()}
+        save_file(half, path)
         metadata = {"shape": self.shape, **remarks, "words": self.words, "captions": self.captions}
         text = json.dumps(metadata, indent=1, ensure_ascii=False)
         Path(path).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
@@ -285,11 +224,10 @@ class TinyModel(nn.Module):
     def random(
         cls, seed: int = 0, words: Sequence[str] = ("cat", "face", "red", "apple"), **shape: Any
     ) -> TinyModel:
-        """An untrained model in eval mode, whose every layer has an effect; global random state is
-        left as it was.
+        """Untrained model in eval mode, all of whose layers have an effect; keeps the random state.
 
-        ``shape`` as for `TinyModel`. ldm starts output layers at zero, which would hide whatever
-        attention does; here they are random as well.
+        ldm initialises output layers to zero, which would hide the effect of attention; here they
+        are random.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -299,43 +237,13 @@ class TinyModel(nn.Module):
 
 
 def fill_zeros(model: nn.Module) -> None:
-    """Gives random values to what is all zeros, as ldm's UNet has the last layer of each block at
-    first."""
+    """Give random values to all-zero weights, such as the last layer of each of ldm's blocks."""
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """``image`` as RGB, its transparent parts white."""
+    """Convert to RGB with white in place of transparency."""
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.name} is missing from {path.parent}")
-    return path
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Weights in fp32."""
-    from safetensors.torch import load_file
-
-    return {name: value.float() for name, value in load_file(_existing(path)).items()}
-
-
-def _write(model: nn.Module, path: str | Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, path)
-
-
-def rgb_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as RGB in [0, 1], [B, 3, H, W]; transparent parts become white."""
-    pixels = [on_white(image) for image in images]
-    stacked = [
-        torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3)
-        for p in pixels
-    ]
-    return torch.stack(stacked).permute(0, 3, 1, 2).float().div(255)

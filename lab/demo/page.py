@@ -1,5 +1,4 @@
-"""The demo's page: a prompt and the extension's very panel, and what merging makes of a picture and
-of the time."""
+"""The demo's page: a prompt, the extension's panel, and what merging does to picture and time."""
 
 from __future__ import annotations
 
@@ -19,32 +18,24 @@ from .compare import AMPLIFIED, difference, enlarged
 FOLDER = Path(__file__).resolve().parent
 STEPS, SAMPLER, CFG, SEED = 20, "Euler", 3.0, 1
 SIDES = {"minimum": 16, "maximum": 96, "step": 8}
-"""What a model can make, in pixels; both were trained at 32, and that of photographs at 64 too."""
+"""Sides of pictures in pixels; the models were trained at 32, that of photographs at 64 too."""
 
 Pictures = list[tuple[Image.Image, str]]
-"""Each with what it is."""
 
 
 def compare(
     host: Host, args: Sequence[Any], on_step: Callable[[int], None] | None = None, **fields: Any
 ) -> tuple[Pictures, Any]:
-    """Makes a picture without merging and then as `args`, all scripts' arguments, say; each with
-    its time.
+    """Make a picture without merging, and then with `args`, all scripts' arguments.
 
-    Gives both, their difference and the merge map, as far as there are any, and what was merged, as
-    `Processed`. In this order: what the panel tells of the last generation is of the merged one.
-    `on_step` gets the number of the model's runs so far.
+    Returns both with their times, their difference and the merge map, if any, and the `Processed`
+    with merging, which is made last since the panel reports the last generation. `on_step` is
+    called with the number of the model's evaluations so far.
     """
     from modules import processing, script_callbacks
 
-    request = {
-        "steps": STEPS,
-        "seed": SEED,
-        "width": 32,
-        "height": 32,
-        "cfg_scale": CFG,
-        "sampler_name": SAMPLER,
-    }
+    request = {"steps": STEPS, "sampler_name": SAMPLER, "seed": SEED, "cfg_scale": CFG}
+    request |= {"width": 32, "height": 32}
     runs = 0
 
     def count(_: Any) -> None:
@@ -73,44 +64,34 @@ def compare(
         (enlarged(after), f"with merging: {with_merging:.2f} s"),
         (enlarged(difference(before, after)), f"difference, {AMPLIFIED} times"),
     ]
-    return pictures + [
-        (enlarged(merge_map, pictures[0][0].size), "merge map") for merge_map in maps
-    ], merged
+    size = pictures[0][0].size
+    return pictures + [(enlarged(merge_map, size), "merge map") for merge_map in maps], merged
 
 
 def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
-    """What builds the page around a runner's scripts, which it has on from the start."""
+    """Return a function that builds the page around a runner's scripts, with merging on."""
 
     def page(runner: Any) -> gr.Blocks:
         from modules import sd_models, sd_samplers
 
         _serve_head(theme)
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-        with gr.Blocks(
-            gr.themes.Default(**fonts), analytics_enabled=False, title="ToMe: the demo"
-        ) as blocks:
+        theme_of_gradio, title = gr.themes.Default(**fonts), "ToMe: the demo"
+        with gr.Blocks(theme_of_gradio, analytics_enabled=False, title=title) as blocks:
             with gr.Row():
                 with gr.Column(elem_id="settings"):
                     models = sorted(sd_models.checkpoints)
-                    model = gr.Dropdown(
-                        models,
-                        value=host.sd_model.sd_checkpoint_info.model_name,
-                        label="Model",
-                        elem_id="setting_sd_model_checkpoint",
-                    )
+                    current = host.sd_model.sd_checkpoint_info.model_name
+                    id_of_model = "setting_sd_model_checkpoint"
+                    model = gr.Dropdown(models, value=current, label="Model", elem_id=id_of_model)
                     prompt = gr.Textbox("cat face", label="Prompt", elem_id="txt2img_prompt")
                     words = gr.HTML(_words(host, ""), elem_id="demo_words")
                     with gr.Row():
                         width, height = (
-                            gr.Slider(
-                                **SIDES, value=32, label=name, elem_id=f"txt2img_{name.lower()}"
-                            )
-                            for name in ("Width", "Height")
+                            _slider(name, name.lower(), 32, **SIDES) for name in ("Width", "Height")
                         )
                     with gr.Row():
-                        steps = gr.Slider(
-                            1, 150, step=1, value=STEPS, label="Steps", elem_id="txt2img_steps"
-                        )
+                        steps = _slider("Steps", "steps", STEPS, minimum=1, maximum=150, step=1)
                         names = list(sd_samplers.all_samplers_map)
                         sampler = gr.Dropdown(
                             names, value=SAMPLER, label="Sampler", elem_id="txt2img_sampling"
@@ -119,13 +100,8 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
                         seed = gr.Number(
                             SEED, label="Seed (-1: any)", precision=0, elem_id="txt2img_seed"
                         )
-                        guidance = gr.Slider(
-                            1,
-                            30,
-                            step=0.5,
-                            value=CFG,
-                            label="Guidance",
-                            elem_id="txt2img_cfg_scale",
+                        guidance = _slider(
+                            "Guidance", "cfg_scale", CFG, minimum=1, maximum=30, step=0.5
                         )
                     runner.setup_ui()
                 with gr.Column(elem_id="results"):
@@ -136,24 +112,14 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
                     summary = gr.HTML(elem_id="html_info_txt2img")
             tome = runner.script("ToMe").controls
             map_step = next(control for control in tome if control.elem_id.endswith("_map_step"))
-            for control, value in ((tome[0], True), (map_step, STEPS // 2)):
-                control.value = value
-            tome[0].accordion.open = True
+            map_step.value = STEPS // 2
+            tome[0].value = tome[0].accordion.open = True
 
-            fields = {
-                "prompt": prompt,
-                "width": width,
-                "height": height,
-                "steps": steps,
-                "sampler_name": sampler,
-            }
-            fields |= {"seed": seed, "cfg_scale": guidance}
+            fields = {"prompt": prompt, "width": width, "height": height, "steps": steps}
+            fields |= {"sampler_name": sampler, "seed": seed, "cfg_scale": guidance}
+            inputs = [*fields.values(), *runner.inputs[1:]]
             for event in (button.click, prompt.submit):
-                event(
-                    _generate(host, list(fields)),
-                    inputs=[*fields.values(), *runner.inputs[1:]],
-                    outputs=[gallery, summary],
-                )
+                event(_generate(host, list(fields)), inputs, [gallery, summary])
             model.change(_choose(host), [model, prompt], [words], queue=False)
             prompt.change(
                 lambda text: _words(host, text), [prompt], [words], show_progress=False, queue=False
@@ -163,8 +129,12 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
     return page
 
 
+def _slider(label: str, name: str, value: float, **scale: float) -> gr.Slider:
+    return gr.Slider(**scale, value=value, label=label, elem_id=f"txt2img_{name}")
+
+
 def _generate(host: Host, names: list[str]) -> Callable[..., tuple[Pictures, str]]:
-    """What Generate does, from the values of the fields `names` and of the scripts' controls."""
+    """Handler of Generate, from the values of the fields `names` and of the scripts' controls."""
 
     from modules import call_queue
 
@@ -184,7 +154,7 @@ def _generate(host: Host, names: list[str]) -> Callable[..., tuple[Pictures, str
 
 
 def _choose(host: Host) -> Callable[[str, str], str]:
-    """What choosing a model does: it is loaded, as in WebUI, and the prompt is read by it."""
+    """Handler of the model's choice: load it, as in WebUI, and check the prompt."""
     from modules import call_queue, sd_models, shared
 
     def choose(name: str, prompt: str) -> str:
@@ -197,12 +167,10 @@ def _choose(host: Host) -> Callable[[str, str], str]:
 
 
 def _words(host: Host, prompt: str) -> str:
-    """What the model doesn't know of a prompt, and, folded, what it does know."""
+    """HTML of a prompt's unknown words, and, folded, of the known ones."""
     model = host.sd_model
     unknown = ", ".join(html.escape(word) for word in model.unknown_words(prompt))
-    lines = (
-        f"<p>The model does not know: <b>{unknown}</b>. It leaves that out.</p>" if unknown else ""
-    )
+    lines = f"<p>Unknown to the model, and skipped: <b>{unknown}</b></p>" if unknown else ""
     words = html.escape(", ".join(model.captions or model.words))
     return f"{lines}<details><summary>What the model knows</summary><p>{words}</p></details>"
 
@@ -211,8 +179,7 @@ _template_response = gr.routes.templates.TemplateResponse
 
 
 def _serve_head(theme: str | None) -> None:
-    """Gives pages the demo's and the extension's styles and scripts, and takes what they ask of
-    other servers."""
+    """Add the demo's and the extension's styles and scripts to pages; remove external links."""
     styles, scripts = [EXTENSION / "style.css", FOLDER / "page.css"], [FOLDER / "page.js"]
     scripts += sorted((EXTENSION / "javascript").glob("*.js"))
     head = "".join(f"<style>{file.read_text(encoding='utf-8')}</style>" for file in styles)

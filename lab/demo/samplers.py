@@ -1,9 +1,8 @@
-"""Samplers as flat functions, after crowsonkb/k-diffusion: what makes `x` [B, C, H, W] a picture,
-step by step.
+"""Samplers as functions, after crowsonkb/k-diffusion; `x` is [B, C, H, W].
 
-Those over sigmas take a model that returns the denoised picture, and falling `sigmas` that end in
-0; DDIM and PLMS one that returns the predicted noise, and `timesteps` that rise: [n], of which n -
-1 are evaluated.
+Samplers over sigmas take a model that returns the denoised picture, and falling `sigmas` that end
+in 0. DDIM and PLMS take one that returns the predicted noise, and rising `timesteps` [n], of which
+n - 1 are evaluated.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from torch import Tensor, nn
 
 
 class EpsDenoiser(nn.Module):
-    """Turns a noise-predicting model into a sigma-space denoiser (Karras et al. 2022, c_skip = 1,
-    c_out = -sigma).
+    """A sigma-space denoiser of a noise-predicting model (Karras et al., c_skip 1, c_out -sigma).
 
-    `model` has `alphas_cumprod` [T] and `apply_model(x, t, cond)`; this module is called as `(x,
-    sigma, cond=…)`.
+    `model` has `alphas_cumprod` [T] and `apply_model(x, t, cond)`; call this module as `(x, sigma,
+    cond=…)`.
     """
 
     def __init__(self, model: nn.Module):
@@ -36,28 +34,27 @@ class EpsDenoiser(nn.Module):
         return torch.cat([self.t_to_sigma(t), self.sigmas.new_zeros(1)])
 
     def t_to_sigma(self, t: Tensor) -> Tensor:
-        """The sigma of a (fractional) timestep, interpolated between logarithms."""
+        """Sigma of a (fractional) timestep, log-interpolated."""
         low = t.floor().long()
         return torch.lerp(self.log_sigmas[low], self.log_sigmas[t.ceil().long()], t - low).exp()
 
     def sigma_to_t(self, sigma: Tensor) -> Tensor:
-        """The (fractional) timestep of a sigma: the inverse of `t_to_sigma`."""
+        """(Fractional) timestep of a sigma, the inverse of `t_to_sigma`."""
         log_sigma = sigma.log()
-        low = (torch.searchsorted(self.log_sigmas, log_sigma, right=True) - 1).clamp(
-            0, len(self.sigmas) - 2
-        )
+        low = torch.searchsorted(self.log_sigmas, log_sigma, right=True) - 1
+        low = low.clamp(0, len(self.sigmas) - 2)
         start, end = self.log_sigmas[low], self.log_sigmas[low + 1]
         return low + ((log_sigma - start) / (end - start)).clamp(0, 1)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+        """Denoise `x`."""
         wide = sigma[:, None, None, None]
         eps = self.inner_model.apply_model(x / (wide**2 + 1).sqrt(), self.sigma_to_t(sigma), cond)
         return x - eps * wide
 
 
 Evaluate = Callable[..., Tensor]
-"""Runs the model on (x, a sigma or timestep for all of the batch); with the step's number, from 0,
-at its first run."""
+"""Evaluates the model at (x, sigma or timestep), and the step's number at its first evaluation."""
 
 
 def sample_euler(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -70,7 +67,7 @@ def sample_euler(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
 def sample_euler_ancestral(
     model: Evaluate, x: Tensor, sigmas: Tensor, noise_sampler: Callable[[], Tensor]
 ) -> Tensor:
-    """Euler steps that go down further than asked and add fresh noise back up to the next sigma."""
+    """Euler steps below the next sigma, with fresh noise added back up to it."""
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = model(x, sigma, i)
         sigma_up = torch.minimum(target, (target**2 * (sigma**2 - target**2) / sigma**2).sqrt())
@@ -82,7 +79,7 @@ def sample_euler_ancestral(
 
 
 def sample_heun(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
-    """Heun's method: two evaluations a step, one in the last (Karras et al. 2022, algorithm 1)."""
+    """Heun's method: two evaluations per step, one in the last (Karras et al., algorithm 1)."""
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         slope, dt = (x - model(x, sigma, i)) / sigma, target - sigma
         if target == 0:
@@ -93,7 +90,7 @@ def sample_heun(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def sample_dpmpp_2m(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
-    """DPM-Solver++(2M), multistep of second order (Lu et al. 2022)."""
+    """DPM-Solver++(2M), a second-order multistep method (Lu et al. 2022)."""
     previous = None
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         denoised = model(x, sigma, i)
@@ -109,7 +106,7 @@ def sample_dpmpp_2m(model: Evaluate, x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def _ddim_step(x: Tensor, eps: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
-    """One deterministic DDIM step by the predicted noise."""
+    """One deterministic DDIM step with the predicted noise."""
     denoised = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
     return alpha_next.sqrt() * denoised + (1 - alpha_next).sqrt() * eps
 
@@ -122,8 +119,7 @@ def sample_ddim(model: Evaluate, x: Tensor, timesteps: Tensor, alphas_cumprod: T
 
 
 def sample_plms(model: Evaluate, x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """PLMS (Liu et al. 2022): Adams-Bashforth over the last four noises; the first step takes two
-    evaluations."""
+    """PLMS (Liu et al. 2022): Adams-Bashforth over four noises; two evaluations at first."""
     weights = {
         1: (1.5, -0.5),
         2: (23 / 12, -16 / 12, 5 / 12),

@@ -31,8 +31,7 @@ class Host:
         models: Mapping[str, Callable[[], nn.Module]],
         extensions: Sequence[str | os.PathLike] = (EXTENSION,),
     ) -> None:
-        """Load the first of `models` (functions by checkpoint name, called per load) and the
-        extensions.
+        """Load the first of `models` (functions by checkpoint name) and the extensions.
 
         Raises RuntimeError if WebUI's own `modules` are imported.
         """
@@ -111,8 +110,10 @@ class Host:
         """
         from modules import processing, scripts, shared
 
-        name = tab.capitalize().replace("img", "Img")
-        p = getattr(processing, f"StableDiffusionProcessing{name}")(**fields)
+        kind = processing.StableDiffusionProcessingTxt2Img
+        if tab == "img2img":
+            kind = processing.StableDiffusionProcessingImg2Img
+        p = kind(**fields)
         p.is_api = True
         shared.state.begin()
         return p.set_up(getattr(scripts, f"scripts_{tab}"), self.script_args(tome, tab))

@@ -1,2 +1,1 @@
-"""What the extension imports of WebUI 1.10.1, and what runs a generation around it. WebUI's names,
-and no more."""
+"""What the extension imports of WebUI 1.10.1, and what runs a generation, under WebUI's names."""

@@ -1,4 +1,4 @@
-"""Stands in for `modules.call_queue`: one at a time has the model."""
+"""Stands in for `modules.call_queue`: the lock around the model."""
 
 from __future__ import annotations
 

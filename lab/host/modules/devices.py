@@ -12,7 +12,7 @@ class NansException(Exception):
 
 
 def test_for_nans(x: torch.Tensor, where: str) -> None:
-    """Raises `NansException` when the first element is NaN; like WebUI, it looks at no other."""
+    """Raise `NansException` if the first element is NaN; WebUI looks at no other either."""
     if torch.isnan(x[(0,) * x.dim()]):
         raise NansException(f"A tensor with NaNs was produced in {where}.")
 

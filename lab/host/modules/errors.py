@@ -1,4 +1,4 @@
-"""Stands in for `modules.errors`: prints what went wrong in a script, and keeps it for the tests."""
+"""Stands in for `modules.errors`: prints scripts' exceptions, and keeps them for the tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ exceptions: list[BaseException] = []
 
 
 def report(message: str) -> None:
-    """Prints a message with the exception that is being handled."""
+    """Print a message with the current exception."""
     exceptions.append(sys.exc_info()[1])
     print(f"*** {message}\n{traceback.format_exc()}---", file=sys.stderr)

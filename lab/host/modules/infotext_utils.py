@@ -1,4 +1,4 @@
-"""Stands in for `modules.infotext_utils`: parameters as text, written and read back."""
+"""Stands in for `modules.infotext_utils`: parameters as text, written and read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ re_imagesize = re.compile(r"^(\d+)x(\d+)$")
 
 
 def quote(text: Any) -> Any:
-    """JSON, if the text has what would end it early."""
+    """Quote a text as JSON if it has a separator in it."""
     return json.dumps(text, ensure_ascii=False) if set(str(text)) & set(",\n:") else text
 
 
 def unquote(text: str) -> Any:
-    """The reverse of `quote`."""
+    """Inverse of `quote`."""
     try:
         return json.loads(text) if len(text) > 0 and text[0] == text[-1] == '"' else text
     except ValueError:
@@ -24,8 +24,7 @@ def unquote(text: str) -> Any:
 
 
 def parse_generation_parameters(x: str) -> dict[str, Any]:
-    """Reads an infotext's last line into a dict of texts. A value like `8x8` becomes two keys,
-    `…-1` and `…-2`."""
+    """Read an infotext's last line; a value like `8x8` becomes two keys, `…-1` and `…-2`."""
     parameters: dict[str, Any] = {}
     for key, value in re_param.findall(x.strip().split("\n")[-1]):
         value = unquote(value)

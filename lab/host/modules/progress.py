@@ -1,4 +1,4 @@
-"""Stands in for `modules.progress`: which tasks wait, run and are done, for the page's bars."""
+"""Stands in for `modules.progress`: pending, running and finished tasks, for the page's bars."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ finished_tasks: list[str] = []
 
 
 def add_task_to_queue(id_job: str) -> None:
-    """A task waits."""
+    """Add a waiting task."""
     pending_tasks[id_job] = None
 
 
 def start_task(id_task: str) -> None:
-    """Its turn has come."""
+    """Mark a task as running."""
     global current_task
     current_task = id_task
     pending_tasks.pop(id_task, None)
 
 
 def finish_task(id_task: str) -> None:
-    """It is done."""
+    """Mark a task as finished."""
     global current_task
     current_task = None
     finished_tasks.append(id_task)

@@ -10,12 +10,11 @@ from typing import Any
 from modules import errors
 
 callback_map: dict[str, list[SimpleNamespace]] = {}
-"""By category, what was registered: `script`, the file that did it, and `callback`."""
+"""Callbacks by category: `script` (the file that registered it) and `callback`."""
 
 
 class CFGDenoiserParams(SimpleNamespace):
-    """What the denoiser is about to be given: `x`, `sigma`, `denoiser` and more; callbacks may
-    change it."""
+    """The denoiser's inputs (`x`, `sigma`, `denoiser` and more), which callbacks may change."""
 
 
 def _calling_file() -> str:
@@ -26,8 +25,7 @@ def _calling_file() -> str:
 
 
 def _callers(category: str) -> tuple[Callable[[Callable], None], Callable[..., None]]:
-    """`on_<category>`, which registers a callback, and `<category>_callback`, which calls all of
-    them."""
+    """Make `on_<category>` to register callbacks, and `<category>_callback` to call them."""
     callbacks = callback_map[category] = []
 
     def on(callback: Callable) -> None:
@@ -52,19 +50,19 @@ on_cfg_denoised, cfg_denoised_callback = _callers("cfg_denoised")
 
 
 def clear_callbacks() -> None:
-    """Forgets all callbacks."""
+    """Remove all callbacks."""
     for callbacks in callback_map.values():
         callbacks.clear()
 
 
 def remove_current_script_callbacks() -> None:
-    """Forgets what the calling file registered."""
+    """Remove the calling file's callbacks."""
     filename = _calling_file()
     for callbacks in callback_map.values():
         callbacks[:] = [c for c in callbacks if c.script != filename]
 
 
 def remove_callbacks_for_function(callback_func: Callable) -> None:
-    """Forgets one function in every category."""
+    """Remove a function from every category."""
     for callbacks in callback_map.values():
         callbacks[:] = [c for c in callbacks if c.callback != callback_func]

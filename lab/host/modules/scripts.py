@@ -56,7 +56,6 @@ AxisOption = namedtuple(
 ScriptClassData = namedtuple("ScriptClassData", ["script_class", "path", "basedir", "module"])
 scripts_data: list[ScriptClassData] = []
 folders: list[str] = []
-"""The extensions' folders."""
 current_basedir = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

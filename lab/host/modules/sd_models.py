@@ -1,10 +1,8 @@
-"""Stands in for `modules.sd_models`: checkpoints by name, and the one model (or few) that is
-loaded.
+"""Stands in for `modules.sd_models`: checkpoints by name, and the loaded models.
 
-A checkpoint is a function that makes a model, not a file. How one is swapped for another is
-WebUI's: with one model allowed and the same architecture, the weights go into the module that is
-there; with another architecture, that module is thrown away (moved to the meta device); with more
-allowed, replaced models stay in memory.
+A checkpoint is a function that makes a model. Checkpoints are swapped as in WebUI: with one model
+allowed and the same architecture, the weights are loaded into the existing module; with another
+architecture, that module is moved to the meta device; with more models allowed, replaced ones stay.
 """
 
 from __future__ import annotations
@@ -17,9 +15,9 @@ import torch
 from modules import devices, shared
 
 checkpoints: dict[str, Callable[[], torch.nn.Module]] = {}
-"""The first is the one to begin with."""
+"""The first one is loaded at the start."""
 model_data = SimpleNamespace(sd_model=None, loaded_sd_models=[])
-"""The model in use, and those in memory, the last used first."""
+"""Current model, and the models in memory, the last used first."""
 
 
 def _architecture(model: torch.nn.Module) -> dict[str, torch.Size]:
@@ -33,23 +31,20 @@ def _use(model: torch.nn.Module, name: str) -> None:
 
 
 def reload_model_weights(info: str | None = None) -> torch.nn.Module:
-    """Makes a checkpoint (the settings' one by default) the one in use."""
+    """Load a checkpoint, by default the settings' one, and return its model."""
     name = info or shared.opts.sd_model_checkpoint or next(iter(checkpoints))
-    model, loaded, limit = (
-        model_data.sd_model,
-        model_data.loaded_sd_models,
-        shared.opts.sd_checkpoints_limit,
-    )
+    model, loaded = model_data.sd_model, model_data.loaded_sd_models
+    limit = shared.opts.sd_checkpoints_limit
     if model is not None and model.sd_checkpoint_info.model_name == name:
         return model
-    for old in [old for old in loaded[::-1] if old.sd_checkpoint_info.model_name != name]:
-        if len(loaded) > limit:
+    for old in loaded[::-1]:
+        if len(loaded) > limit and old.sd_checkpoint_info.model_name != name:
             loaded.remove(old)
             old.to("meta")
-    loaded_before = [old for old in loaded if old.sd_checkpoint_info.model_name == name]
-    if loaded_before:
-        _use(loaded_before[0], name)
-        return loaded_before[0]
+    for old in loaded:
+        if old.sd_checkpoint_info.model_name == name:
+            _use(old, name)
+            return old
     fresh = checkpoints[name]().to(devices.device).eval()
     if len(loaded) >= limit:
         old = loaded.pop()
@@ -63,12 +58,11 @@ def reload_model_weights(info: str | None = None) -> torch.nn.Module:
 
 
 def apply_token_merging(sd_model: Any, token_merging_ratio: float) -> None:
-    """WebUI's own token merging: the package `tomesd`, which swaps the class of the transformer
-    blocks."""
+    """WebUI's own token merging, by `tomesd`."""
     applied = getattr(sd_model, "applied_token_merged_ratio", 0)
     if applied == token_merging_ratio:
         return
-    import tomesd  # only where somebody asks for it
+    import tomesd
 
     if applied > 0:
         tomesd.remove_patch(sd_model)

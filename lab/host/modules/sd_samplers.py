@@ -1,8 +1,7 @@
-"""Stands in for WebUI's samplers (`modules.sd_samplers*`): guidance, the switch to the refiner, and
-the list.
+"""Stands in for `modules.sd_samplers*`: guidance, the refiner switch, and the list of samplers.
 
-The samplers themselves are `lab.demo.samplers`. InstructPix2Pix, inpainting models, prompts of two
-lengths and steps without the unprompted half are left out.
+The samplers are those of `lab.demo.samplers`. InstructPix2Pix, inpainting models, prompts of two
+lengths and steps without the unprompted half are missing.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from lab.demo import samplers
 
 
 class CFGDenoiser(torch.nn.Module):
-    """What a sampler calls: both halves of guidance, the refiner switch, the mask, and the
-    callbacks."""
+    """Denoiser of a sampler: both halves of guidance, refiner switch, mask, and callbacks."""
 
     def __init__(self, p: Any, sampler: Sampler) -> None:
         super().__init__()
@@ -33,16 +31,13 @@ class CFGDenoiser(torch.nn.Module):
         self.update_inner_model()
 
     def update_inner_model(self) -> None:
-        """The loaded model in the sampler's terms: sigmas or timesteps."""
+        """Take the loaded model, over sigmas or timesteps."""
         model = sd_models.model_data.sd_model
-        self.inner_model = (
-            model.apply_model
-            if self.sampler.config.is_over_timesteps
-            else samplers.EpsDenoiser(model)
-        )
+        is_over_timesteps = self.sampler.config.is_over_timesteps
+        self.inner_model = model.apply_model if is_over_timesteps else samplers.EpsDenoiser(model)
 
     def apply_refiner(self, sigma: Tensor) -> None:
-        """Swaps the model for the refiner when it is time."""
+        """Swap the model for the refiner at its step."""
         sigmas = getattr(self.inner_model, "sigmas", None)
         timestep = sigma.max().int() if sigmas is None else (sigmas - sigma.max()).abs().argmin()
         p, name = self.p, sd_models.model_data.sd_model.sd_checkpoint_info.model_name
@@ -50,10 +45,8 @@ class CFGDenoiser(torch.nn.Module):
             return
         if getattr(p, "enable_hr", False) and not p.is_hr_pass:
             return
-        p.extra_generation_params |= {
-            "Refiner": p.refiner_checkpoint,
-            "Refiner switch at": p.refiner_switch_at,
-        }
+        p.extra_generation_params["Refiner"] = p.refiner_checkpoint
+        p.extra_generation_params["Refiner switch at"] = p.refiner_switch_at
         sd_models.reload_model_weights(p.refiner_checkpoint)
         p.setup_conds()
         self.sampler.sampler_extra_args.update(cond=p.c, uncond=p.uc)
@@ -62,19 +55,16 @@ class CFGDenoiser(torch.nn.Module):
     def forward(
         self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, cond_scale: float
     ) -> Tensor:
-        """Runs the model once, or for each half of guidance."""
+        """Run the model once, or for each half of guidance."""
         if state.interrupted or state.skipped:
             raise InterruptedException
         self.apply_refiner(sigma)
-        cond, uncond = (
-            self.sampler.sampler_extra_args["cond"],
-            self.sampler.sampler_extra_args["uncond"],
-        )
+        cond, uncond = (self.sampler.sampler_extra_args[name] for name in ("cond", "uncond"))
         is_over_timesteps = self.sampler.config.is_over_timesteps
         if is_over_timesteps and self.mask is not None:
             x = x * self.nmask + self.init_latent * self.mask
 
-        # A picture's prompt has one row, or with `AND` several.
+        # A prompt has one row, or with `AND` several.
         repeats = torch.tensor([len(parts) for parts in cond.batch], device=x.device)
         x_in, sigma_in = (torch.cat([t.repeat_interleave(repeats, 0), t]) for t in (x, sigma))
         text = torch.stack([tokens for parts in cond.batch for tokens, _ in parts])
@@ -93,14 +83,11 @@ class CFGDenoiser(torch.nn.Module):
         x_out = torch.cat([self.inner_model(*part) for part in zip(*parts, strict=True)])
         script_callbacks.cfg_denoised_callback(params)
 
-        rows = zip(x_out, weights, strict=False)
-        denoised = torch.stack(
-            [
-                plain
-                + sum(weight * cond_scale * (row - plain) for row, weight in islice(rows, len(own)))
-                for plain, own in zip(x_out[-len(x) :], cond.batch, strict=True)
-            ]
-        )
+        rows, guided = zip(x_out, weights, strict=False), []
+        for plain, own in zip(x_out[-len(x) :], cond.batch, strict=True):
+            parts = islice(rows, len(own))
+            guided.append(plain + sum(part * cond_scale * (row - plain) for row, part in parts))
+        denoised = torch.stack(guided)
         if not is_over_timesteps and self.mask is not None:
             denoised = denoised * self.nmask + self.init_latent * self.mask
         self.sampler.last_latent = denoised
@@ -114,7 +101,6 @@ class CFGDenoiser(torch.nn.Module):
 SamplerData = namedtuple(
     "SamplerData", ["function", "is_over_timesteps", "options"], defaults=(False, {})
 )
-"""A sampler's function and what is to be known of it."""
 
 all_samplers_map = {
     "Euler": SamplerData(samplers.sample_euler),
@@ -127,7 +113,7 @@ all_samplers_map = {
 
 
 class Sampler:
-    """One pass: what it is given, how far it is, and how it ends early."""
+    """One pass: its inputs, its state, and its early end."""
 
     def __init__(self, p: Any) -> None:
         self.config = all_samplers_map[p.sampler_name]
@@ -136,34 +122,26 @@ class Sampler:
         self.model_wrap_cfg = CFGDenoiser(p, self)
 
     def _schedule(self, steps: int) -> Tensor:
-        """Falling sigmas with a final 0, or rising timesteps: of these more than `steps`, where
-        1000 don't divide."""
+        """Falling sigmas and a final 0, or rising timesteps: more than `steps` unless it divides
+        1000."""
         if self.config.is_over_timesteps:
-            return (torch.arange(0, 1000, max(1000 // steps, 1), device=shared.device) + 1).clamp(
-                0, 999
-            )
+            timesteps = torch.arange(0, 1000, max(1000 // steps, 1), device=shared.device) + 1
+            return timesteps.clamp(0, 999)
         return self.model_wrap_cfg.inner_model.get_sigmas(steps)
 
     def sample(self, p: Any, x: Tensor, cond: Any, uncond: Tensor) -> Tensor:
-        """From noise of variance 1."""
+        """Sample from noise of variance 1."""
         schedule = self._schedule(p.steps)
-        return self._run(
-            p,
-            p.steps,
-            x if self.config.is_over_timesteps else x * schedule[0],
-            cond,
-            uncond,
-            schedule,
-        )
+        noise = x if self.config.is_over_timesteps else x * schedule[0]
+        return self._run(p, p.steps, noise, cond, uncond, schedule)
 
     def sample_img2img(
         self, p: Any, x: Tensor, noise: Tensor, cond: Any, uncond: Tensor, steps: int | None = None
     ) -> Tensor:
-        """From a picture: only the schedule's end is walked; with `steps` so many of a longer one."""
+        """Sample from a picture over the schedule's end, in `steps` steps if given."""
         strength = min(p.denoising_strength, 0.999)
-        steps, last = (
-            (int(steps / strength), steps - 1) if steps else (p.steps, int(strength * p.steps))
-        )
+        last = steps - 1 if steps else int(strength * p.steps)
+        steps = int(steps / strength) if steps else p.steps
         self.model_wrap_cfg.init_latent, schedule = x, self._schedule(steps)
         if self.config.is_over_timesteps:
             alpha = sd_models.model_data.sd_model.alphas_cumprod[schedule[last]]
@@ -176,17 +154,14 @@ class Sampler:
     def _run(
         self, p: Any, steps: int, x: Tensor, cond: Any, uncond: Tensor, schedule: Tensor
     ) -> Tensor:
-        """Runs the sampler; when interrupted, returns the picture so far."""
+        """Run the sampler; if interrupted, return the last latent."""
         function, denoiser = self.config.function, self.model_wrap_cfg
         denoiser.total_steps = steps * 2 if self.config.options.get("second_order") else steps
         state.sampling_steps, state.sampling_step = steps, 0
         options = {"sigmas": schedule, "timesteps": schedule, "noise_sampler": p.rng.next}
         options["alphas_cumprod"] = sd_models.model_data.sd_model.alphas_cumprod
-        accepted = {
-            name: value
-            for name, value in options.items()
-            if name in inspect.signature(function).parameters
-        }
+        names = inspect.signature(function).parameters.keys() & options.keys()
+        accepted = {name: options[name] for name in names}
         self.sampler_extra_args = {"cond": cond, "uncond": uncond, "cond_scale": p.cfg_scale}
         self.last_latent = x
 

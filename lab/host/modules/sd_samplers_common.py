@@ -1,5 +1,5 @@
-"""Stands in for `modules.sd_samplers_common`: how a sampling ends early."""
+"""Stands in for `modules.sd_samplers_common`: early ends of sampling."""
 
 
 class InterruptedException(BaseException):
-    """Somebody pressed Interrupt or Skip."""
+    """Interrupt or Skip was pressed."""

@@ -1,7 +1,6 @@
-"""Stands in for `modules.sd_unet`: something else in the UNet's place, as TensorRT extensions put
-it there.
+"""Stands in for `modules.sd_unet`: a UNet's replacement, as TensorRT extensions make one.
 
-Also what `modules.sd_hijack_unet` does: latents of odd sizes, which the bare UNet refuses.
+Also for `modules.sd_hijack_unet`: latents of odd sizes, which the bare UNet refuses.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import torch
 from ldm.modules.diffusionmodules import openaimodel
 
 current_unet: torch.nn.Module | None = None
-"""Runs in place of every UNet, while there is one. WebUI makes it from an option that an extension
-lists."""
+"""Runs in place of every UNet if set; WebUI makes it from an extension's option."""
 
 
 class _Torch:
-    """What the UNet's module sees as `th`: torch, but `cat` stretches the first of two tensors to
-    the second's size.
+    """`th` of the UNet's module: torch, but `cat` resizes the first of two tensors to the second.
 
     The bare UNet halves 33 rows to 17 and doubles them to 34, which its skip connections don't fit.
     """
@@ -28,11 +25,8 @@ class _Torch:
 
     def cat(self, tensors: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(tensors) == 2 and tensors[0].shape[-2:] != tensors[1].shape[-2:]:
-            first, second = tensors
-            tensors = (
-                torch.nn.functional.interpolate(first, second.shape[-2:], mode="nearest"),
-                second,
-            )
+            size = tensors[1].shape[-2:]
+            tensors = torch.nn.functional.interpolate(tensors[0], size, mode="nearest"), tensors[1]
         return torch.cat(tensors, *args, **kwargs)
 
 
@@ -46,10 +40,10 @@ def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def hijack() -> None:
-    """Applies both to the UNet's code; `undo_hijack` takes them off."""
+    """Patch ldm's UNet; `undo_hijack` restores it."""
     openaimodel.th, openaimodel.UNetModel.forward = _Torch(), _forward
 
 
 def undo_hijack() -> None:
-    """Gives the UNet's code back what it had."""
+    """Restore ldm's UNet."""
     openaimodel.th, openaimodel.UNetModel.forward = torch, _original_forward

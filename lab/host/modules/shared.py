@@ -1,4 +1,4 @@
-"""Stands in for `modules.shared`: settings, command line, and whether a generation is to stop."""
+"""Stands in for `modules.shared`: settings, command line, and the state of a generation."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from modules import devices
 cmd_opts = SimpleNamespace(api_auth=None, ui_config_file=None)
 device = devices.device
 data_path = ""
-"""Where `params.txt` is written; nowhere by default."""
+"""Folder of `params.txt`; empty to write none."""
 
 
 class State:
-    """Where the current generation is, and whether somebody wants it to end."""
+    """Progress of the current generation, and requests to end it."""
 
     def __init__(self) -> None:
         self.begin()
 
     def begin(self, job: str = "") -> None:
-        """Begins a generation: everything is set back."""
+        """Begin a generation: reset everything."""
         self.job, self.job_count = job, -1
         self.skipped = self.interrupted = self.stopping_generation = False
         self.job_no = self.sampling_step = self.sampling_steps = 0
 
     def end(self) -> None:
-        """The generation is over."""
+        """End the generation."""
         self.job, self.job_count = "", 0
 
     def skip(self) -> None:
-        """Ends this batch; the next one begins."""
+        """End the current batch; the next one begins."""
         self.skipped = True
 
     def interrupt(self) -> None:
-        """Ends the whole generation at the next call of the denoiser."""
+        """End the generation at the next call of the denoiser."""
         self.interrupted = True
 
     def stop_generating(self) -> None:
-        """Lets this batch end and begins no other."""
+        """End the generation after the current batch."""
         self.stopping_generation = True
 
     def nextjob(self) -> None:
-        """A pass or a batch is done."""
+        """Count a finished pass or batch."""
         self.job_no += 1
         self.sampling_step = 0
 
 
 @dataclass
 class OptionInfo:
-    """Describes one setting: its default, its label, and the component that shows it."""
+    """A setting's default, label, and component."""
 
     default: Any = None
     label: str = ""
@@ -62,7 +62,7 @@ class OptionInfo:
 
 
 class Options:
-    """The settings' values, readable and settable as attributes."""
+    """The settings' values, as attributes."""
 
     def __init__(self, **defaults: Any) -> None:
         self.__dict__.update(
@@ -71,7 +71,7 @@ class Options:
         self.reset()
 
     def reset(self) -> None:
-        """Gives every setting its default."""
+        """Reset every setting to its default."""
         self.data.update({key: info.default for key, info in self.data_labels.items()})
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -83,19 +83,19 @@ class Options:
         raise AttributeError(key)
 
     def set(self, key: str, value: Any) -> None:
-        """What the Settings page and the API do: sets an option and calls its `onchange`."""
+        """Set an option and call its `onchange`, as the Settings page and the API do."""
         changed, self.data[key] = self.data.get(key) != value, value
         if changed and self.data_labels[key].onchange is not None:
             self.data_labels[key].onchange()
 
     def onchange(self, key: str, func: Callable[[], None], call: bool = True) -> None:
-        """Calls `func()` whenever the option changes, and once now."""
+        """Call `func()` whenever the option changes, and once now."""
         self.data_labels[key].onchange = func
         if call:
             func()
 
     def add_option(self, key: str, info: OptionInfo) -> None:
-        """Adds a setting."""
+        """Add a setting."""
         self.data_labels[key] = info
         self.data.setdefault(key, info.default)
 
