@@ -64,7 +64,7 @@ def assert_merged(call: Any, settings: tome.MergeSettings, step: int = 0) -> Non
         call.grid,
         settings.cell,
         settings.partition,
-        step if settings.draws_anew else 0,
+        step if settings.redraws else 0,
         settings.window,
         1 if settings.shared_draw else call.x.shape[0],
     )

@@ -235,25 +235,20 @@ def test_a_ratio_that_removes_nothing_changes_no_bit(unet, whole, make_inputs):
     assert merging.report().summary.startswith("nothing merged: ")
 
 
-def test_a_unet_called_with_keywords_is_merged_the_same(unet, whole, make_inputs):
+def test_any_way_to_call_the_unet_merges_the_same(unet, whole, make_inputs):
     latent, timesteps, context = make_inputs()
-    with tome.attach(unet, whole()) as merging:
-        merging.set_step(1)
-        assert torch.equal(
-            unet(x=latent, timesteps=timesteps, context=context), unet(latent, timesteps, context)
-        )
-    assert merging.report().merged_layers
-
-
-def test_a_call_of_the_unets_forward_is_merged_the_same(unet, whole, make_inputs):
-    inputs, settings = make_inputs(), whole()
-    with tome.attach(unet, settings) as merging:
-        merging.set_step(2)
-        right = unet(*inputs)
-    with tome.attach(unet, settings) as merging:
-        merging.set_step(2)
-        assert torch.equal(unet.forward(*inputs), right)
-    assert len(merging.report().merged_layers) == 3
-    with tome.attach(unet, settings) as merging:
-        unet.forward(*inputs)
+    ways = [
+        lambda: unet(latent, timesteps, context),
+        lambda: unet(x=latent, timesteps=timesteps, context=context),
+        lambda: unet.forward(latent, timesteps, context),
+    ]
+    outputs = []
+    for call in ways:
+        with tome.attach(unet, whole()) as merging:
+            merging.set_step(2)
+            outputs.append(call())
+        assert len(merging.report().merged_layers) == 3
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    with tome.attach(unet, whole()) as merging:  # Without a step.
+        ways[-1]()
     assert len(merging.report().merged_layers) == 3

@@ -10,10 +10,6 @@ from layer_calls import FIRST, layer_named
 import tomesd_core as tome
 
 
-def foreign_forward(inner, x, *args, **kwargs):
-    return inner(x, *args, **kwargs)
-
-
 @pytest.mark.parametrize(
     "where", ["attn1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out", "attn1.to_out.0"]
 )
@@ -37,26 +33,27 @@ def test_a_layer_with_a_foreign_hook_in_its_attention_is_not_merged(
         assert layer_named(merging.report()).merged_calls == 1
 
 
-def test_a_layer_with_a_foreign_forward_is_not_merged(
-    unet, small_settings, make_inputs, blocks_of, method
+def foreign_forward(inner, x, *args, **kwargs):
+    return inner(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda inner: functools.partial(foreign_forward, inner),
+        lambda inner: functools.wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs)),
+    ],
+    ids=["partial", "wrapped"],
+)
+def test_a_layer_with_a_foreign_forward_is_not_merged_until_it_is_restored(
+    unet, small_settings, make_inputs, blocks_of, method, replace
 ):
     attention = blocks_of(unet)[FIRST].attn1
-    attention.forward = functools.partial(foreign_forward, attention.forward)
+    before, attention.forward = attention.forward, replace(attention.forward)
     with tome.attach(unet, small_settings(method=method)) as merging:
         unet(*make_inputs())
-    reason = layer_named(merging.report()).reason
-    assert __name__ in reason and "forward" in reason
-    assert len(merging.report().merged_layers) == 2
-
-
-def test_a_wrapped_forward_is_named_by_its_module_until_it_is_restored(
-    unet, small_settings, make_inputs, blocks_of
-):
-    attention = blocks_of(unet)[FIRST].attn1
-    before = attention.forward
-    attention.forward = functools.wraps(before)(lambda *args, **kwargs: before(*args, **kwargs))
-    with tome.attach(unet, small_settings()) as merging:
-        unet(*make_inputs())
+        reason = layer_named(merging.report()).reason
+        assert __name__ in reason and "forward" in reason
         assert "2 of 7" in merging.report().summary and __name__ in merging.report().summary
         attention.forward = before
         unet(*make_inputs())

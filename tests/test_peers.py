@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -66,16 +68,13 @@ def test_with_every_token_a_destination_toma_changes_nothing():
 
 def test_ca_tome_matches_in_its_own_steps_only(tiny, monkeypatch):
     pytest.importorskip("tomesd")
-    if peers.importlib.util.find_spec("ca_tome") is None:
+    if importlib.util.find_spec("ca_tome") is None:
         pytest.skip("ca-tome is not installed")
     step, matched = models.one_step(tiny, models.TINY, (128, 128)), []
-    merge = peers._ca_tome_patch().merge
-    usual = merge.torch.Tensor.argsort
+    usual = torch.Tensor.argsort
     with ATTACH_PEER[CA_TOME](tiny, -1.0) as running:
         monkeypatch.setattr(
-            merge.torch.Tensor,
-            "argsort",
-            lambda *args, **kw: matched.append(1) or usual(*args, **kw),
+            torch.Tensor, "argsort", lambda *args, **kw: matched.append(1) or usual(*args, **kw)
         )
         counts = []
         for number in range(10):

@@ -107,15 +107,3 @@ def test_a_report_can_be_read_before_during_and_after(make_unet, make_inputs, sm
     assert len(after.merged_layers) == 3
     assert (after.steps, after.merged_steps, after.ratio) == (1, 1, 0.5)
     assert len(before.merged_layers) == 0, "a report read earlier does not change"
-
-
-def test_a_report_has_the_tokens_before_and_after(make_unet, make_inputs, small_settings):
-    unet = make_unet()
-    with tome.attach(unet, small_settings(ratio=0.3, window=None, max_downsample=2)) as merging:
-        unet(*make_inputs((16, 12)))
-        unet(*make_inputs((16, 12)))
-    sizes = {
-        (each.level, each.tokens, each.merged_tokens, each.calls, each.merged_calls)
-        for each in merging.report().layers
-    }
-    assert sizes == {(1, 192, 192 - 57, 2, 2), (2, 48, 48 - 14, 2, 2)}

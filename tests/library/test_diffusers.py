@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -150,15 +148,6 @@ def test_the_next_picture_of_a_pipeline_starts_at_the_first_step(make_pipeline, 
     assert torch.equal(*pictures)
 
 
-def test_patching_a_pipeline(make_pipeline, picture):
-    pipeline = make_pipeline()
-    off = picture(pipeline)
-    assert tome.apply_patch(pipeline, ratio=0.5) is pipeline
-    assert not torch.equal(picture(pipeline), off)
-    assert tome.remove_patch(pipeline) is pipeline
-    assert torch.equal(picture(pipeline), off)
-
-
 @pytest.mark.parametrize(
     "wrap", [lambda model: model, lambda model: Pipeline(model)], ids=["model", "pipeline"]
 )
@@ -221,10 +210,3 @@ def test_a_compiled_unet_and_compiled_blocks_are_not_merged(make_unet, run):
     first, *others = merging.report().layers
     assert "compiled" in first.reason and not first.merged_calls
     assert any(other.merged_calls for other in others)
-
-
-def test_a_copy_made_while_merging_merges_nothing(make_unet, run):
-    unet = make_unet()
-    off = run(unet)
-    with tome.attach(unet, settings()):
-        assert torch.equal(run(copy.deepcopy(unet)), off)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
 import threading
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
 
 
@@ -122,20 +118,6 @@ def test_the_client_webuiapi(webui):
         answer = api.txt2img(**webui.request(arguments))
         assert answer.image.convert("RGB").tobytes() == webui.make(arguments).pixels
         assert "ToMe ratio" in answer.info["extra_generation_params"]
-    assert "alwayson_scripts={" in PAGE and '{"ratio": 0.6, "late_ratio": 0.3}' in PAGE
-
-
-def test_the_requests_of_the_documentation(webui):
-    bodies = re.findall(
-        r"curl http://127.0.0.1:7860/sdapi/v1/txt2img .*? -d '(.*?)'", PAGE, re.DOTALL
-    )
-    assert len(bodies) == 2
-    for body in bodies:
-        arguments = json.loads(body)["alwayson_scripts"]["ToMe"]["args"]
-        assert webui.make(arguments).parameters["ToMe late ratio"] == 0.3
-    routes = re.findall(r"curl http://127.0.0.1:7860(/tome/\w+)", PAGE)
-    assert sorted(routes) == ["/tome/measure", "/tome/presets", "/tome/status"]
-    assert all(webui.get(route).ok for route in routes if route != "/tome/measure")
 
 
 def test_the_status_names_the_layers_of_the_loaded_model(webui):

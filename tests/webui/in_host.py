@@ -179,5 +179,28 @@ def element_functions(page: Any, elem_id: str) -> Iterator[Callable[..., Any]]:
     """The functions that a page calls at an element's events."""
     (element,) = (number for number, block in page.blocks.items() if block.elem_id == elem_id)
     for dependency, function in zip(page.dependencies, page.fns, strict=True):
-        if function.fn is not None and element in {target[0] for target in dependency["targets"]}:
+        targets = [each[0] if isinstance(each, list) else each for each in dependency["targets"]]
+        if function.fn is not None and element in targets:
             yield function.fn
+
+
+def wrapper(log: list[str]) -> Callable[..., None]:
+    """A callback that wraps `p.sample` and unwraps it after sampling, as other extensions do."""
+
+    def wrap(p, *_, **__):
+        before, own = p.sample, vars(p).get("sample")
+
+        def sample(*args, **kwargs):
+            log.append("begins")
+            try:
+                return before(*args, **kwargs)
+            finally:
+                log.append("ends")
+                if own is None:
+                    del p.sample
+                else:
+                    p.sample = own
+
+        p.sample = sample
+
+    return wrap

@@ -122,7 +122,7 @@ def test_parameters_hold_the_fields_that_have_an_effect(make, tome, hires, effec
 
 
 def test_every_webui_reads_the_parameters_back():
-    assert all(re.fullmatch(r"[\w ]+", key) for key in KEYS)
+    assert all(re.fullmatch(r"[\w ]+", key) for key in KEYS) and len(KEYS) == len(set(KEYS))
 
 
 @pytest.mark.parametrize("apply_to", ["both passes", "first pass", "hires pass"])

@@ -14,8 +14,8 @@ from in_host import (
     keys_of,
     left,
     pixels,
+    wrapper,
 )
-from test_other_scripts import wrapper
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def test_a_generation_inside_another_without_a_denoiser(make, make_p, inside, at
 
 @pytest.fixture
 def copying(add_script, inside):
-    """Let another extension make a small picture from a copy of `p` in every batch."""
-    from modules import processing
+    """Let another extension make a small picture from a copy of `p`, in each batch or callback."""
+    from modules import processing, shared
 
     def copy_when(when, scripts=lambda p: None):
         pictures = []
@@ -111,9 +111,11 @@ def copying(add_script, inside):
             inner.scripts = scripts(p)
             if when == "with a wrapper of its own":
                 wrapper([])(inner)
+            state = dict(vars(shared.state))
             pictures.append(processing.process_images(inner))
+            vars(shared.state).update(state)
 
-        def process_batch(p, *_, **__):
+        def callback(p, *_, **__):
             if getattr(p, "is_a_copy", False):
                 return
             if when == "while it is sampled":
@@ -121,58 +123,42 @@ def copying(add_script, inside):
             else:
                 make_one(p)
 
-        add_script(process_batch=process_batch)
+        add_script(**{when if when in CALLBACKS else "process_batch": callback})
         return pictures
 
     return copy_when
 
 
-@pytest.mark.parametrize(
-    "when", ["before it is sampled", "with a wrapper of its own", "while it is sampled"]
-)
+CALLBACKS = ["before_process", "process", "postprocess_image"]
+MOMENTS = ["before it is sampled", "with a wrapper of its own", "while it is sampled", *CALLBACKS]
+
+
+@pytest.mark.parametrize("when", MOMENTS)
 def test_a_copy_of_p_makes_its_own_picture_unmerged(make, copying, attention, merged, when):
     pictures = copying(when)
     make()
     attention.tokens.clear()
-    processed = make(HALVED, n_iter=2, steps=2)
-    without, *with_merging = pictures
-    assert without.images[0].size == (8, 8)
-    assert [pixels(one) for one in with_merging] == [pixels(without)] * 2
-    assert all(keys_of(one) == {} and "ToMe" not in one.comments for one in with_merging)
-    assert attention.tokens.count(8 * 8) == 4 and attention.tokens.count(HALF) == 4
-    assert processed.images[1].tobytes() == merged[0]
-    assert "ToMe ratio: 0.5" in processed.infotexts[1] and "1024 → 512 tokens" in processed.comments
-
-
-@pytest.mark.parametrize("when", ["before_process", "process", "postprocess_image"])
-@pytest.mark.parametrize("own_merging", [0.0, 0.4])
-def test_a_copy_of_p_made_at_any_time_claims_no_merging(
-    make, add_script, attention, merged, when, own_merging
-):
-    """WebUI's own merging works for the copy as for any picture."""
-    from modules import processing, shared
-
-    if own_merging:
-        pytest.importorskip("tomesd")
-    shared.opts.data["token_merging_ratio"] = own_merging
-    pictures = []
-
-    def make_one(p, *_, **__):
-        inner = copy(p)
-        inner.width, inner.height, inner.scripts = 16, 16, None
-        state = dict(vars(shared.state))
-        pictures.append(processing.process_images(inner))
-        vars(shared.state).update(state)
-
-    add_script(**{when: make_one})
     processed = make(HALVED)
-    (inner,) = pictures
+    without, inner = pictures
+    assert without.images[0].size == (8, 8) and pixels(inner) == pixels(without)
     assert keys_of(inner) == {} and "ToMe" not in inner.comments
-    assert ("Token merging ratio: 0.4" in inner.infotexts[0]) == bool(own_merging)
+    assert attention.tokens.count(8 * 8) == 2 and attention.tokens.count(HALF) == 2
     assert pixels(processed) == merged
     assert keys_of(processed)["ToMe ratio"] == 0.5 and "1024 → 512 tokens" in processed.comments
+
+
+@pytest.mark.parametrize("when", ["before it is sampled", "process", "postprocess_image"])
+def test_webuis_own_merging_works_for_a_copy_of_p(make, copying, merged, when):
+    from modules import shared
+
+    pytest.importorskip("tomesd")
+    shared.opts.data["token_merging_ratio"] = 0.4
+    pictures = copying(when)
+    processed = make(HALVED)
+    (inner,) = pictures
+    assert keys_of(inner) == {} and "Token merging ratio: 0.4" in inner.infotexts[0]
+    assert pixels(processed) == merged
     assert "Token merging ratio" not in processed.infotexts[0]
-    assert HALF in attention.tokens
 
 
 @pytest.mark.parametrize("when", ["before it is sampled", "while it is sampled"])

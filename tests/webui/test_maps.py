@@ -107,24 +107,20 @@ def test_every_picture_of_every_batch_has_the_prompted_halfs_map(make, merged_ca
     assert len({one.tobytes() for one in images}) == 4
 
 
-def test_halves_in_two_calls(make, merged_calls):
-    processed = make(with_map(1, 3), batch_size=2, override_settings={"batch_cond_uncond": False})
-    pictures, images = pictures_and_maps(processed)
-    prompted = [slots for step, _, _, slots in merged_calls if step == 0][2]
-    assert len(prompted) == 2
-    for number in (0, 1):
-        assert images[number].tobytes() == drawn_over(
-            pictures[number], prompted[number], (SIDE, SIDE)
-        )
-
-
-def test_prompts_of_several_parts(make, merged_calls):
-    processed = make(with_map(), prompt="cat AND red apple", batch_size=2)
-    pictures, images = pictures_and_maps(processed)
+@pytest.mark.parametrize(
+    ("fields", "items", "rows"),
+    [
+        ({"override_settings": {"batch_cond_uncond": False}}, 2, (0, 1)),
+        ({"prompt": "cat AND red apple"}, 6, (0, 2)),
+    ],
+    ids=["halves in two calls", "prompts of two parts"],
+)
+def test_the_map_is_of_a_pictures_first_prompt(make, merged_calls, fields, items, rows):
+    pictures, images = pictures_and_maps(make(with_map(), batch_size=2, **fields))
     slots = merged_calls[0][3]
-    assert len(slots) == 6
-    for number, row in enumerate((0, 2)):
-        assert images[number].tobytes() == drawn_over(pictures[number], slots[row], (SIDE, SIDE))
+    assert len(slots) == items
+    for picture, image, row in zip(pictures, images, rows, strict=True):
+        assert image.tobytes() == drawn_over(picture, slots[row], (SIDE, SIDE))
 
 
 def test_hires_fix_shows_the_last_pass_that_merged(make):

@@ -10,6 +10,7 @@ from in_host import (
     HIRES,
     fail,
     pixels,
+    wrapper,
 )
 
 
@@ -24,34 +25,32 @@ def test_an_exception_in_another_script_changes_nothing(make, add_script, merged
     assert pixels(make(HALVED, **hires)) == expected
 
 
-def wrapper(log):
-    """A callback that wraps `p.sample` on the instance and unwraps it, as other extensions do."""
+def staying(log):
+    """A callback that wraps `p.sample` for good."""
 
-    def wrap(p, *_, **__):
-        before, own = p.sample, vars(p).get("sample")
-
-        def sample(*args, **kwargs):
-            log.append("begins")
-            try:
-                return before(*args, **kwargs)
-            finally:
-                log.append("ends")
-                if own is None:
-                    del p.sample
-                else:
-                    p.sample = own
-
-        p.sample = sample
+    def wrap(p, *_):
+        before = p.sample
+        p.sample = lambda *args, **kwargs: log.append("samples") or before(*args, **kwargs)
 
     return wrap
 
 
-def test_a_script_may_wrap_sample_first(make, add_script, merged):
-    log = []
-    add_script(before_process_batch=wrapper(log))
-    processed = make(HALVED, n_iter=2)
-    assert processed.images[1].tobytes() == merged[0]
-    assert log == ["begins", "ends"] * 2
+@pytest.mark.parametrize(
+    ("callback", "wrap", "lines"),
+    [
+        ("before_process_batch", wrapper, ["begins", "ends"]),
+        ("before_process", staying, ["samples"]),
+    ],
+    ids=["for each batch", "for good"],
+)
+def test_a_script_may_wrap_sample_first(make, add_script, merged, callback, wrap, lines):
+    log, left = [], []
+    add_script(
+        **{callback: wrap(log)}, postprocess=lambda p, *_: left.append(vars(p).pop("sample", None))
+    )
+    assert make(HALVED, n_iter=2).images[1].tobytes() == merged[0]
+    assert log == lines * 2
+    assert getattr(left[0], "__name__", None) == ("<lambda>" if wrap is staying else None)
 
 
 def test_a_script_may_wrap_sample_last(host, make_p, add_script, attention, process):
@@ -68,22 +67,6 @@ def test_a_script_may_wrap_sample_last(host, make_p, add_script, attention, proc
     process(p)
     assert attention.tokens[3:] == [FULL] * 3
     vars(p).pop("sample", None)
-
-
-def test_a_wrapper_that_stays_survives(make, add_script, merged):
-    log = []
-
-    def wrap(p):
-        before = p.sample
-        p.sample = lambda *args, **kwargs: log.append("sampled") or before(*args, **kwargs)
-
-    names = []
-    add_script(
-        before_process=wrap, postprocess=lambda p, *_: names.append(vars(p).pop("sample").__name__)
-    )
-    assert make(HALVED, n_iter=2).images[1].tobytes() == merged[0]
-    assert log == ["sampled"] * 2
-    assert names == ["<lambda>"]
 
 
 def test_sampling_twice_in_one_batch_merges_once(make, add_script, attention):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from in_host import KEYS
 
 from tomesd_core.settings import FIELDS
 
@@ -113,7 +112,3 @@ def test_ui_config_has_the_scripts_controls_only(components, controls):
 def test_every_control_explains_itself(components):
     buttons = [f"preset_{name}" for name in ("save", "delete", "reload")] + ["measure"]
     assert all(" " in components[name].webui_tooltip for name in (*PANEL, *LAST, *buttons))
-
-
-def test_every_key_belongs_to_one_field(tab):
-    assert len(KEYS) == len(set(KEYS)) == len(PANEL)

@@ -111,10 +111,6 @@ def test_old_and_new_code_never_mix(updated):
     assert updated["hooked"] == 0
 
 
-def test_the_script_imports_nothing_of_the_demo(updated):
-    assert updated["imported"] == []
-
-
 UPDATE = """
 import json, sys
 from pathlib import Path
@@ -129,16 +125,11 @@ from lab.demo.model import TinyModel
 found = {"labels": [], "ratios": [], "new": [], "merged": []}
 models = {"tiny": lambda: TinyModel.random(0, channel_mult=[1], attention_resolutions=[1])}
 Host(models, []).close()
-before = set(sys.modules)
 host = Host(models, [folder])
 from modules import processing, script_callbacks, scripts
 
 tome = next(data.module for data in scripts.scripts_data if data.path.endswith("tome.py"))
 package = tome.PACKAGE
-new = {name for name in set(sys.modules) - before if name.startswith(("tomesd_core", package))}
-lab = {name for name in set(sys.modules) - before if name.startswith("lab.")}
-found["imported"] = [*lab, *(name for name in new if name.split(".")[0] != package)]
-assert f"{package}.webui.panel" in new
 
 
 def generate():

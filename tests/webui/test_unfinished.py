@@ -17,24 +17,24 @@ from in_host import (
 from torch import nn
 
 
+@pytest.mark.parametrize("how", ["fails", "interrupt", "skip", "stop_generating"])
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_failure_in_the_unet_leaves_nothing(host, make, merged, at):
-    with failing_unet(host, at), pytest.raises(ValueError, match="on purpose"):
-        make(HALVED, n_iter=2)
-    assert hooked(host.sd_model) == []
-    assert pixels(make(HALVED)) == merged
+def test_an_unfinished_generation_leaves_nothing(host, make, merged, on_denoised, how, at):
+    from modules import shared
 
-
-@pytest.mark.parametrize("how", ["interrupt", "skip", "stop_generating"])
-def test_an_ended_generation_leaves_nothing(host, make, merged, on_denoised, how):
-    from modules import script_callbacks, shared
+    evaluations = []
 
     def end(_):
-        getattr(shared.state, how)()
+        evaluations.append(None)
+        if len(evaluations) == at:
+            getattr(shared.state, how)()
 
-    on_denoised(end)
-    assert make(HALVED, n_iter=2, steps=4).images
-    script_callbacks.remove_callbacks_for_function(end)
+    if how == "fails":
+        with failing_unet(host, at), pytest.raises(ValueError, match="on purpose"):
+            make(HALVED, n_iter=2)
+    else:
+        on_denoised(end)
+        assert make(HALVED, n_iter=2).images
     assert hooked(host.sd_model) == []
     assert pixels(make(HALVED)) == merged
 
