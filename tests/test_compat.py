@@ -106,7 +106,7 @@ def test_a_ratio_in_range_warns_of_nothing(make_unet):
 
 
 @pytest.mark.parametrize("ratio", [-0.1, float("nan"), None, "abc"], ids=str)
-def test_what_is_no_ratio_is_refused(make_unet, ratio):
+def test_an_invalid_ratio_is_refused(make_unet, ratio):
     with pytest.raises((ValueError, TypeError)):
         tome.apply_patch(make_unet(), ratio=ratio)
 

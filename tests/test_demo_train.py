@@ -62,7 +62,7 @@ def test_resumed_equals_uninterrupted(pictures, tmp_path):
     part = train.Training(pictures, RECIPE, SMALL)
     losses = steps_of(part, 2)
     part.save(tmp_path / "checkpoint.pt")
-    torch.rand(3)  # whatever else draws random numbers
+    torch.rand(3)  # Other code draws random numbers too.
     rest = train.Training.resume(tmp_path / "checkpoint.pt", pictures)
     losses += steps_of(rest, 2)
     assert losses == expected

@@ -21,7 +21,7 @@ def slots_of(number, items=1, tokens=6):
     return slots.repeat(items, 1)
 
 
-def tell(recorder, step, layer, number, items=1, grid=GRID):
+def record(recorder, step, layer, number, items=1, grid=GRID):
     recorder(layer, step, grid, TokenMap(slots_of(number, items), 6))
 
 
@@ -46,7 +46,7 @@ def the_map(recorder, row=0):
 def test_the_wanted_step_and_layer_or_what_there_is(wanted, expected):
     recorder = MapRecorder(*wanted)
     for number, (step, layer) in enumerate([(2, "a"), (2, "b"), (3, "b"), (3, "a"), (5, "b")]):
-        tell(recorder, step, layer, number)
+        record(recorder, step, layer, number)
     assert the_map(recorder) == expected
 
 
@@ -58,8 +58,8 @@ def test_rows_are_counted_over_the_calls_of_a_step():
     recorder = MapRecorder(2, 2)
     for step in (0, 1, 2):
         for half in (0, 1):
-            tell(recorder, step, "a", number=4, items=2)
-            tell(recorder, step, "b", number=2 * step + half if step == 1 else 0, items=2)
+            record(recorder, step, "a", number=4, items=2)
+            record(recorder, step, "b", number=2 * step + half if step == 1 else 0, items=2)
     assert [the_map(recorder, row) for row in range(5)] == [
         (2, 2, "b", number) for number in (2, 2, 3, 3, 3)
     ]
@@ -67,7 +67,7 @@ def test_rows_are_counted_over_the_calls_of_a_step():
 
 def test_a_layer_that_sees_another_grid_in_the_same_step_keeps_its_first():
     recorder = MapRecorder(1, 1)
-    tell(recorder, 0, "a", 1)
+    record(recorder, 0, "a", 1)
     recorder("a", 0, (1, 4), TokenMap(torch.zeros(1, 4, dtype=torch.long), 1))
     (one,) = recorder.maps([1])
     assert (one.grid, len(one.slots)) == (GRID, 6)
@@ -75,7 +75,7 @@ def test_a_layer_that_sees_another_grid_in_the_same_step_keeps_its_first():
 
 def test_a_maps_text_has_its_place():
     recorder = MapRecorder(1, 1)
-    tell(recorder, 0, "blocks.0", 1)
+    record(recorder, 0, "blocks.0", 1)
     text = str(recorder.maps([0])[0])
     assert all(part in text for part in ("step 1", "layer 1", "blocks.0", "3x2"))
 

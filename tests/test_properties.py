@@ -63,7 +63,7 @@ def test_each_slots_mean_is_right(case):
 
 @quick
 @given(matchings())
-def test_unmerge_of_merge_is_the_identity_on_what_is_constant_over_slots(case):
+def test_unmerge_of_merge_is_the_identity_where_slots_are_constant(case):
     token_map, x, *_ = case
     # Small integers: their means are exact.
     y = (x[:, : token_map.merged_tokens] * 8).round()

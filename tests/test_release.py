@@ -37,7 +37,7 @@ def archived():
         return {member.name for member in files if member.isfile()}
 
 
-def test_it_holds_all_that_is_run_or_read(archived):
+def test_it_holds_every_file_that_users_need(archived):
     tracked = subprocess.run(
         ["git", "ls-files", *RUN_OR_READ], cwd=ROOT, capture_output=True, check=True, timeout=60
     )
@@ -47,7 +47,7 @@ def test_it_holds_all_that_is_run_or_read(archived):
     assert {"LICENSE", "CHANGELOG.md"} <= archived
 
 
-def test_it_holds_no_laboratory(archived):
+def test_it_holds_no_lab_and_no_tests(archived):
     assert {name.split("/")[0] for name in archived} & {
         "lab",
         "tests",

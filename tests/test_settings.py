@@ -55,7 +55,7 @@ def of_kind(*kinds):
     "name", [name for name in of_kind("number", "integer") if not FIELDS[name].optional]
 )
 @pytest.mark.parametrize("value", NOT_A_NUMBER, ids=repr)
-def test_what_is_no_number_is_refused(name, value):
+def test_a_value_that_is_no_number_is_refused(name, value):
     if (name, value) == ("late_ratio", None):
         pytest.skip("None: a late ratio that follows the ratio")
     message = error_of(**{name: value})
@@ -75,7 +75,7 @@ def test_a_range_includes_its_ends_and_nothing_outside(name):
 @pytest.mark.parametrize(
     "value", [math.nan, None, True, False, "", "nothing", "3", [], {}, 1j], ids=repr
 )
-def test_what_is_no_choice_is_refused(name, value):
+def test_a_value_that_is_no_choice_is_refused(name, value):
     if (name, value) == ("schedule", None):
         pytest.skip("None: a schedule that follows the late ratio")
     choices = ", ".join(map(str, FIELDS[name].choices))
@@ -103,7 +103,7 @@ def test_a_late_ratio_alone_is_reached():
 
 @pytest.mark.parametrize("name", of_kind("flag"))
 @pytest.mark.parametrize("value", [0, 1, "yes", [], 1j], ids=repr)
-def test_what_is_neither_true_nor_false_is_refused(name, value):
+def test_a_flag_must_be_true_or_false(name, value):
     error = error_of(**{name: value})
     assert all(part in error for part in (name, "true or false", repr(value)))
 

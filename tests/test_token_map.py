@@ -90,7 +90,7 @@ def test_a_token_alone_in_its_slot_keeps_its_bits():
 
 
 @pytest.mark.parametrize("kind", [math.nan, math.inf])
-def test_what_is_not_finite_stays_in_its_slot(kind):
+def test_nan_and_inf_stay_in_their_slot(kind):
     token_map, x = random_map(), noise(2, 63, 4)
     healthy = token_map.merge(x)
     x[0, 7] = kind

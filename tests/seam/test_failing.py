@@ -194,7 +194,7 @@ def test_a_failing_route_is_an_error_of_its_own(load, modules, log_lines, path):
 
 
 class Lacking:
-    """A part of the host that has nothing of what it is asked for."""
+    """A part of the host without any attribute."""
 
     def __getattr__(self, name):
         fail()

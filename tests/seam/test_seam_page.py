@@ -80,7 +80,7 @@ def wait_for_ratios(panel, text):
     panel.page.wait_for_selector(f"#script_txt2img_tome_preview [aria-label*='{text}']")
 
 
-def test_the_preview_follows_what_is_set(panel):
+def test_the_preview_follows_the_settings(panel):
     wait_for_ratios(panel, "0.80 to 0.80")
     ratio = panel.of("ratio").locator("input[type=number]").first
     ratio.fill("0.5")

@@ -45,7 +45,7 @@ from tomesd_core.webui.arguments import read_arguments
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_a_wrong_value_is_named_with_its_setting_and_what_is_allowed(tome, words):
+def test_a_wrong_value_is_named_with_its_setting_and_range(tome, words):
     with pytest.raises(SettingsError) as caught:
         read_arguments(tome)
     assert all(word in str(caught.value) for word in words)

@@ -148,7 +148,7 @@ def test_the_api_reaches_the_first_and_it_merges(answers):
 
 
 @pytest.mark.parametrize("which", ["first", "second", "after reload"])
-def test_the_one_that_is_on_merges(answers, which):
+def test_the_copy_that_is_on_merges(answers, which):
     one = answers[which]
     assert one["keys"]["ToMe ratio" if which == "second" else "ToMe share"] == 0.5
     assert len(one["lines"]) == 1 and "1024 → " in one["lines"][0]

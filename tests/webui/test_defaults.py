@@ -76,7 +76,7 @@ def update(host, tmp_path, monkeypatch):
     return start
 
 
-def ours(content):
+def values_of(content):
     return {
         name.split("/", 2)[2]: value
         for name, value in content.items()
@@ -87,7 +87,7 @@ def ours(content):
 @pytest.mark.parametrize("version", FILES)
 def test_ranges_and_unchosen_defaults_are_the_current_ones(updated, version):
     after = updated(FILES[version])
-    assert ours(after) == {}
+    assert values_of(after) == {}
     assert not any(field in name for name in after for field in ("minimum", "maximum", "step"))
     assert after["txt2img/Steps/value"] == 20
     assert after["customscript/tome.py/txt2img/Ratio/visible"] is True
@@ -103,7 +103,7 @@ def test_a_chosen_default_stays(updated, version, label):
     chosen = {f"img2img/{label}/value": expected}
     if label == "Ratio":
         chosen["img2img/Late ratio/value"] = 0.5  # Never above the ratio that was chosen.
-    assert ours(after) == chosen
+    assert values_of(after) == chosen
     assert updated(after) == after
 
 
@@ -117,20 +117,25 @@ def test_a_later_version_updates_defaults_that_were_not_chosen(updated, monkeypa
         **later[running("webui.defaults").COPY],
         "reuse_steps": 1,
     }
-    assert ours(updated(later)) == {"txt2img/Schedule/value": "step", "txt2img/Ratio/value": 0.775}
+    assert values_of(updated(later)) == {
+        "txt2img/Schedule/value": "step",
+        "txt2img/Ratio/value": 0.775,
+    }
     later[running("webui.defaults").COPY]["reuse_steps"] = 2
-    assert ours(updated(later))["txt2img/Reuse matching (steps)/value"] == 1.0, (
+    assert values_of(updated(later))["txt2img/Reuse matching (steps)/value"] == 1.0, (
         "it was chosen where 2 was the default"
     )
 
 
 def test_a_max_downsample_of_version_1_0_0_is_corrected(updated):
     """Its page showed 1, and Settings, Defaults, Apply wrote the choice at index 1."""
-    assert ours(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "2"})) == {}
-    changed = ours(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "4"}))
+    assert values_of(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "2"})) == {}
+    changed = values_of(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "4"}))
     assert changed == {"txt2img/Max downsample/value": "2"}
     after = updated({}) | {key("Max downsample", "value"): "2"}
-    assert ours(updated(after)) == {"txt2img/Max downsample/value": "2"}, "and today's stays"
+    assert values_of(updated(after)) == {"txt2img/Max downsample/value": "2"}, (
+        "and the current one stays"
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_a_max_downsample_of_version_1_0_0_is_corrected(updated):
 )
 def test_an_unusable_value_gives_the_default_and_is_logged_once(updated, log_lines, label, value):
     after = updated(FILES["1.0.0"] | {key(label, "value"): value})
-    assert ours(after) == {} and len(log_lines) == 1
+    assert values_of(after) == {} and len(log_lines) == 1
     assert "a default in ui-config.json (txt2img) can't be used" in log_lines[0]
     assert repr(value) in log_lines[0]
     updated(after)
@@ -149,7 +154,7 @@ def test_an_unusable_value_gives_the_default_and_is_logged_once(updated, log_lin
 def test_the_file_is_written_before_webui_reads_it_and_only_if_it_changes(update, host):
     path = update(FILES["0.1.0"])
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert ours(content) == {}
+    assert values_of(content) == {}
     before = path.stat().st_mtime_ns
     assert update().stat().st_mtime_ns == before
     path.write_text(json.dumps(FILES["0.1.0"]), encoding="utf-8")

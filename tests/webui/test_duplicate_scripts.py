@@ -33,9 +33,9 @@ class Script(scripts.Script):
 """
 
 
-@pytest.fixture(params=["before ours", "after ours"])
+@pytest.fixture(params=["before", "after"])
 def is_first(request):
-    return request.param == "before ours"
+    return request.param == "before"
 
 
 @pytest.fixture

@@ -66,12 +66,12 @@ def test_new_enough_versions_are_no_problem(install, monkeypatch, torch, gradio)
     assert with_versions(install, monkeypatch, torch=torch, gradio=gradio) == []
 
 
-def test_what_is_missing_is_named(install, monkeypatch):
+def test_missing_packages_are_named(install, monkeypatch):
     torch, gradio = with_versions(install, monkeypatch)
     assert "torch 2.0" in torch and "gradio 3.41" in gradio
 
 
-def test_what_is_too_old_is_named(install, monkeypatch):
+def test_old_packages_are_named(install, monkeypatch):
     torch, gradio = with_versions(install, monkeypatch, torch="1.13.1+cu117", gradio="3.9")
     assert "torch 2.0" in torch and "1.13.1+cu117" in torch
     assert "gradio 3.41" in gradio and "3.9" in gradio

@@ -41,13 +41,13 @@ def controls(host, tab):
 def components(host, tab):
     """The panel's components, by id."""
     start = f"script_{tab}_tome_"
-    ours = [
+    own = [
         block
         for block in host.demo.blocks.values()
         if str(getattr(block, "elem_id", None)).startswith(start)
     ]
-    by_name = {block.elem_id.removeprefix(start): block for block in ours}
-    assert len(by_name) == len(ours), "each id once"
+    by_name = {block.elem_id.removeprefix(start): block for block in own}
+    assert len(by_name) == len(own), "each id once"
     return by_name
 
 

@@ -14,7 +14,7 @@ import pytest
 from in_host import HALVED, REQUEST, ROOT, left, pixels, run, running, script_module
 
 
-def ours():
+def callbacks():
     """Number of the extension's callbacks, by category and function."""
     from modules import script_callbacks
 
@@ -38,7 +38,7 @@ def handlers():
 
 
 def test_each_callback_is_registered_once(host):
-    registered = ours()
+    registered = callbacks()
     assert registered["cfg_denoiser", "on_denoise"] == registered["script_unloaded", "stop"] == 1
     assert set(registered.values()) == {1}
 
@@ -54,10 +54,10 @@ def reloaded(host):
 def test_after_a_reload_each_callback_is_there_once(
     host, make, merged, attention, reloaded, reload
 ):
-    before = ours()
+    before = callbacks()
     for _ in range(2):
         getattr(host, reload)()
-    assert ours() == before
+    assert callbacks() == before
     processed = make(HALVED)
     assert pixels(processed) == merged
     assert processed.comments.count("ToMe") == 1

@@ -69,7 +69,7 @@ def test_the_route_gives_one_result_per_size(post):
         ({"step": 20}, ["'step'", "width"]),
     ],
 )
-def test_the_route_names_what_is_wrong(post, attention, body, words):
+def test_the_route_names_the_wrong_value(post, attention, body, words):
     answer = post(body)
     assert answer.status_code == 422
     assert all(word in answer.json()["detail"] for word in words)
@@ -83,7 +83,7 @@ def test_the_route_reports_a_failure(post, host, log_lines):
     assert all(word in answer.json()["detail"] for word in ("32x32", "ValueError: on purpose"))
 
 
-def test_the_button_shows_one_line_per_size_or_what_is_wrong(measure, host):
+def test_the_button_shows_one_line_per_size_or_the_wrong_value(measure, host):
     from modules import scripts
 
     (press,) = element_functions(host.demo, "script_txt2img_tome_measure_start")
