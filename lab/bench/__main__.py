@@ -25,7 +25,6 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(required=True, metavar="|".join(SUBCOMMANDS))
     for name in SUBCOMMANDS:
         module = importlib.import_module(f"{__package__}.{name}")
-        assert module.__doc__ is not None
         command = commands.add_parser(
             name,
             help=module.__doc__.splitlines()[0],

@@ -168,8 +168,7 @@ _PARTITIONS: dict[str, dict[str, Any]] = {
     "random 2x2, own draws": {"shared_draw": False},
 }
 _DEFAULTS = against_first(
-    Row("before", Variant.of(FORMER["Balanced"])),
-    Row("shipped", Variant.of(shipped_settings())),
+    Row("before", Variant.of(FORMER["Balanced"])), Row("shipped", Variant.of(shipped_settings()))
 )
 
 TABLES = {

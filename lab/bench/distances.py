@@ -16,9 +16,6 @@ from .packages import require
 RESAMPLES = 400
 """Number of bootstrap resamples; an interval's own error is then about 4 %."""
 
-NORMAL_95 = 1.96
-"""Standard errors to either side that hold 95 % of a normal distribution."""
-
 LEAST_SQUARE = 1 / 12
 """Mean square of rounding to whole pixel values, a PSNR of 59 dB: the smallest one used."""
 
@@ -33,7 +30,7 @@ class Estimate:
     @property
     def interval(self) -> float:
         """Half of the 95 % interval: 1.96 bootstrap standard errors."""
-        return NORMAL_95 * float(self.resampled.std())
+        return 1.96 * float(self.resampled.std())
 
     def minus(self, other: Estimate) -> Estimate:
         """Return the paired difference; variation that both share cancels in its interval."""

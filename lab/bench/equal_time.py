@@ -37,7 +37,7 @@ def times_faster(variant: Variant, gains: Gains, pairs: float) -> float | None:
 def at_equal_time(what: str, gains: Gains) -> Table:
     """`tomesd`'s corner against keys at the lowest whole percent that takes no longer.
 
-    Ratios outside of what was measured, or faster than keys was measured, are skipped.
+    Skips ratios outside of the measured ones, and those at which keys never is as fast.
     """
     rows = [UNMERGED_ROW]
     keys, corner = gains.get(KEYS, {}), gains.get(CORNER, {})

@@ -45,12 +45,10 @@ SOURCES = (
     "sources, 2.5 µs each"
 )
 
-Shape = tuple[int, int]
-
 
 def record(
     side: int,
-    shape: Shape,
+    shape: tuple[int, int],
     dtype: torch.dtype,
     name: str,
     ratio: float,

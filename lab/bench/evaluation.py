@@ -21,7 +21,6 @@ METRICS = {"psnr": distances.psnr, "ssim": distances.ssim}
 """Measures of quality by column; higher is better."""
 
 SHOWN_PICTURES, ENLARGED = 10, 3
-"""Number of pictures shown per row, and their scale."""
 
 
 class Evaluator:

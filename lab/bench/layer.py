@@ -129,11 +129,11 @@ def image_tokens(side: int, channels: int, device: torch.device, dtype: torch.dt
 
 
 Case = tuple[int, float, Sequence[contenders.Matcher], Sequence[contenders.Contender]]
-"""Side of a grid, ratio, and what is timed there: matchers, and contenders on whole layers."""
+"""Side of a grid, ratio, matchers, and contenders on whole layers."""
 
 
 def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
-    """All cases, and notes on what is skipped."""
+    """All cases, and notes on skipped ones."""
     cases, notes = [], []
     settings = MergeSettings(schedule="constant", full_steps=1, skip_unprofitable=False)
     is_fast = (args.attention, args.device.type) == ("sdp", "cuda")

@@ -50,7 +50,6 @@ TINY = SD1 | {
     "attention_resolutions": [1, 2],
     "channel_mult": [1, 2],
 }
-"""A UNet of the same kind that runs in milliseconds."""
 
 PREFIX = "model.diffusion_model."
 

@@ -71,7 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "force": {"action": "store_true", "help": "merge layers too small to pay too"},
     "checkpoint": {"type": Path, "metavar": "FILE.safetensors", "help": "of SD 1 or 2"},
 }
-"""What `add_argument` takes, by name; `fill_in` replaces options left at None."""
+"""Arguments of `add_argument` by name; `fill_in` replaces options left at None."""
 for _name in ("ratios", "tokens", "sizes", "methods"):
     OPTIONS[_name]["nargs"] = "+"
 

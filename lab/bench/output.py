@@ -1,4 +1,4 @@
-"""What every subcommand writes: a printed table, a CSV and a plot, each naming the machine."""
+"""Output of every subcommand: a printed table, a CSV and a plot, each naming the machine."""
 
 from __future__ import annotations
 

@@ -52,7 +52,6 @@ class Batch(NamedTuple):
     """uint8, [N, H, W, 3]."""
     seconds: float
     merged: str
-    """Summary of what was merged; may be empty."""
     pairs: float
     """Fraction of query-key pairs left in merged layers; NaN if the ratio alone decides."""
 
@@ -129,10 +128,10 @@ class Pipeline:
         return SAMPLERS[variant.sampler](model, x, guidance, steps, begin_step)
 
     def digest(self, variant: Variant) -> str:
-        """Digest of what a variant's pictures depend on: model, pipeline and merging code."""
+        """Digest of model, pipeline, variant and merging code, on which the pictures depend."""
         code: list[object] = []
         if variant.settings is not None:
-            # What settings resolve to; their module's text has labels and defaults too.
+            # Resolved values; the text of the settings' module has labels and defaults too.
             code += [
                 _code_digest(),
                 variant.settings.cell,
@@ -182,12 +181,10 @@ class Pictures:
     """A variant's pictures."""
 
     pixels: Tensor
-    """uint8, [N, H, W, 3]."""
     seconds: float
     """Per picture, the median over its batches, which are made one after the other."""
     merged: str
     pairs: float
-    """Mean over the batches."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ def requests(server: Server, seed: int, sizes: Sequence[Size], steps: int) -> It
         yield fixed
         for _ in range(EVERY - 1):
             is_wrong = chance.random() < WRONG
-            # The unmerged picture of the fixed request is known.
+            # Wrong variants of the fixed request are compared with its unmerged picture.
             is_fixed = is_wrong and chance.random() < 0.5
             right = fixed if is_fixed else _right(chance, server, sides, steps)
             yield _wrong(chance, right) if is_wrong else right

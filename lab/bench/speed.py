@@ -1,10 +1,9 @@
 """Time of one guided step of a whole UNet: seconds, and times faster than unmerged.
 
 Contenders are the unmerged UNet, the extension's methods, tomesd with either kind of destinations,
-ToDo at its ratios, and the limits: attention over as many keys, or tokens, as remain, without any
-merging. At one ratio keys leaves more query-key pairs than the others: 0.4375 and 0.75 leave as
-many as 0.25 and 0.5 do. All runs are interleaved, quotients are taken within a round, and medians
-are shown.
+ToDo at its ratios, and the limits: attention over the remaining keys or tokens, without merging. At
+one ratio keys leaves more query-key pairs than the others: 0.4375 and 0.75 leave as many as 0.25
+and 0.5 do. All runs are interleaved, quotients are taken within a round, and medians are shown.
 """
 
 from __future__ import annotations

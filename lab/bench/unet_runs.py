@@ -1,4 +1,4 @@
-"""What `speed` and `memory` share: a UNet, and all contenders on it, size by size."""
+"""Shared by `speed` and `memory`: a UNet, and all contenders on it, size by size."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ class Case:
     notes: Sequence[str]
 
 
+Measure = Callable[[Case, Attached], float]
+
+
 @contextlib.contextmanager
 def cases(
     args: argparse.Namespace, choose: Callable[[int], tuple[Runs, list[str]]]
@@ -64,7 +67,7 @@ def all_contenders(
     settings = MergeSettings(
         schedule="constant", full_steps=1, reuse_steps=reuse_steps, skip_unprofitable=not args.force
     )
-    # With keys alone, the peers' limit would have nothing to compare.
+    # Only limits of the chosen methods: with keys alone, the peers' limit adds nothing.
     limits = dict.fromkeys(contenders.LIMIT_OF[method] for method in args.methods)
     names = [UNMERGED, *args.methods, CORNER, RANDOM, TODO, *limits]
     runs: dict[float, Sequence[Contender]] = {}
@@ -90,14 +93,14 @@ def measure(
     all_cases: Sequence[Case],
     args: argparse.Namespace,
     what: str,
-    one: Callable[[Case, Attached], float],
+    one: Measure,
     tick: Callable[[str], None],
     save: Callable[[list[output.Row]], None],
 ) -> list[str]:
     """Run all contenders on every case; `one` measures an attached contender, named `what`.
 
-    `save` gets the rows of a size and ratio as soon as they are known. Returns notes on what was
-    merged and skipped.
+    `save` gets the rows of a size and ratio once they are known. Returns notes on merged and
+    skipped contenders.
     """
     notes: list[str] = []
     for case in all_cases:
@@ -120,12 +123,7 @@ def measure(
     return notes
 
 
-def _measure_one(
-    case: Case,
-    one: Callable[[Case, Attached], float],
-    merged: dict[str, str],
-    contender: Contender,
-) -> float:
+def _measure_one(case: Case, one: Measure, merged: dict[str, str], contender: Contender) -> float:
     with contender.attach(case.unet) as attached:
         value = one(case, attached)
         merged[contender.name] = attached.describe()

@@ -1,4 +1,4 @@
-"""What `bench quality` compares: variants of merging, rows of a table, and tables."""
+"""Variants of merging that `bench quality` compares, and rows of its tables."""
 
 from __future__ import annotations
 

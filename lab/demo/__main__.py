@@ -102,9 +102,8 @@ def _serve(host: Host, options: argparse.Namespace) -> int:
 
 def _save(host: Host, options: argparse.Namespace) -> int:
     tome = {"ratio": options.ratio, "schedule": "constant", "map_step": max(options.steps // 2, 1)}
-    width, height = options.size
     fields = {"prompt": options.prompt, "steps": options.steps, "seed": options.seed}
-    fields |= {"width": width, "height": height}
+    fields |= zip(("width", "height"), options.size, strict=True)
     pictures, merged = page.compare(host, host.script_args([tome]), **fields)
     for word in host.sd_model.unknown_words(options.prompt):
         print(f"The model does not know the word {word!r}.")

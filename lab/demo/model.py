@@ -96,8 +96,7 @@ class TinyModel(nn.Module):
 
         unet_shape = {name: self.shape[name] for name in _UNET_SHAPE}
         self.model = _Diffusion(UNetModel(**unet_shape, **_UNET))
-        # ldm's 32 groups would hold one channel each here and normalise away its mean: colours
-        # drift.
+        # ldm's 32 groups would hold one channel each and remove its mean, so that colours drift.
         for module in self.model.modules():
             if isinstance(module, nn.GroupNorm):
                 module.num_groups = self.shape["norm_groups"]
@@ -224,7 +223,7 @@ class TinyModel(nn.Module):
     def random(
         cls, seed: int = 0, words: Sequence[str] = ("cat", "face", "red", "apple"), **shape: Any
     ) -> TinyModel:
-        """Untrained model in eval mode, all of whose layers have an effect; keeps the random state.
+        """Untrained model in eval mode; every layer has an effect. Keeps the global random state.
 
         ldm initialises output layers to zero, which would hide the effect of attention; here they
         are random.

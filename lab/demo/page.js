@@ -1,4 +1,4 @@
-/* What the extension's script and its fold find on WebUI's page. */
+/* Parts of WebUI's page that the extension's script and its accordion need. */
 "use strict";
 
 const gradioApp = () => document;
@@ -22,7 +22,7 @@ function setTheme(theme) {
     }
 }
 
-/* InputAccordion: a checkbox in the fold's title. Opening the fold checks it, until it is clicked itself. */
+/* InputAccordion: a checkbox in the title. Opening the accordion checks it, until it is clicked itself. */
 
 function inputAccordionChecked(id, checked) {
     const accordion = document.getElementById(id);

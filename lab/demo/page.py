@@ -1,4 +1,4 @@
-"""The demo's page: a prompt, the extension's panel, and what merging does to picture and time."""
+"""The demo's page: a prompt, the extension's panel, and pictures with and without merging."""
 
 from __future__ import annotations
 
@@ -87,9 +87,8 @@ def build(host: Host, theme: str | None = None) -> Callable[[Any], gr.Blocks]:
                     prompt = gr.Textbox("cat face", label="Prompt", elem_id="txt2img_prompt")
                     words = gr.HTML(_words(host, ""), elem_id="demo_words")
                     with gr.Row():
-                        width, height = (
-                            _slider(name, name.lower(), 32, **SIDES) for name in ("Width", "Height")
-                        )
+                        width = _slider("Width", "width", 32, **SIDES)
+                        height = _slider("Height", "height", 32, **SIDES)
                     with gr.Row():
                         steps = _slider("Steps", "steps", STEPS, minimum=1, maximum=150, step=1)
                         names = list(sd_samplers.all_samplers_map)
@@ -135,7 +134,6 @@ def _slider(label: str, name: str, value: float, **scale: float) -> gr.Slider:
 
 def _generate(host: Host, names: list[str]) -> Callable[..., tuple[Pictures, str]]:
     """Handler of Generate, from the values of the fields `names` and of the scripts' controls."""
-
     from modules import call_queue
 
     def generate(progress: Any = gr.Progress(), *values: Any) -> tuple[Pictures, str]:  # noqa: B008 - gradio's way

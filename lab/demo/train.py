@@ -35,7 +35,7 @@ from .training_pictures import SOURCES, Pictures
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run's result depends on except the pictures; a resumed run keeps its recipe."""
+    """Hyperparameters, which decide a run's result with the pictures; a resumed run keeps them."""
 
     seed: int = 0
     batch: int = 16
@@ -95,8 +95,7 @@ def draw_batch(
             words = [word for word in words if chance.random() < 0.5] or [chance.choice(words)]
         prompts.append(" ".join(words))
     x = (rgb[numbers].float() / 255 - model.shape["pixel_offset"]) / model.shape["pixel_scale"]
-    # Evenly spread diffusion steps make the loss and its gradient much less noisy than independent
-    # draws.
+    # Evenly spread diffusion steps give a less noisy loss and gradient than independent draws.
     spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
     t = (spread * model.num_timesteps).long().clamp(max=model.num_timesteps - 1)
     return x, model.tokenize(prompts), t, torch.randn(x.shape, generator=generator)
@@ -143,7 +142,7 @@ class Training:
             self.parameters, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
         )
         # One thread per shard: on a busy machine, threads that wait for each other at every
-        # operation take many times as long. torch's number of threads is set per thread.
+        # operation are many times slower. torch's number of threads is set per thread.
         self.pool = ThreadPoolExecutor(
             recipe.shards, initializer=torch.set_num_threads, initargs=(1,)
         )

@@ -43,7 +43,7 @@ large_blue_square=blue~square large_green_square=green~square large_yellow_squar
 balloon gift=present jack_o_lantern=pumpkin christmas_tree crown tophat bell key gem=diamond
 bulb=light~bulb ghost alien=alien robot_face
 """
-"""Short names of emoji-datasource, with a caption if the name isn't what one would type.
+"""Short names of emoji-datasource, some with a simpler caption.
 
 They are distinguishable at 32×32: no flags, no people, no signs with writing.
 """

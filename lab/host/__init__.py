@@ -1,11 +1,11 @@
-"""Stand-in for AUTOMATIC1111 WebUI 1.10.1: what the extension imports, and a generation around it.
+"""Stand-in for AUTOMATIC1111 WebUI 1.10.1: the modules that the extension imports.
 
     with Host({"tiny": TinyModel.load}) as host:
         p = host.make_p([True, 0.5], prompt="red apple", steps=20, width=32, height=32)
         process_images(p).images[0].save("apple.png")
 
 There is one host per process, as there is one WebUI: its package `modules` is imported once, and a
-second host resets it. Each module's docstring says what is missing in it.
+second host resets it. Each module's docstring lists what is missing in it.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What the extension imports of WebUI 1.10.1, and what runs a generation, under WebUI's names."""
+"""WebUI 1.10.1's modules that the extension imports, and those that run a generation."""

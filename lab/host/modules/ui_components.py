@@ -45,7 +45,7 @@ gr.Dropdown.get_expected_parent = _form
 class ToolButton(gr.Button):
     """A small button, one symbol wide."""
 
-    is_template = True  # to gradio what its base is
+    is_template = True  # gradio then treats it as its base class.
     get_expected_parent = _form
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
