@@ -175,13 +175,13 @@ def other_script(first: bool = False, **methods: Callable) -> Iterator[None]:
             runner.alwayson_scripts.remove(script)
 
 
-def element_functions(page: Any, elem_id: str) -> Iterator[Callable[..., Any]]:
-    """The functions that a page calls at an element's events."""
+def element_events(page: Any, elem_id: str) -> Iterator[tuple[Callable[..., Any], list[Any]]]:
+    """The functions that a page calls at an element's events, each with its input components."""
     (element,) = (number for number, block in page.blocks.items() if block.elem_id == elem_id)
-    for dependency, function in zip(page.dependencies, page.fns, strict=True):
-        targets = [each[0] if isinstance(each, list) else each for each in dependency["targets"]]
+    for event, function in zip(page.dependencies, page.fns, strict=True):
+        targets = [each[0] if isinstance(each, list) else each for each in event["targets"]]
         if function.fn is not None and element in targets:
-            yield function.fn
+            yield function.fn, [page.blocks[number] for number in event["inputs"]]
 
 
 def wrapper(log: list[str]) -> Callable[..., None]:

@@ -34,7 +34,7 @@ def answers(tmp_path_factory):
 
 
 CODE = """
-import json, sys
+import importlib, json, sys
 from pathlib import Path
 
 folders, request, halved = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -94,8 +94,10 @@ def generate(**given):
 
 answers = {"installed": str(installed), "folders": [str(first), str(second)]}
 answers["labels"] = [script_of(folder).controls[1].label for folder in (first, second)]
-generation = module_of(second).generation
-generation.presets.save("Mine", generation.MergeSettings())
+package = module_of(second).PACKAGE
+presets = importlib.import_module(f"{package}.webui.presets")
+settings = importlib.import_module(f"{package}.settings")
+presets.save("Mine", settings.MergeSettings())
 for folder in (first, second):
     module = module_of(folder)
     names = [name for name in sys.modules if name.split(".")[0] == module.PACKAGE]

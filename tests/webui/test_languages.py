@@ -15,7 +15,7 @@ NOT_SHOWN = ("refresh", "measure_start", "measure_stop", "measure_asked")
 """Components that are not shown."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def texts(host):
     """Fixed English texts of the panel."""
     from modules import shared
@@ -50,7 +50,7 @@ def parts_of(line):
         yield "".join(f"{text}{{{place}}}" for place, text in enumerate(between[:-1])) + between[-1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lines(host, make):
     """Titles, previews, summaries and results of Measure."""
     settings, preview = running("settings"), running("webui.preview")

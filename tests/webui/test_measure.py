@@ -45,18 +45,6 @@ def test_it_repeats_the_schedule_while_its_spread_is_too_large(
     assert (result.times_faster, result.spread) == (2.0, 0.05)
 
 
-@pytest.mark.parametrize(
-    ("times", "spread", "words"),
-    [(2.0, 0.01, ["2.00"]), (0.5, 0.01, ["no faster"]), (2.0, 0.25, ["noisy", "1.60", "2.50"])],
-)
-def test_the_line_has_a_figure_or_the_range_of_a_noisy_one(
-    measure, rounds, monkeypatch, times, spread, words
-):
-    monkeypatch.setattr(rounds, "times_faster", lambda pairs: (times, spread))
-    (result,) = measure.measure(ASKED)
-    assert all(word in result.line for word in [*words, "32x32"])
-
-
 def test_a_host_that_halves_every_other_step_changes_nothing(
     measure, rounds, host, attention, monkeypatch
 ):

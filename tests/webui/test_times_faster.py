@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_host import ROOT, SIDE, element_functions, failing_unet, running
+from in_host import ROOT, SIDE, element_events, failing_unet, running
 from starlette.testclient import TestClient
 
 ASKED = {"width": SIDE, "height": SIDE, "settings": {"ratio": 0.6}}
@@ -40,6 +40,15 @@ def test_one_slow_step_changes_nothing(rounds, data):
     slow = tuple(data.draw(st.integers(0, most - 1)) for most in times.shape)
     times[slow] *= 50
     assert running("webui.times_faster").times_faster(times) == pytest.approx((2.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("times", "spread", "words"),
+    [(2.0, 0.01, ["2.00"]), (0.5, 0.01, ["no faster"]), (2.0, 0.25, ["noisy", "1.60", "2.50"])],
+)
+def test_the_line_has_a_figure_or_the_range_of_a_noisy_one(host, times, spread, words):
+    line = running("webui.times_faster").line_of("32x32", times, spread, 0.5, None)
+    assert all(word in line for word in [*words, "32x32"])
 
 
 @pytest.fixture
@@ -84,15 +93,13 @@ def test_the_route_reports_a_failure(post, host, log_lines):
 
 
 def test_the_button_shows_one_line_per_size_or_the_wrong_value(measure, host):
-    from modules import scripts
-
-    (press,) = element_functions(host.demo, "script_txt2img_tome_measure_start")
-    values = [control.value for control in scripts.scripts_txt2img.script("ToMe").controls]
+    ((press, inputs),) = element_events(host.demo, "script_txt2img_tome_measure_start")
+    values = {block.elem_id: block.value for block in inputs[1:]}
     sizes = {"width": 32, "height": 32, "hires_width": 40, "hires_height": 40}
-    lines = press(json.dumps(sizes), *values)
+    lines = press(json.dumps(sizes), *values.values())
     assert "32x32" in lines and "<br>" in lines and "40x40" in lines
-    assert "width" in press('{"width": 1}', *values)
-    assert "ratio" in press("{}", True, 9, *values[2:])
+    assert "width" in press('{"width": 1}', *values.values())
+    assert "ratio" in press("{}", *{**values, "script_txt2img_tome_ratio": 9}.values())
 
 
 def test_the_request_of_the_documentation(post):
