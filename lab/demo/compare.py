@@ -1,4 +1,4 @@
-"""Compares two small pictures: enlarged, their difference amplified, on one labelled sheet."""
+"""Comparison of two small pictures: enlarged, amplified difference, on one labelled sheet."""
 
 from __future__ import annotations
 
