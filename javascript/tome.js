@@ -1,6 +1,7 @@
 // Updates the panel's preview and title after a change, but not while a slider is moving.
 // gradio calls these functions, each documented below.
-var toMeFollow, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
+var toMeFollow, toMeChanged, toMeAnswered;
+var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
 
 (function() {
     "use strict";
@@ -9,6 +10,10 @@ var toMeFollow, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeasu
     const previews = {txt2img: {}, img2img: {}};
     const tasks = {};
     const byId = id => gradioApp().querySelector("#" + id);
+    const isText = node => node.nodeType === Node.TEXT_NODE && node.data.trim();
+    const lastText = element => [...element.childNodes].filter(isText).pop();
+    const onChange = (element, listen) =>
+        new MutationObserver(listen).observe(element, {childList: true, subtree: true});
 
     // One of the tab's own components changed: pass its value to the panel's hidden number.
     toMeFollow = (tab, value) => {
@@ -30,24 +35,30 @@ var toMeFollow, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeasu
         const data = byId(`script_${tab}_tome_preview`).querySelector("[data-presets]")?.dataset;
         if (!data || field.contains(document.activeElement)) return shown;
         // A new name, or one typed since the last change of a control, stays for 💾 and 🗑️.
-        const isTyped = shown && (!JSON.parse(data.presets).includes(shown) || shown === previews[tab].typed);
-        return isTyped ? shown : data.preset || null;
+        const isNew = !JSON.parse(data.presets).includes(shown);
+        return shown && (isNew || shown === previews[tab].typed) ? shown : data.preset || null;
     };
 
     // Start a measurement, or end the running one.
-    toMeMeasure = tab => byId(`script_${tab}_tome_measure_${tasks[tab] ? "stop" : "start"}`).click();
+    toMeMeasure = tab => {
+        byId(`script_${tab}_tome_measure_${tasks[tab] ? "stop" : "start"}`).click();
+    };
     // A measurement starts: add its task and the final size of hires fix to the request.
     toMeMeasuring = function(tab, given) {
         const asked = {task: `task(tome-${Math.random().toString(36).slice(2)})`};
         // The host shows the final size of hires fix.
-        const hires = tab === "txt2img" && byId("txt2img_hr-checkbox")?.querySelector("input")?.checked;
-        const size = hires && [...byId("txtimg_hr_finalres")?.querySelectorAll(".resolution") ?? []].pop();
+        const hires = byId("txt2img_hr-checkbox")?.querySelector("input");
+        const isHires = tab === "txt2img" && hires?.checked;
+        const texts = byId("txtimg_hr_finalres")?.querySelectorAll(".resolution") ?? [];
+        const size = isHires && [...texts].pop();
         const sides = /(\d+)x(\d+)/.exec(size?.textContent ?? "");
         if (sides) [asked.hires_width, asked.hires_height] = sides.slice(1).map(Number);
         tasks[tab] = asked.task;
         nameMeasure(tab, "Interrupt");
         const lines = byId(`script_${tab}_tome_measure_lines`);
-        if (typeof requestProgress === "function") requestProgress(asked.task, lines, null, () => {});
+        if (typeof requestProgress === "function") {
+            requestProgress(asked.task, lines, null, () => {});
+        }
         return [JSON.stringify(asked), ...given.slice(1)];
     };
     toMeMeasuredTask = tab => tasks[tab];
@@ -58,12 +69,11 @@ var toMeFollow, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeasu
 
     function nameMeasure(tab, name) {
         const button = byId(`script_${tab}_tome_measure`);
-        const text = [...button.childNodes].filter(node => node.nodeType === Node.TEXT_NODE && node.data.trim()).pop();
-        text?.replaceWith(name);  // WebUI translates new nodes only.
+        lastText(button)?.replaceWith(name);  // WebUI translates new nodes only.
     }
 
-    // WebUI translates whole texts only. Our lines contain numbers, so each part of a line is looked
-    // up with {0}, {1} and so on in their place.
+    // WebUI translates whole texts only. Our lines contain numbers: each part of a line is looked up
+    // with {0}, {1} and so on in their place.
     function translated(line) {
         const words = window.localization ?? {};
         return words[line] ?? line.split(/(, |; |: )/).map(part => {
@@ -148,21 +158,24 @@ var toMeFollow, toMeChanged, toMeAnswered, toMeMeasure, toMeMeasuring, toMeMeasu
                 translate(results, text => text.startsWith("ToMe: "));
                 refresh();
             };
-            if (results) new MutationObserver(finished).observe(results, {childList: true, subtree: true});
+            if (results) onChange(results, finished);
         }
-        for (const lines of ["preview", "preset_message", "measure_lines"].map(name => byId(prefix + name))) {
-            if (lines) new MutationObserver(() => translate(lines)).observe(lines, {childList: true, subtree: true});
+        for (const name of ["preview", "preset_message", "measure_lines"]) {
+            const lines = byId(prefix + name);
+            if (lines) onChange(lines, () => translate(lines));
         }
-        byId(prefix + "preset")?.addEventListener("input", event => previews[tab].typed = event.target.value);
+        byId(prefix + "preset")?.addEventListener("input", event => {
+            previews[tab].typed = event.target.value;
+        });
         keepLateRatioLow(byId(prefix + "ratio"), byId(prefix + "late_ratio"));
         const entitle = () => {
             const title = translated(preview.querySelector("[data-title]")?.dataset.title ?? "");
             const label = panel.querySelector(".label-wrap > span");
             if (!title || !label) return;
-            const text = [...label.childNodes].filter(node => node.nodeType === Node.TEXT_NODE).pop();
+            const text = lastText(label);
             if (text && text.textContent !== title) text.textContent = title;
         };
-        new MutationObserver(entitle).observe(preview, {childList: true, subtree: true});
+        onChange(preview, entitle);
         refresh();
     }
 
