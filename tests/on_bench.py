@@ -12,8 +12,10 @@ from lab.bench.pictures import UNTRAINED, Pipeline
 from tomesd_core.settings import MergeSettings
 
 CPU = torch.device("cpu")
-TINY_STUDIO = Pipeline(UNTRAINED, steps=4, scale=3.0, attention="sdp", dtype="float32", device=CPU)
-"""A studio with a small untrained model."""
+TINY_PIPELINE = Pipeline(
+    UNTRAINED, steps=4, scale=3.0, attention="sdp", dtype="float32", device=CPU
+)
+"""A pipeline with a small untrained model."""
 
 
 def one_contender(name: str, ratio: float, tokens: int = 256) -> Contender:

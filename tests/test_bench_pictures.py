@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_bench import TINY_STUDIO
+from on_bench import TINY_PIPELINE
 
 from lab.bench import distances, pictures
 from lab.bench.contenders import KEYS, TOKENS, UNWEIGHTED
@@ -26,7 +26,7 @@ pytest.importorskip("skimage")
 def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
     from ldm.models.diffusion.plms import PLMSSampler
 
-    model, numbers = TINY_STUDIO.model(), TINY_STUDIO.captions(BATCH + 3)
+    model, numbers = TINY_PIPELINE.model(), TINY_PIPELINE.captions(BATCH + 3)
     number = BATCH + 2
     x, _ = PLMSSampler(model).sample(
         S=4,
@@ -41,16 +41,16 @@ def test_pictures_are_ldms_plms_of_their_seed_and_prompt() -> None:
     alone = torch.frombuffer(bytearray(model.to_images(x)[0].tobytes()), dtype=torch.uint8).view(
         8, 8, 3
     )
-    pictures_of_chunk, seconds, merged, _ = TINY_STUDIO.make(UNMERGED_ROW.variant, BATCH)
-    assert pictures_of_chunk.shape == (BATCH, 8, 8, 3) and pictures_of_chunk.dtype == torch.uint8
-    assert (pictures_of_chunk[2].int() - alone.int()).abs().max() <= 1
+    pictures_of_batch, seconds, merged, _ = TINY_PIPELINE.make(UNMERGED_ROW.variant, BATCH)
+    assert pictures_of_batch.shape == (BATCH, 8, 8, 3) and pictures_of_batch.dtype == torch.uint8
+    assert (pictures_of_batch[2].int() - alone.int()).abs().max() <= 1
     assert seconds > 0 and merged == ""
 
 
 def test_merging_follows_the_steps(watch: Callable) -> None:
-    unet = TINY_STUDIO.model().model.diffusion_model
+    unet = TINY_PIPELINE.model().model.diffusion_model
     with watch(unet) as inputs_of:
-        merged = TINY_STUDIO.make(
+        merged = TINY_PIPELINE.make(
             base_variant(schedule="step", ratio=0.75, late_ratio=0.25), 0
         ).merged
     first, *_ = inputs_of.values()
@@ -66,7 +66,7 @@ def test_pictures_neither_read_nor_change_random_state(contender: str) -> None:
     variant = base_variant(KEYS) if contender == KEYS else Variant(contender, 0.75)
     random_state = torch.get_rng_state()
     first, again, plain = (
-        TINY_STUDIO.make(each, 0)[0] for each in (variant, variant, UNMERGED_ROW.variant)
+        TINY_PIPELINE.make(each, 0)[0] for each in (variant, variant, UNMERGED_ROW.variant)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, plain)
@@ -85,20 +85,24 @@ def test_digests_differ_by_all_that_pictures_depend_on() -> None:
     variants += [base_variant(UNWEIGHTED), *(Variant(one, 0.75) for one in (CORNER, RANDOM, TODO))]
     changes = [{}, {"steps": 5}, {"scale": 2.0}, {"attention": "plain"}, {"dtype": "bfloat16"}]
     changes += [{"name": "emoji"}, {"name": "photos"}, {"side": 16}]
-    studios = [dataclasses.replace(TINY_STUDIO, **change) for change in changes]
-    digests = {studio.digest(variant) for studio in studios for variant in variants}
-    assert len(digests) == len(studios) * len(variants)
-    assert TINY_STUDIO.digest(base_variant()) == TINY_STUDIO.digest(
+    pipelines = [dataclasses.replace(TINY_PIPELINE, **change) for change in changes]
+    digests = {pipeline.digest(variant) for pipeline in pipelines for variant in variants}
+    assert len(digests) == len(pipelines) * len(variants)
+    assert TINY_PIPELINE.digest(base_variant()) == TINY_PIPELINE.digest(
         base_variant(partition="random")
     )
-    # A variant's own steps replace the studio's.
+    # A variant's own steps replace the pipeline's.
     of_4 = dataclasses.replace(base_variant(), steps=4)
-    assert TINY_STUDIO.digest(of_4) == studios[1].digest(of_4) == TINY_STUDIO.digest(base_variant())
+    assert (
+        TINY_PIPELINE.digest(of_4)
+        == pipelines[1].digest(of_4)
+        == TINY_PIPELINE.digest(base_variant())
+    )
 
 
 def test_digests_differ_by_the_code_that_merges(monkeypatch: pytest.MonkeyPatch) -> None:
     variants = [base_variant(KEYS), Variant(CORNER, 0.5), UNMERGED_ROW.variant]
-    before, source = [TINY_STUDIO.digest(variant) for variant in variants], inspect.getsource
+    before, source = [TINY_PIPELINE.digest(variant) for variant in variants], inspect.getsource
     for changed in ("hooks", "matching", "plan", "proportional"):
         name = f"tomesd_core.{changed}"
         with monkeypatch.context() as patch:
@@ -111,21 +115,21 @@ def test_digests_differ_by_the_code_that_merges(monkeypatch: pytest.MonkeyPatch)
             spec = importlib.util.find_spec(pictures.__name__)
             again = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(again)
-            studio = again.Pipeline(**vars(TINY_STUDIO))
-            differs = [studio.digest(variant) for variant in variants] != before
-            others = [studio.digest(variant) for variant in variants[1:]]
+            pipeline = again.Pipeline(**vars(TINY_PIPELINE))
+            differs = [pipeline.digest(variant) for variant in variants] != before
+            others = [pipeline.digest(variant) for variant in variants[1:]]
         assert differs and others == before[1:], changed
 
 
-def test_chunks_are_made_in_turns_and_once(tmp_path: Path) -> None:
-    album = PictureCache(tmp_path, TINY_STUDIO)
+def test_batches_are_made_in_turns_and_once(tmp_path: Path) -> None:
+    cache = PictureCache(tmp_path, TINY_PIPELINE)
     half, whole = base_variant(), UNMERGED_ROW.variant
     everything = [(whole, 0), (half, 0), (whole, BATCH), (half, BATCH)]
-    assert [*album.missing([whole, half, whole], BATCH + 1).values()] == everything
-    assert list(album.make(everything[:3], 1, 1)) == [whole, half, whole]
-    assert [*album.missing([whole, half], BATCH + 1).values()] == [(half, BATCH)]
-    series = album.read(whole, BATCH + 1)
-    expected = [TINY_STUDIO.make(whole, first)[0] for first in (0, BATCH)]
+    assert [*cache.missing([whole, half, whole], BATCH + 1).values()] == everything
+    assert list(cache.make(everything[:3], 1, 1)) == [whole, half, whole]
+    assert [*cache.missing([whole, half], BATCH + 1).values()] == [(half, BATCH)]
+    series = cache.read(whole, BATCH + 1)
+    expected = [TINY_PIPELINE.make(whole, first)[0] for first in (0, BATCH)]
     assert torch.equal(series.pixels, torch.cat(expected)[: BATCH + 1])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_bench import TINY_STUDIO, rows_of
+from on_bench import TINY_PIPELINE, rows_of
 from PIL import Image
 
 pytest.importorskip("ldm")
@@ -44,14 +44,14 @@ def bench(tmp_path: Path, capfd: pytest.CaptureFixture) -> Callable[..., str]:
 
 
 @pytest.fixture
-def chunks_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
-    """Chunks that are made, in order."""
-    chunks: list[tuple[Variant, int]] = []
+def batches_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
+    """Batches that are made, in order."""
+    batches: list[tuple[Variant, int]] = []
     make = Pipeline.make
     monkeypatch.setattr(
-        Pipeline, "make", lambda self, *chunk: chunks.append(chunk) or make(self, *chunk)
+        Pipeline, "make", lambda self, *batch: batches.append(batch) or make(self, *batch)
     )
-    return chunks
+    return batches
 
 
 def test_a_table_shows_how_each_row_differs(bench: Callable, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_all_tables_share_what_they_have_in_common(
     pytest.importorskip("tomesd")
     made: list[tuple[Variant, int]] = []
 
-    def noise(studio: Pipeline, variant: Variant, first: int) -> Batch:
+    def noise(pipeline: Pipeline, variant: Variant, first: int) -> Batch:
         made.append((variant, first))
         generator, shape = torch.Generator().manual_seed(len(made)), (BATCH, 8, 8, 3)
         pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -108,7 +108,7 @@ def test_all_tables_share_what_they_have_in_common(
 
 
 def test_pictures_are_compared_with_unmerged_ones_of_as_many_steps(
-    bench: Callable, chunks_made: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Callable, batches_made: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = TABLES["steps"]
     monkeypatch.setitem(TABLES, "steps", dataclasses.replace(table, rows=table.rows[:8]))
@@ -122,26 +122,26 @@ def test_pictures_are_compared_with_unmerged_ones_of_as_many_steps(
     assert "4 or 8 steps" in (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert "'kept for 1', the last one above" in printed
     # Rows of four steps by the table are those of four steps by the command.
-    assert [variant for variant, _ in chunks_made if variant.steps is None] == [
+    assert [variant for variant, _ in batches_made if variant.steps is None] == [
         row.variant for row in TABLES["defaults"].rows[1:]
     ]
-    album = PictureCache(tmp_path / "quality", TINY_STUDIO)
+    cache = PictureCache(tmp_path / "quality", TINY_PIPELINE)
     for four, row in ((4, rows[1]), (8, rows[5])):
         variant = dataclasses.replace(base_variant(KEYS, ratio=0.84), steps=four)
         merged, twins = (
-            album.read(one, 6).pixels for one in (variant, Variant(UNMERGED, steps=four))
+            cache.read(one, 6).pixels for one in (variant, Variant(UNMERGED, steps=four))
         )
         assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, twins).mean()))
         assert f"{four} of {four} steps" in row["merged"]
 
 
 def test_an_interrupted_run_continues(
-    bench: Callable, chunks_made: list, monkeypatch: pytest.MonkeyPatch
+    bench: Callable, batches_made: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = pictures.os.replace
 
     def interrupted(*paths: object) -> None:
-        if len(chunks_made) == 3:
+        if len(batches_made) == 3:
             raise KeyboardInterrupt
         replace(*paths)
 
@@ -149,20 +149,20 @@ def test_an_interrupted_run_continues(
         patched.setattr(pictures.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench("--tiny", "--tables", "where")
-    done, half_written = chunks_made[:2], chunks_made[2]
-    chunks_made.clear()
+    done, half_written = batches_made[:2], batches_made[2]
+    batches_made.clear()
     bench("--tiny", "--tables", "where")
-    assert chunks_made[0] == half_written and len(chunks_made) == 2
-    assert not set(done) & set(chunks_made)
+    assert batches_made[0] == half_written and len(batches_made) == 2
+    assert not set(done) & set(batches_made)
 
 
 def test_two_processes_make_the_same_pictures(bench: Callable, tmp_path: Path) -> None:
     pytest.importorskip("tomesd")
     bench("--tiny", "--tables", "where", "--processes", 2, "--threads", 1)
-    studio = dataclasses.replace(TINY_STUDIO, steps=2)
+    pipeline = dataclasses.replace(TINY_PIPELINE, steps=2)
     for row in TABLES["where"].rows:
-        series = PictureCache(tmp_path / "quality", studio).read(row.variant, BATCH)
-        assert (series.pixels.int() - studio.make(row.variant, 0)[0].int()).abs().max() <= 1
+        series = PictureCache(tmp_path / "quality", pipeline).read(row.variant, BATCH)
+        assert (series.pixels.int() - pipeline.make(row.variant, 0)[0].int()).abs().max() <= 1
         assert series.seconds > 0
 
 
@@ -238,7 +238,7 @@ def test_wrong_arguments_are_refused(
     ):
         assert why in bench(*arguments, status=2)
     monkeypatch.setattr(demo_model, "WEIGHTS", tmp_path)
-    TINY_STUDIO.model()  # The last model is kept: a small one, so that the next is loaded.
+    TINY_PIPELINE.model()  # The last model is kept: a small one, so that the next is loaded.
     assert "tiny.safetensors is missing" in bench("--samples", 2, status=2)
     assert str(tmp_path / "photos") in bench("--samples", 2, "--model", "photos", status=2)
     for name in [name for name in sys.modules if name.partition(".")[0] == "skimage"]:
@@ -251,9 +251,9 @@ def test_larger_pictures_have_more_tokens(bench: Callable, tmp_path: Path) -> No
     bench("--tiny", "--tables", "where", "--side", 16)
     row = rows_of(tmp_path / "quality-where.csv")[1]
     assert (row["model"], row["side"]) == (UNTRAINED, "16")
-    studio = dataclasses.replace(TINY_STUDIO, steps=2, side=16)
+    pipeline = dataclasses.replace(TINY_PIPELINE, steps=2, side=16)
     plain, merged = (
-        studio.make(variant, 0)[0][:6] for variant in (UNMERGED_ROW.variant, base_variant())
+        pipeline.make(variant, 0)[0][:6] for variant in (UNMERGED_ROW.variant, base_variant())
     )
     assert plain.shape == (6, 16, 16, 3)
     assert float(row["psnr"]) == pytest.approx(float(distances.psnr(merged, plain).mean()), abs=0.2)

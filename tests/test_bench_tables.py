@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from on_bench import TINY_STUDIO
+from on_bench import TINY_PIPELINE
 
 from lab.bench import contenders, equal_time
 from lab.bench.ablations import TABLES, shipped_settings
@@ -44,7 +44,7 @@ def test_a_rows_ratio_and_pairs_are_the_means_over_its_steps(row: Row) -> None:
 @pytest.mark.parametrize("row", EVERY_ROW)
 def test_every_row_runs(row: Row) -> None:
     pytest.importorskip("tomesd")
-    model = TINY_STUDIO.model()
+    model = TINY_PIPELINE.model()
     x, prompts = torch.ones(2, *model.image_shape), model.encode_prompts(["cat", "apple"])
     with row.variant.attach(model.model.diffusion_model) as running:
         running.begin_step(0, 1)
