@@ -82,6 +82,19 @@ def build_unet(
     return unet.to(device)
 
 
+def diffusers_unet(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> nn.Module:
+    """diffusers' UNet of SD 1.5's shape, or a tiny one, with random weights.
+
+    Raises `MissingPackage` without diffusers.
+    """
+    shape = {"block_out_channels": (32, 64, 64, 64)} if tiny else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet_class = require("diffusers").UNet2DConditionModel
+        unet = unet_class(cross_attention_dim=SD1["context_dim"], **shape)
+    return unet.to(device, dtype).eval().requires_grad_(False)
+
+
 def make_unet(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """ldm's `UNetModel` of this shape, as initialised. Raises `MissingPackage` without ldm."""
     attention = require("ldm.modules.attention")
@@ -208,8 +221,13 @@ def inference(weight: Tensor) -> Iterator[None]:
 def attention(model: nn.Module, kind: str) -> Iterator[None]:
     """While open, ldm's attention classes run as `kind`: `plain` (ldm's own) or `sdp` (fused).
 
-    The class is patched, as WebUI does; merging treats a patched instance as another extension's.
+    The class is patched, as WebUI does; merging treats a patched instance as another extension's. A
+    diffusers model gets the processors of this kind.
     """
+    if hasattr(model, "set_attn_processor"):
+        processors = require("diffusers.models.attention_processor")
+        kinds = {"plain": processors.AttnProcessor, "sdp": processors.AttnProcessor2_0}
+        model.set_attn_processor(kinds[kind]())
     classes = {
         type(module) for module in model.modules() if type(module).__name__ == "CrossAttention"
     }

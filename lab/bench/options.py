@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sizes": {"type": picture_size, "metavar": "WxH", "help": "pictures, in pixels"},
     "methods": {"choices": METHODS, "help": "of the extension (default: keys and paper)"},
     "force": {"action": "store_true", "help": "merge layers too small to pay too"},
+    "diffusers": {"action": "store_true", "help": "diffusers' UNet of random weights, not ldm's"},
     "checkpoint": {"type": Path, "metavar": "FILE.safetensors", "help": "of SD 1 or 2"},
 }
 """Arguments of `add_argument` by name; `fill_in` replaces options left at None."""
@@ -86,7 +87,7 @@ def add_options(parser: argparse._ActionsContainer, *names: str) -> None:
 
 def add_unet(parser: argparse.ArgumentParser) -> None:
     """Add the options of a subcommand that runs a whole UNet."""
-    add_options(parser, *SHARED, "rounds", "sizes", "ratios", "methods", "force")
+    add_options(parser, *SHARED, "rounds", "sizes", "ratios", "methods", "force", "diffusers")
     add_options(parser.add_mutually_exclusive_group(), "checkpoint", "tiny")
 
 

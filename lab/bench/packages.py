@@ -7,6 +7,7 @@ import types
 
 INSTALL = {
     "ca_tome": "pip install --no-deps ca-tome==0.1.3",
+    "diffusers": "pip install diffusers",
     "ldm": "pip install einops omegaconf pillow tqdm && "
     "pip install --no-deps stable-diffusion-sdkit==2.1.5",
     "matplotlib": "pip install matplotlib",

@@ -47,7 +47,10 @@ def cases(
     config, weights = (models.TINY if args.tiny else models.SD1), None
     if args.checkpoint is not None:
         config, weights = models.read_checkpoint(args.checkpoint)
-    unet = models.build_unet(config, args.device, args.torch_dtype, weights)
+    if args.diffusers:
+        unet = models.diffusers_unet(args.device, args.torch_dtype, args.tiny)
+    else:
+        unet = models.build_unet(config, args.device, args.torch_dtype, weights)
     with models.attention(unet, args.attention):
         all_cases = []
         for width, height in args.sizes:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 
 from . import host
 
@@ -21,6 +22,7 @@ class TabValues:
 
     def __init__(self) -> None:
         self._tab = ""
+        self._page: Any = None
         self._components: dict[str, Any] = {}
         self._numbers: dict[str, Any] = {}
 
@@ -28,18 +30,26 @@ class TabValues:
         """A component of `tab` was created."""
         name = str(getattr(component, "elem_id", "")).removeprefix(f"{tab}_")
         if name in DEFAULTS:
+            self._forget_other_page()
             self._components[name] = component
             self._follow(name)
 
     def build(self, tab: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
         """Create the numbers; return them by name, in the order of `DEFAULTS`."""
         self._tab = tab
+        self._forget_other_page()
         for name, value in DEFAULTS.items():
             number = gr.Number(value, visible=False, elem_id=elem_id(name))
             number.do_not_save_to_config = True
             self._numbers[name] = number
             self._follow(name)
         return self._numbers
+
+    def _forget_other_page(self) -> None:
+        if Context.root_block is not self._page:
+            self._page = Context.root_block
+            self._components.clear()
+            self._numbers = {}
 
     def _follow(self, name: str) -> None:
         component, number = self._components.get(name), self._numbers.get(name)
