@@ -74,7 +74,7 @@ def test_where_nothing_merges_the_pictures_are_equal_and_there_is_no_map(tmp_pat
     without, with_merging, apart = pictures_of(tmp_path / "out.png")
     assert without.tobytes() == with_merging.tobytes()
     assert apart.getbbox() is None
-    assert "nothing merged: at ratio 0" in capsys.readouterr().out
+    assert "nothing merged: " in capsys.readouterr().out
 
 
 def test_a_wrong_ratio_is_named_and_nothing_is_saved(tmp_path, capsys):

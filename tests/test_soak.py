@@ -18,6 +18,8 @@ import psutil
 from lab.bench import soak, soak_requests
 from lab.bench.__main__ import main
 from lab.demo.model import TinyModel
+from tomesd_core.webui.arguments import read_arguments
+from tomesd_core.webui.presets import BUILT_IN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMMAND = ("soak", "--count", "13", "--seed", "3", "--sizes", "256x256", "128x192")
@@ -59,6 +61,17 @@ def test_nothing_is_lost_and_wrong_requests_are_refused(last_lines: Callable) ->
     refused, wrong = lines["refused rightly"].split(" of ")
     assert refused == wrong != "0"
     assert "MB)" in lines["memory growth"] and status == 0
+
+
+def test_the_arguments_of_right_requests_are_valid() -> None:
+    server = SimpleNamespace(
+        pixels=1, samplers=["Euler"], presets=[*BUILT_IN], upscaler="None", model=None
+    )
+    drawn = itertools.islice(soak_requests.requests(server, 5, [(64, 64)], 1), 500)
+    made = [request.body[soak_requests.SCRIPTS] for request in drawn if request.outcome == "made"]
+    arguments = [scripts["ToMe"]["args"] for scripts in made if scripts]
+    assert len({type(args[0]) for args in arguments}) == 2, "lists and objects"
+    assert len([read_arguments(args).settings for args in arguments]) > 100
 
 
 def test_an_unmerged_picture_that_changes_is_noticed(

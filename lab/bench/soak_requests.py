@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from tomesd_core.settings import PANEL_FIELDS, Setting
-from tomesd_core.webui.arguments import MAP_FIELDS
+from tomesd_core.settings import Setting
+from tomesd_core.webui.arguments import CONTROLS
 
 from .options import Size
 from .soak_servers import SCRIPTS, Server
@@ -20,7 +20,8 @@ from .soak_servers import SCRIPTS, Server
 EVERY, WRONG, ENDED = 10, 0.25, 0.1
 """Interval of the fixed request, and probabilities of a wrong request and of one ended early."""
 
-SETTINGS: dict[str, Setting] = {**PANEL_FIELDS, **MAP_FIELDS}
+SETTINGS = {name: setting for name, setting in CONTROLS.items() if name != "enabled"}
+"""The settings in the order of the script's arguments, after its switch."""
 WRONG_VALUES = ("abc", "", [], {}, True, -1, 1e9)
 """Wrong values of a setting. None is right, it is the default."""
 

@@ -110,6 +110,10 @@ def test_the_client_webuiapi(webui):
     api = webuiapi.WebUIApi(
         host=address.hostname, port=address.port, use_https=address.scheme == "https"
     )
+    try:
+        api.txt2img(**webui.request())
+    except RuntimeError as error:
+        pytest.skip(f"the client and this host don't get along without ToMe either: {error}")
     for arguments in (
         [{"ratio": 0.6, "late_ratio": 0.3}],
         [{"preset": "Fast", "late_ratio": 0.3}],

@@ -149,6 +149,8 @@ def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel
     """Settings, Defaults writes nothing of an untouched panel, and of a control what it shows."""
     go_to(page, "Settings")
     page.locator("#settings > .tab-nav > button").get_by_text("Defaults", exact=True).click()
+    if not page.locator("#ui_defaults_view").count():
+        pytest.skip("this host keeps no ui-config.json")
 
     def changes() -> dict[str, str]:
         page.evaluate(

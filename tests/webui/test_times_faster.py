@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from in_host import ROOT, SIDE, element_events, failing_unet, running
 from starlette.testclient import TestClient
 
+from tomesd_core.webui.times_faster import times_faster
+
 ASKED = {"width": SIDE, "height": SIDE, "settings": {"ratio": 0.6}}
 
 
 @given(st.floats(0.01, 10), st.floats(0.2, 5), st.integers(2, 30))
 def test_pairs_of_one_quotient_give_it_without_a_spread(seconds, times, pairs):
-    quotient, spread = running("webui.times_faster").times_faster(
+    quotient, spread = times_faster(
         [([seconds] * 2, [seconds / times] * 2)] * pairs
     )
     assert (quotient, spread) == (pytest.approx(times), pytest.approx(0, abs=1e-9))
@@ -30,7 +32,7 @@ def test_the_spread_is_the_standard_error(seed, deviation, times):
     """Of 200 measurements with normal noise."""
     noise = np.random.default_rng(seed).normal(0, deviation, (200, 25, 2, 2))
     seconds = np.exp(noise) * [[1], [1 / times]]
-    results = np.array([running("webui.times_faster").times_faster(pairs) for pairs in seconds])
+    results = np.array([times_faster(pairs) for pairs in seconds])
     assert results[:, 0].std() / times == pytest.approx(np.median(results[:, 1]), rel=0.5)
 
 
@@ -39,7 +41,7 @@ def test_one_slow_step_changes_nothing(rounds, data):
     times = np.tile([[1.0], [0.5]], (rounds, 1, 2))
     slow = tuple(data.draw(st.integers(0, most - 1)) for most in times.shape)
     times[slow] *= 50
-    assert running("webui.times_faster").times_faster(times) == pytest.approx((2.0, 0.0))
+    assert times_faster(times) == pytest.approx((2.0, 0.0))
 
 
 @pytest.mark.parametrize(
