@@ -95,9 +95,11 @@ def tokens_to_remove(
     """How many of a layer's tokens `ratio` removes. Raises `NotMerged` if none."""
     removed = tokens_removed(tokens, ratio, rounded=not settings.exact)
     if not removed:
-        raise NotMerged(f"ratio {ratio:g} removes no tokens", by_ratio=True)
+        raise NotMerged(f"ratio {ratio:.3g} removes no tokens", by_ratio=True)
     if settings.skip_unprofitable and not pays(
         tokens, channels, heads, ratio, device_type, settings.method
     ):
-        raise NotMerged(f"merging {ratio:g} of {tokens} tokens would not save time", by_ratio=True)
+        raise NotMerged(
+            f"merging {ratio:.3g} of {tokens} tokens would not save time", by_ratio=True
+        )
     return removed

@@ -143,3 +143,17 @@ def test_layers_that_hypertile_tiles_are_not_merged(host, make, log_lines):
     assert "2 of 4" in some and "Hypertile" in some
     assert "nothing merged" in nothing and "Hypertile" in nothing
     assert "3 of 4" in off and "Hypertile" not in off
+
+
+def test_layers_whose_hypertile_is_switched_off_again_merge(host, make, log_lines):
+    code = {"__name__": "hypertile"}
+    exec("def wrap(inner):\n    return lambda *args, **kwargs: inner(*args, **kwargs)", code)
+    attentions = [m for m in host.sd_model.modules() if type(m).__name__ == "CrossAttention"]
+    for attention in attentions:
+        attention.forward = code["wrap"](attention.forward)
+    try:
+        make(HALVED)
+    finally:
+        for attention in attentions:
+            del attention.forward
+    assert "3 of 4" in log_lines[-1]

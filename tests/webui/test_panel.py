@@ -112,3 +112,17 @@ def test_ui_config_has_the_scripts_controls_only(components, controls):
 def test_every_control_explains_itself(components):
     buttons = [f"preset_{name}" for name in ("save", "delete", "reload")] + ["measure"]
     assert all(" " in components[name].webui_tooltip for name in (*PANEL, *LAST, *buttons))
+
+
+def test_the_page_shows_the_fields_of_its_default_schedule(host, controls):
+    """`ui-config.json` may have another default than the code."""
+    schedule = next(number for number, c in host.demo.blocks.items() if c is controls["schedule"])
+    on_load = [
+        function.fn
+        for dependency, function in zip(host.demo.dependencies, host.demo.fns, strict=True)
+        if dependency["trigger"] == "load" and dependency["inputs"] == [schedule]
+    ]
+    (show,) = on_load
+    visible = {name: update["visible"] for name, update in zip(PANEL, show("step"), strict=True)}
+    assert visible["late_ratio"] and visible["switch_at"]
+    assert not show("constant")[list(PANEL).index("late_ratio")]["visible"]

@@ -20,9 +20,7 @@ ASKED = {"width": SIDE, "height": SIDE, "settings": {"ratio": 0.6}}
 
 @given(st.floats(0.01, 10), st.floats(0.2, 5), st.integers(2, 30))
 def test_pairs_of_one_quotient_give_it_without_a_spread(seconds, times, pairs):
-    quotient, spread = times_faster(
-        [([seconds] * 2, [seconds / times] * 2)] * pairs
-    )
+    quotient, spread = times_faster([([seconds] * 2, [seconds / times] * 2)] * pairs)
     assert (quotient, spread) == (pytest.approx(times), pytest.approx(0, abs=1e-9))
 
 

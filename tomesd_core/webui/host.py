@@ -30,9 +30,9 @@ T = TypeVar("T")
 
 EXTENSION = Path(__file__).resolve().parents[2]
 
-LEFT_BEHIND = ("modules.hypertile", "modules.sd_hijack_optimizations")
-"""Modules whose replaced `forward` is harmless: Hypertile leaves an inactive one when it is
-switched off, and wrappers restore WebUI's own attention as an instance attribute."""
+LEFT_BEHIND = ("hypertile", "modules.sd_hijack_optimizations")
+"""Modules whose replaced `forward` is harmless: an inactive Hypertile, and WebUI's own attention.
+"""
 
 PLOT = "xyz_grid.py"
 

@@ -90,7 +90,9 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str], tab_values: TabValues)
     )
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
         host.listen(event, js=f"() => toMeChanged('{tab}')")
-    host.listen(controls["schedule"].change, _visibility, [controls["schedule"]], settings)
+    # On load too: `ui-config.json` may have another default schedule.
+    for event in (Context.root_block.load, controls["schedule"].change):
+        host.listen(event, _visibility, [controls["schedule"]], settings)
     preset_row.connect(settings)
     measure_row.connect(numbers, list(controls.values()))
     return controls

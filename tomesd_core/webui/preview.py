@@ -53,10 +53,12 @@ def describe(
     if not layers:
         return "this model has no self-attention layers that can be merged"
     coarsest = coarsest_level(settings, layers)
-    each = [_change(settings, layer, latent, coarsest, device_type) for layer in layers]
-    changes = Counter(f"{tokens} → {left}" for tokens, left in each if left)
+    each = [_expect(settings, layer, latent, coarsest, device_type) for layer in layers]
+    changes = Counter(f"{tokens} → {left}" for tokens, left, _ in each if left)
     if not changes:
-        return f"0 of {len(layers)} self-attention layers: nothing would be merged"
+        _, _, reason = max(each)
+        line = f"0 of {len(layers)} self-attention layers: nothing would be merged"
+        return f"{line}: {reason}" if reason else line
     what = _merged(settings)
     merged = ", ".join(
         f"{change} {what} each" if len(changes) == 1 else f"{count}× {change} {what}"
@@ -67,34 +69,32 @@ def describe(
         line += f"; level {coarsest} is this model's finest"
     if settings.apply_to != PASSES[0]:
         line += f", {settings.apply_to} only"
-    most_tokens = max(tokens for tokens, left in each if left)
+    most_tokens = max(tokens for tokens, left, _ in each if left)
     if device_type != "cpu" and most_tokens <= LITTLE_GAIN_TOKENS:
         line += "; little to gain at this size with fast attention"
     return line
 
 
-def _change(
+def _expect(
     settings: MergeSettings, layer: Layer, latent: tuple[int, int], coarsest: int, device_type: str
-) -> tuple[int, str]:
-    """A layer's tokens, and as text how many are left; empty if it won't merge."""
+) -> tuple[int, str, str]:
+    """A layer's tokens, how many are left, as text, and the reason if it won't merge."""
     tokens = math.prod(math.ceil(side / (layer.level or 1)) for side in latent)
-    left = []
-    try:
-        check_layer(settings, layer.level, tokens, coarsest)
-    except NotMerged:
-        return tokens, ""
+    if not layer.is_self_attention:
+        return tokens, "", ""
+    left, reason = [], ""
     for ratio in (settings.ratio_at(0.0), settings.ratio_at(1.0)):
+        removed = 0
         try:
-            left.append(
-                tokens
-                - tokens_to_remove(
-                    settings, tokens, layer.channels, layer.heads, ratio, device_type
-                )
+            check_layer(settings, layer.level, tokens, coarsest)
+            removed = tokens_to_remove(
+                settings, tokens, layer.channels, layer.heads, ratio, device_type
             )
-        except NotMerged:
-            left.append(tokens)
-    merges = layer.is_self_attention and set(left) != {tokens}
-    return tokens, " to ".join(map(str, dict.fromkeys(left))) if merges else ""
+        except NotMerged as error:
+            reason = str(error)
+        left.append(tokens - removed)
+    is_merged = set(left) != {tokens}
+    return tokens, " to ".join(map(str, dict.fromkeys(left))) if is_merged else "", reason
 
 
 def chart(settings: MergeSettings, steps: int) -> str:
