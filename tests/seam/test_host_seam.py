@@ -101,15 +101,17 @@ def test_halves_in_separate_passes(load):
 
 
 def test_attention_of_another_extension_is_no_replaced_unet(host, modules):
-    assert host.why_layers_did_not_run({}) is None
+    assert host.reason_layers_did_not_run({}) is None
     assert (
-        host.why_layers_did_not_run({"patches_replace": {"attn2": {("input", 1): 1}, "attn1": {}}})
+        host.reason_layers_did_not_run(
+            {"patches_replace": {"attn2": {("input", 1): 1}, "attn1": {}}}
+        )
         is None
     )
-    patched = host.why_layers_did_not_run({"patches_replace": {"attn1": {("input", 1): print}}})
+    patched = host.reason_layers_did_not_run({"patches_replace": {"attn1": {("input", 1): print}}})
     assert "another extension" in patched
     modules.sd_unet.current_unet = object()
-    assert "UNet was replaced" in host.why_layers_did_not_run({})
+    assert "UNet was replaced" in host.reason_layers_did_not_run({})
 
 
 def generation_without_a_model(script, p):

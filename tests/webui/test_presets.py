@@ -38,12 +38,6 @@ def test_a_preset_of_version_0_1_0_keeps_its_meaning(presets_path):
     assert presets.get("mine") == MergeSettings(**former, method="paper", full_steps=1)
 
 
-def test_a_ratio_that_only_an_expert_field_allows_is_refused(presets_path):
-    error = error_of(presets.save, "mine", MergeSettings(ratio=0.95, stride=(8, 8)))
-    assert "ratio" in error and "0.9375" in error and "0.95" in error
-    assert not presets_path.exists()
-
-
 def test_the_built_in_presets(presets_path):
     values, notes = presets.read()
     assert list(values) == NAMES and not notes

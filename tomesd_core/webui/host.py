@@ -112,7 +112,7 @@ def hypertile_of(attention: nn.Module) -> str | None:
     return "tiled by Hypertile" if tiling is not None and tiling.enabled else None
 
 
-def why_layers_did_not_run(options: Mapping[str, Any]) -> str | None:
+def reason_layers_did_not_run(options: Mapping[str, Any]) -> str | None:
     """Reason why the UNet's own attention layers were bypassed, by its call's
     `transformer_options`."""
     if options.get("patches_replace", {}).get("attn1"):

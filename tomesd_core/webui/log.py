@@ -1,5 +1,4 @@
-"""The extension's log on the console, and how a failure of ours is said there once and harms
-nobody."""
+"""The extension's log on the console; an unexpected error is logged once and caught."""
 
 from __future__ import annotations
 

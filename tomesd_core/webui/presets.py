@@ -99,9 +99,6 @@ def named(settings: MergeSettings) -> str | None:
 def save(name: Any, settings: MergeSettings) -> Any:
     """Save the panel's fields of `settings`; return the stored name. Overwrites a user's preset."""
     name, fields = clean_name(name), settings.panel_values
-    _settings(
-        fields
-    )  # A ratio may be right only together with an expert field, such as a larger stride.
     with _changing() as own:
         own[name] = {**(own[name] if isinstance(own.get(name), dict) else {}), **fields}
     return name
@@ -174,31 +171,33 @@ def _parse(content: bytes) -> dict[str, Any]:
     return dict(document)
 
 
+def _load_or_set_aside(path: Path) -> dict[str, Any]:
+    """The file's content; a damaged file is renamed and kept."""
+    try:
+        return _load()
+    except _DamagedError as error:
+        names = (f"{path.stem}.damaged-{number}{path.suffix}" for number in count(1))
+        aside = next(aside for aside in map(path.with_name, names) if not aside.exists())
+        os.replace(path, aside)
+        log.warning(f"{error}. It is kept as {aside}")
+        return _load()
+
+
 @contextlib.contextmanager
 def _changing() -> Iterator[dict[str, Any]]:
     """The user's presets, to be changed in place; the file is replaced if no error occurs."""
-    path = (
-        PATH.resolve()
-    )  # A symlink stays one: replacing it would cut it off from the file that it stands for.
+    # A symlink stays one: replacing it would cut it off from its file.
+    path = PATH.resolve()
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with _lock:
-            try:
-                document = _load()
-            except _DamagedError as error:
-                names = (f"{path.stem}.damaged-{number}{path.suffix}" for number in count(1))
-                aside = next(aside for aside in map(path.with_name, names) if not aside.exists())
-                os.replace(path, aside)
-                log.warning(f"{error}. It is kept as {aside}")
-                document = _load()
+            document = _load_or_set_aside(path)
             yield document["presets"]
-            if path.exists() and not os.access(
-                path, os.W_OK
-            ):  # Linux would replace it all the same.
+            # Linux would replace a read-only file.
+            if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError("it is read-only")
-            with open(
-                new, "w"
-            ) as file:  # ASCII: JSON can hold half a surrogate pair, which UTF-8 can't.
+            # In ASCII: JSON can hold half a surrogate pair, which UTF-8 can't.
+            with open(new, "w") as file:
                 json.dump(document, file, indent=2)
                 file.flush()
                 os.fsync(file.fileno())

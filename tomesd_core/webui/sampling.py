@@ -256,7 +256,7 @@ class Sampling:
         line = report.summary
         if generation.has_hires_pass(self._p):
             line = f"{'hires' if self._is_hires else 'first'} pass: {line}"
-        reason = None if report.merged_layers else host.why_layers_did_not_run(options)
+        reason = None if report.merged_layers else host.reason_layers_did_not_run(options)
         self._summaries[f"{line}: {reason}" if reason else line] += 1
         self.reports.append(report)
 
