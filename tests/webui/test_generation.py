@@ -37,7 +37,9 @@ def test_on_merges_and_off_does_not(make, plain, attention):
 def test_summary_under_the_picture_and_once_in_the_log(make, log_lines):
     processed = make(HALVED, n_iter=2)
     (line,) = log_lines
-    assert processed.comments == f"ToMe: {line}\n"
+    # Each batch takes its own time, and the log has the first one's.
+    shown, logged = (text.partition("; sampled in ")[0] for text in (processed.comments, line))
+    assert shown == f"ToMe: {logged}" and processed.comments.count("ToMe: ") == 1
     assert all(part in line for part in ("3 of 4", "1024 → 512 tokens", "2 of 2 steps"))
 
 
