@@ -56,6 +56,7 @@ class TabValues:
         if component is None or number is None:
             return
         number.value = component.value
-        # The page refreshes the preview once no slider is moving.
         js = f"(value) => toMeFollow('{self._tab}', value)"
-        host.listen(component.change, inputs=[component], outputs=[number], js=js)
+        # On load too: hosts set the defaults of `ui-config.json` after the page is built.
+        for event in (Context.root_block.load, component.change):
+            host.listen(event, inputs=[component], outputs=[number], js=js)
