@@ -18,11 +18,6 @@ PACKAGE = f"tomesd_core_{hashlib.sha256(os.fsencode(EXTENSION)).hexdigest()[:12]
 extensions and installed packages may have a `tomesd_core` too.
 """
 
-MODULES = [
-    *("axes", "defaults", "duplicate_scripts", "generation", "host", "infotext"),
-    *("log", "maps", "options", "panel", "routes", "sampling", "tab"),
-]
-
 
 def _import_package() -> None:
     """Import the package, or import it again if its files have changed.
@@ -58,21 +53,19 @@ def _module(name: str) -> ModuleType:
 try:
     _import_package()
     PANEL_FIELDS = _module("settings").PANEL_FIELDS
-    (
-        axes,
-        defaults,
-        duplicate_scripts,
-        generation,
-        host,
-        infotext,
-        log,
-        maps,
-        options,
-        panel,
-        routes,
-        sampling,
-        tab,
-    ) = (_module(f"webui.{name}") for name in MODULES)
+    axes = _module("webui.axes")
+    defaults = _module("webui.defaults")
+    duplicate_scripts = _module("webui.duplicate_scripts")
+    generation = _module("webui.generation")
+    host = _module("webui.host")
+    infotext = _module("webui.infotext")
+    log = _module("webui.log")
+    maps = _module("webui.maps")
+    options = _module("webui.options")
+    panel = _module("webui.panel")
+    routes = _module("webui.routes")
+    sampling = _module("webui.sampling")
+    tab = _module("webui.tab")
     log.set_up()
     options.apply_log_level()
 except Exception as error:
@@ -107,9 +100,9 @@ class ToMe(scripts.Script):
     def ui(self, is_img2img: bool) -> list[Any]:
         """Build the panel; return the controls whose values are the script's arguments."""
         is_for_api = host.makes_api_defaults()
-        tab_values = tab.TabValues() if is_for_api else self._tab_values
-        name = "img2img" if is_img2img else "txt2img"
-        controls = panel.build(name, self.elem_id, tab_values)
+        # The API's controls are on no page.
+        tab_values = None if is_for_api else self._tab_values
+        controls = panel.build("img2img" if is_img2img else "txt2img", self.elem_id, tab_values)
         self.infotext_fields = infotext.paste_fields(controls)
         self.paste_field_names = [setting.infotext for setting in PANEL_FIELDS.values()]
         if is_for_api:

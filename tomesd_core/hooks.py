@@ -18,7 +18,7 @@ from .partition import make_partition
 from .passes import Grid, KeptMatching, Passes, Place, Step, grid_of
 from .plan import check_layer, coarsest_level, tokens_to_remove
 from .probe import forget_heads
-from .reasons import NotMerged, in_a_line
+from .reasons import NO_LAYERS, NotMerged, in_a_line
 from .report import LayerReport, Report
 from .schedule import progress_of
 from .settings import MergeSettings
@@ -179,7 +179,7 @@ class Merging:
         if self._is_compiled:
             notes.append("this model is compiled (torch.compile), which bypasses hooks")
         elif not self._layers:
-            notes.append("this model has no self-attention layers that can be merged")
+            notes.append(NO_LAYERS)
         elif self.coarsest > settings.max_downsample:
             notes.append(
                 f"no attention at level {settings.max_downsample}: merging at this model's finest "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+NO_LAYERS = "this model has no self-attention layers that can be merged"
+
 MEMORY_ERRORS = (
     "out of memory",
     "out_of_memory",

@@ -50,10 +50,10 @@ def guarded(
     otherwise: Callable[[str], Any] = lambda line: None,
     expected: tuple[type[Exception], ...] = (),
 ) -> Callable[..., Any]:
-    """`function`, but an error is logged once as the failure of `what`, and `otherwise(line)`
-    returned.
+    """Wrap `function` so that an error is logged once and `otherwise(line)` is returned.
 
-    For an `expected` error `otherwise` gets its message, and nothing is logged.
+    `what` names the function in that line. For an `expected` error `otherwise` gets the error's
+    message, and nothing is logged.
     """
 
     @functools.wraps(function)

@@ -10,7 +10,7 @@ from typing import Any
 from modules import devices, processing
 
 from ..plan import LITTLE_GAIN_TOKENS, check_layer, coarsest_level, tokens_to_remove
-from ..reasons import NotMerged
+from ..reasons import NO_LAYERS, NotMerged
 from ..schedule import progress_of
 from ..settings import HIGHEST_RATIO, PASSES, MergeSettings
 from ..unet import Layer
@@ -51,7 +51,7 @@ def describe(
     if layers is None:
         return "loaded at the first picture" if host.loads_later() else "no model loaded"
     if not layers:
-        return "this model has no self-attention layers that can be merged"
+        return NO_LAYERS
     coarsest = coarsest_level(settings, layers)
     each = [_expect(settings, layer, latent, coarsest, device_type) for layer in layers]
     changes = Counter(f"{tokens} → {left}" for tokens, left, _ in each if left)

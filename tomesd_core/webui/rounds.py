@@ -12,13 +12,14 @@ from modules.sd_samplers_common import InterruptedException
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..reasons import NO_LAYERS
 from ..settings import MergeSettings
 from ..unet import Layer
 from . import host
 from .clock import now
 from .generation import Generation
 from .log import NoResultError
-from .sampling import NO_LAYERS, Sampling
+from .sampling import Sampling
 from .times_faster import MOST_SPREAD, Result, line_of, times_faster
 
 STEPS, WARM_UP, MOST_REUSED = 150, 3, 4

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..foreign_hooks import Hook
 from ..hooks import Merging, attach
 from ..merge_map import MergeMap
-from ..reasons import in_a_line, is_out_of_memory
+from ..reasons import NO_LAYERS, in_a_line, is_out_of_memory
 from ..report import Report
 from ..settings import MergeSettings
 from . import generation, host, options
@@ -24,8 +24,6 @@ from .clock import now
 from .generation import Generation
 from .log import guarded, log
 from .maps import PictureRecorder, UNetInput
-
-NO_LAYERS = "this model has no self-attention layers that can be merged"
 
 _running: Sampling | None = None
 
