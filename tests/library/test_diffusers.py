@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("diffusers", reason="nox -s diffusers_pins installs it")
 
 import diffusers
 import tomesd
+from diffusers.models import attention_processor
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
     SlicedAttnProcessor,
+    XFormersAttnProcessor,
 )
 
 import tomesd_core as tome
 from tomesd_core.settings import METHODS
 from tomesd_core.unet import find_layers
 
-PROCESSORS = {"2.0": AttnProcessor2_0, "1": AttnProcessor, "sliced": lambda: SlicedAttnProcessor(2)}
+PROCESSORS = {
+    "2.0": AttnProcessor2_0,
+    "1": AttnProcessor,
+    "sliced": lambda: SlicedAttnProcessor(2),
+    "xFormers": XFormersAttnProcessor,
+}
 SHAPES = ("sd15", "sd2", "sdxl", "inpainting")
 
 
@@ -32,8 +42,17 @@ def settings(method="keys", ratio=0.5, **values):
     )
 
 
+def memory_efficient_attention(q, k, v, attn_bias=None, op=None, scale=None):
+    """xFormers' kernel, which needs CUDA: heads are batch items, and it takes any head size."""
+    assert all(one.ndim == 3 and one.is_contiguous() for one in (q, k, v))
+    assert len({len(one) for one in (q, k, v)}) == 1 and k.shape[1] == v.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=scale)
+
+
 @pytest.fixture(params=PROCESSORS)
-def processor(request):
+def processor(request, monkeypatch):
+    ops = SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=ops))
     return PROCESSORS[request.param]()
 
 
