@@ -112,7 +112,7 @@ def test_pictures_are_compared_with_unmerged_ones_of_as_many_steps(
 ) -> None:
     table = TABLES["steps"]
     monkeypatch.setitem(TABLES, "steps", dataclasses.replace(table, rows=table.rows[:8]))
-    printed = bench("--tiny", "--steps", 4, "--tables", "steps", "defaults")
+    printed = bench("--tiny", "--steps", 4, "--tables", "steps", "where")
     rows = rows_of(tmp_path / "quality-steps.csv")
     assert [(row["steps"], row["row"]) for row in rows] == [
         (steps, name)
@@ -123,7 +123,7 @@ def test_pictures_are_compared_with_unmerged_ones_of_as_many_steps(
     assert "'kept for 1', the last one above" in printed
     # Rows of four steps by the table are those of four steps by the command.
     assert [variant for variant, _ in batches_made if variant.steps is None] == [
-        row.variant for row in TABLES["defaults"].rows[1:]
+        row.variant for row in TABLES["where"].rows[1:]
     ]
     cache = PictureCache(tmp_path / "quality", TINY_PIPELINE)
     for four, row in ((4, rows[1]), (8, rows[5])):
@@ -218,7 +218,7 @@ def test_keys_is_compared_with_tomesd_at_equal_time(bench: Callable, tmp_path: P
 
 def test_where_keys_is_never_as_fast_there_is_no_table(bench: Callable, tmp_path: Path) -> None:
     path = write_gains(tmp_path / "speed.csv", {KEYS: (0.5, 0.6), CORNER: (1.0, 2.0)})
-    printed = bench("--tiny", "--steps", 1, "--tables", "defaults", "--speed", path)
+    printed = bench("--tiny", "--steps", 1, "--tables", "where", "--speed", path)
     assert "time-speed-64x64" in printed
     assert not [*tmp_path.glob("quality-time*")]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from on_bench import TINY_PIPELINE
 
 from lab.bench import contenders, equal_time
-from lab.bench.ablations import TABLES, shipped_settings
-from lab.bench.contenders import FORMER, KEYS, PAPER, UNMERGED, UNWEIGHTED
+from lab.bench.ablations import TABLES
+from lab.bench.contenders import KEYS, UNMERGED, UNWEIGHTED
 from lab.bench.peers import CORNER, QUERIES, TODO
 from lab.bench.variants import Row
 from tomesd_core.settings import FIELDS
@@ -62,18 +60,6 @@ def test_rows_are_compared_with_rows_above(name: str) -> None:
         if name != "samplers" and reference is not None and reference.variant.contender != UNMERGED:
             assert reference.variant.steps == row.variant.steps
     assert any(row.reference for row in rows) or name in ("peers", "pictures")
-
-
-def test_presets_are_compared_with_their_former_values() -> None:
-    rows = {row.name: row for row in TABLES["presets"].rows}
-    assert {"Quality", "Balanced", "Fast", "Paper (60 %)"} < set(rows)
-    for name, former in FORMER.items():
-        assert former.method == PAPER
-        before = dataclasses.replace(former, skip_unprofitable=False)
-        reference = rows[name].reference
-        assert (reference or rows[name]).variant.settings == before
-    assert TABLES["defaults"].rows[1].variant == rows["Balanced, before"].variant
-    assert TABLES["defaults"].rows[2].variant.settings == shipped_settings()
 
 
 def test_at_equal_time_keys_has_the_lowest_ratio_that_is_as_fast() -> None:

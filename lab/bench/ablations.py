@@ -9,7 +9,7 @@ from typing import Any
 from tomesd_core.settings import MergeSettings
 from tomesd_core.webui.presets import BUILT_IN
 
-from .contenders import FORMER, KEYS, PAPER, TOKENS, UNMERGED, UNWEIGHTED
+from .contenders import KEYS, PAPER, TOKENS, UNMERGED, UNWEIGHTED
 from .peers import CA_TOME, CORNER, QUERIES, RANDOM, TODO, TODO_FACTORS, TOMA
 from .samplers import SAMPLERS
 from .variants import UNMERGED_ROW, Row, Table, Variant, against_first, at_ratio, base_variant
@@ -130,21 +130,6 @@ def _pictures() -> list[Row]:
     return [UNMERGED_ROW, *presets, at_ratio(CORNER, 0.35), at_ratio(CORNER, 0.65)]
 
 
-def _presets() -> list[Row]:
-    """The presets as shipped, and as they were in version 0.1.0."""
-    rows = [UNMERGED_ROW]
-    for name, (values, _) in BUILT_IN.items():
-        now, before = shipped_settings(**values), FORMER.get(name)
-        if now.apply_to != "both passes":
-            continue
-        if now == before:
-            rows.append(Row(name, Variant.of(now)))
-        else:
-            former = Row(f"{name}, before", Variant.of(FORMER[name]))
-            rows += against_first(former, Row(name, Variant.of(now)))
-    return rows
-
-
 _QUERY_MERGING = (TOKENS, PAPER, CORNER, RANDOM)
 EQUAL_PAIRS = {0.4375: 0.25, 0.75: 0.5, 0.84: 0.6, 0.9375: None}
 """By ratio of keys: the ratio of `_QUERY_MERGING` that leaves as many pairs; None: not measured."""
@@ -167,9 +152,6 @@ _PARTITIONS: dict[str, dict[str, Any]] = {
     "random 2x2": {},
     "random 2x2, own draws": {"shared_draw": False},
 }
-_DEFAULTS = against_first(
-    Row("before", Variant.of(FORMER["Balanced"])), Row("shipped", Variant.of(shipped_settings()))
-)
 
 TABLES = {
     "what": Table(
@@ -198,10 +180,6 @@ TABLES = {
         },
     ),
     "peers": Table("Peers: keys and the methods of others", _peers(), "pairs"),
-    "defaults": Table("Defaults: as shipped, and as they were", [UNMERGED_ROW, *_DEFAULTS]),
     "pictures": Table("Pictures: presets, and tomesd about as fast as the first two", _pictures()),
-    "presets": Table(
-        "Presets: built-in ones that differ in a picture of one pass, and as they were", _presets()
-    ),
 }
 """By name, in the order in which they run."""

@@ -75,18 +75,6 @@ They repeat the defaults, which are set from the tables and must not move them. 
 layers are too small for merging to pay, so `skip_unprofitable` is off.
 """
 
-_FORMER_SETTINGS = BASE | {"late_ratio": 0.4, "schedule": "linear", "reuse_steps": 4, "window": 32}
-FORMER = {
-    name: MergeSettings(**{**_FORMER_SETTINGS, **values})
-    for name, values in {
-        "Quality": {"ratio": 0.4, "late_ratio": 0.2},
-        "Balanced": {"ratio": 0.6},
-        "Fast": {"ratio": 0.75, "late_ratio": 0.5, "max_downsample": 2},
-        "Paper (60 %)": {"ratio": 0.6, "late_ratio": 0.6, "schedule": "constant", "reuse_steps": 1},
-    }.items()
-}
-"""Presets of version 0.1.0 under their current names; `Balanced` was the default."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
