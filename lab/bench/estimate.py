@@ -33,7 +33,7 @@ from .roofline import CARDS, FUSED, Recorder
 USUAL = {"tokens": [64, 128], "ratios": [0.5, 0.75, 0.84, 0.9375], "attention": "sdp"}
 QUICK = {"tokens": [64], "ratios": [0.75]}
 STEPS = 3
-"""Only the last step is recorded: constants are cached by then."""
+"""Steps of merging, of which the last is recorded: constants are cached by then."""
 
 MODELS: Mapping[str, dict[str, Any]] = {"sd15": SD1, "sd2": SD2, "sdxl": SDXL}
 SHAPES = {"sd15": (320, 8), "sd2": (320, 5), "sdxl": (640, 10)}
@@ -107,12 +107,14 @@ def _record(
     unet: nn.Module, name: str, ratio: float, settings: Mapping[str, Any], run: Callable[[], Any]
 ) -> Recorder:
     how = MergeSettings(**{"schedule": "constant", "full_steps": 1, **settings})
+    steps = 1 if name == UNMERGED else STEPS
     # A partition cached by an earlier record would cost nothing here.
     make_partition.cache_clear()
     with torch.no_grad(), attach(unet, name, ratio, how) as attached:
-        for step in range(STEPS):
+        for step in range(steps):
             attached.begin_step(step, 20)
-            with Recorder() as recorder:
+            recorder = Recorder()
+            with recorder if step == steps - 1 else contextlib.nullcontext():
                 run()
     return recorder
 
