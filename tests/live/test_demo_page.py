@@ -74,11 +74,11 @@ def test_the_page_starts_with_the_models_values_and_the_panel_on(page, panel):
 
 def test_generate_shows_progress_both_pictures_their_difference_the_map_and_the_times(page, panel):
     # Enough steps to see the bar.
-    set_tab(page, steps=50)
+    set_tab(page, steps=20)
     page.click("#txt2img_generate")
-    expect(page.locator("#results")).to_contain_text(re.compile(r"\d+/100 steps"))
+    expect(page.locator("#results")).to_contain_text(re.compile(r"\d+/40 steps"))
     info = page.locator("#html_info_txt2img").first
-    expect(info).to_contain_text("50 of 50 steps")
+    expect(info).to_contain_text("20 of 20 steps")
     expect(info).to_contain_text(re.compile("map.*step 10.*layer 1"))
     expect(info).to_contain_text("Seed: 1, Size: 32x32")
     times, rest = labels(page)[:2], labels(page)[2:]
