@@ -83,7 +83,7 @@ def test_a_table_shows_how_each_row_differs(bench: Callable, tmp_path: Path) -> 
     assert f"{float(coarser['psnr']):.2f} ± {float(coarser['psnr_interval']):.2f} |" in markdown
 
 
-def test_all_tables_share_what_they_have_in_common(
+def test_tables_make_common_rows_once(
     bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tomesd")

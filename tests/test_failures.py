@@ -15,7 +15,7 @@ from tomesd_core.probe import PROBE_TOKENS
 
 
 class Failing(TorchDispatchMode):
-    """Let the operation number `at` of merging's own raise, while open."""
+    """While open, merging's operation number `at` raises an error."""
 
     def __init__(self, at, error):
         super().__init__()
@@ -75,7 +75,7 @@ def test_each_operation_of_a_merged_layer_may_fail(
     assert len(outputs) > 15
     for output, summary in zip(outputs, summaries, strict=False):
         assert torch.equal(output, unmerged)
-        # What fails in a probe is the attention's answer, but for a lack of memory.
+        # An error in a probe is the attention's answer, unless memory ran out.
         assert (
             f"merging failed: RuntimeError: {message}" in summary
             or "unknown logit scale" in summary

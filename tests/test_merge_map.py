@@ -43,7 +43,7 @@ def the_map(recorder, row=0):
         ((150, 1), (6, 1, "b", 4)),
     ],
 )
-def test_the_wanted_step_and_layer_or_what_there_is(wanted, expected):
+def test_the_wanted_step_and_layer_or_the_nearest(wanted, expected):
     recorder = MapRecorder(*wanted)
     for number, (step, layer) in enumerate([(2, "a"), (2, "b"), (3, "b"), (3, "a"), (5, "b")]):
         record(recorder, step, layer, number)

@@ -201,7 +201,7 @@ def test_a_counter_on_an_attention_does_not_have_it_probed_again():
     assert lengths.count(PROBE_TOKENS) == 1 and lengths.count(x[0, 0].numel()) == 3
 
 
-def test_an_attention_without_heads_can_not_be_merged():
+def test_an_attention_without_heads_cannot_be_merged():
     attention = make("own scale").transformer_blocks[0].attn1
     assert has_projections(attention)
     del attention.heads

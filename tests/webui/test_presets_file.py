@@ -146,7 +146,7 @@ def test_a_newer_file_is_not_changed(presets_path, version):
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_file_as_it_was(presets_path, monkeypatch, function):
-    """So a save that is cut short leaves it too: the file is replaced as a whole, once written."""
+    """An interrupted save does too: the written file replaces the old one as a whole."""
     presets.save("mine", MINE)
     content = presets_path.read_bytes()
 
