@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from lab.bench.__main__ import SUBCOMMANDS
-from lab.bench.__main__ import parser as bench_parser
-from lab.demo.__main__ import _parser as demo_parser
+from lab.bench.__main__ import make_parser as bench_parser
+from lab.demo.__main__ import make_parser as demo_parser
 from lab.figure import make_parser as figure_parser
 from tomesd_core.settings import FIELDS, Setting
 from tomesd_core.webui.arguments import read_arguments

@@ -57,12 +57,12 @@ def test_each_of_tomas_destinations_covers_more_than_any_other_token_would():
 @pytest.mark.parametrize("grid", [(16, 8), (8, 24), (5, 8)], ids=str)
 def test_untiling_restores_the_tokens(grid):
     x = torch.arange(2 * grid[0] * grid[1] * 3.0).view(2, -1, 3)
-    assert torch.equal(peers._untiled(peers._tiles(x, grid), grid), x)
+    assert torch.equal(peers.untiled(peers.in_tiles(x, grid), grid), x)
 
 
 def test_with_every_token_a_destination_toma_changes_nothing():
     x = 100 * torch.eye(64).repeat(2, 1, 1)
-    queries, keys, unmerge = peers._soft(x, (8, 8), 0.0)
+    queries, keys, unmerge = peers.merge_softly(x, (8, 8), 0.0)
     assert keys is queries and torch.allclose(unmerge(queries), x, atol=1)
 
 

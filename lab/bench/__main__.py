@@ -18,7 +18,7 @@ from .packages import MissingPackage
 SUBCOMMANDS = ("speed", "layer", "estimate", "memory", "quality", "soak")
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Parser of all subcommands; it sets `module` to the subcommand's module."""
     package = importlib.import_module(__package__)
     whole = argparse.ArgumentParser(prog="python -m lab.bench", description=package.__doc__)
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status: 2 if something is missing or unmeasurable."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    args = parser().parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     args.command = shlex.join(["python", "-m", "lab.bench", *arguments])
     try:
         return args.module.run(args) or 0

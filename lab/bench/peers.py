@@ -212,15 +212,15 @@ def _merged_queries(y: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor
     return merge(y), y, unmerge
 
 
-def _soft(y: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor, Apply]:
+def merge_softly(y: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor, Apply]:
     """ToMA's merged tokens, recomputed in every call; the paper keeps them for several steps."""
     weights = toma_weights(y, grid, ratio)
     means = (weights / weights.sum(-1, keepdim=True)).to(y.dtype)
-    merged = (means @ _tiles(y, grid)).flatten(1, 2)
+    merged = (means @ in_tiles(y, grid)).flatten(1, 2)
 
     def unmerge(output: Tensor) -> Tensor:
         tiles = output.unflatten(1, weights.shape[1:3])
-        return _untiled(weights.to(output.dtype).mT @ tiles, grid)
+        return untiled(weights.to(output.dtype).mT @ tiles, grid)
 
     return merged, merged, unmerge
 
@@ -231,15 +231,15 @@ def _tile_shape(grid: Grid) -> tuple[int, int, int, int]:
     return rows, columns, grid[0] // rows, grid[1] // columns
 
 
-def _tiles(y: Tensor, grid: Grid) -> Tensor:
+def in_tiles(y: Tensor, grid: Grid) -> Tensor:
     """[B, N, C] to [B, tiles, tokens, C]; one tile if `TOMA_TILE` doesn't divide the sides."""
     rows, columns, high, wide = _tile_shape(grid)
     tiled = y.view(len(y), rows, high, columns, wide, -1).transpose(2, 3)
     return tiled.reshape(len(y), rows * columns, high * wide, -1)
 
 
-def _untiled(tiles: Tensor, grid: Grid) -> Tensor:
-    """Inverse of `_tiles`."""
+def untiled(tiles: Tensor, grid: Grid) -> Tensor:
+    """Inverse of `in_tiles`."""
     rows, columns, high, wide = _tile_shape(grid)
     y = tiles.view(len(tiles), rows, columns, high, wide, -1).transpose(2, 3)
     return y.reshape(len(tiles), grid[0] * grid[1], -1)
@@ -263,7 +263,7 @@ def facility_locations(similarity: Tensor, count: int) -> Tensor:
 
 def toma_weights(y: Tensor, grid: Grid, ratio: float) -> Tensor:
     """Weight of each token in each destination of its tile: [B, tiles, destinations, tokens]."""
-    tiles = F.normalize(_tiles(y, grid).float(), dim=-1)
+    tiles = F.normalize(in_tiles(y, grid).float(), dim=-1)
     similarity = tiles @ tiles.mT
     destinations = facility_locations(similarity, max(1, round(similarity.shape[-1] * (1 - ratio))))
     rows = destinations.unsqueeze(-1).expand(-1, -1, -1, similarity.shape[-1])
@@ -276,6 +276,6 @@ ATTACH_PEER: dict[str, Callable[[nn.Module, float], Attachment]] = {
     QUERIES: functools.partial(around_attention, wrap=_merged_queries),
     TODO: functools.partial(attending_to, choose=_every_second),
     CA_TOME: _ca_tome,
-    TOMA: functools.partial(around_attention, wrap=_soft),
+    TOMA: functools.partial(around_attention, wrap=merge_softly),
 }
 """By name: attaches a peer to a UNet at a ratio; for CA-ToMe, a similarity threshold."""

@@ -23,7 +23,7 @@ from .page import SEED, SIDES, STEPS
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The first model is loaded at the start.
     names = sorted(MODELS, key=lambda name: name != options.model)
@@ -46,7 +46,8 @@ def _load_model(name: str) -> TinyModel:
         return TinyModel.random()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m lab.demo", description=__doc__)
     parser.add_argument("prompt", nargs="?", help="without it a page is served")
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="default: emoji")
