@@ -7,9 +7,13 @@ var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
     "use strict";
 
     const QUIET_MS = 250;
+    // gradio's update of nothing. It writes even an equal value a moment later, over a name that the
+    // user has chosen or typed meanwhile.
+    const UNCHANGED = {__type__: "update"};
     const previews = {txt2img: {}, img2img: {}};
     const tasks = {};
     const byId = id => gradioApp().querySelector("#" + id);
+    const presetField = tab => byId(`script_${tab}_tome_preset input`);
     const isText = node => node.nodeType === Node.TEXT_NODE && node.data.trim();
     const lastText = element => [...element.childNodes].filter(isText).pop();
     const onChange = (element, listen) =>
@@ -24,19 +28,24 @@ var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
     // not connected its buttons.
     toMeChanged = tab => {
         previews[tab].connected = true;
-        previews[tab].typed = null;
+        previews[tab].entered = null;
         previews[tab].refresh?.();
     };
-    // The preview arrived. Returns the preset to show: the one that matches the panel, or the name
-    // that the user is typing.
-    toMeAnswered = (tab, shown) => {
-        previews[tab].answered?.();
-        const field = byId(`script_${tab}_tome_preset`);
+    // The preview arrived. Returns the preset to show: the one that matches the panel, unless the
+    // user has entered another name.
+    toMeAnswered = tab => {
+        const own = previews[tab];
+        const field = presetField(tab);
         const data = byId(`script_${tab}_tome_preview`).querySelector("[data-presets]")?.dataset;
-        if (!data || field.contains(document.activeElement)) return shown;
-        // A new name, or one typed since the last change of a control, stays for 💾 and 🗑️.
-        const isNew = !JSON.parse(data.presets).includes(shown);
-        return shown && (isNew || shown === previews[tab].typed) ? shown : data.preset || null;
+        own.answered?.();
+        if (!data || field === document.activeElement) return UNCHANGED;
+        const name = field.value;
+        if (![own.nameBefore, own.written].includes(name)) own.entered = name;
+        // A new name, or one entered since the last change of a control, stays for 💾 and 🗑️.
+        const isNew = !JSON.parse(data.presets).includes(name);
+        if (name && (isNew || name === own.entered)) return UNCHANGED;
+        own.written = data.preset;
+        return name === data.preset ? UNCHANGED : data.preset || null;
     };
 
     // Start a measurement, or end the running one.
@@ -136,6 +145,7 @@ var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
                 if (held || asking || !previews[tab].connected) return;
                 waiting = false;
                 asking = true;
+                previews[tab].nameBefore = presetField(tab)?.value;
                 byId(prefix + "refresh")?.click();  // Reload UI empties the page.
             }, QUIET_MS);
         };
@@ -165,7 +175,7 @@ var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
             if (lines) onChange(lines, () => translate(lines));
         }
         byId(prefix + "preset")?.addEventListener("input", event => {
-            previews[tab].typed = event.target.value;
+            previews[tab].entered = event.target.value;
         });
         keepLateRatioLow(byId(prefix + "ratio"), byId(prefix + "late_ratio"));
         const entitle = () => {

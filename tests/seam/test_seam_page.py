@@ -116,3 +116,31 @@ def test_presets_are_saved_and_chosen(panel):
     panel.page.locator("ul.options").get_by_label("Fast", exact=True).click()
     panel.of("preview").get_by_text(re.compile("For drafts")).first.wait_for()
     wait_for_ratios(panel, "0.94 to 0.94")
+
+
+def test_a_late_preview_does_not_overwrite_a_chosen_preset(panel):
+    held = []
+    panel.page.route("**/run/predict*", lambda route: held.append(route))
+    panel.of("refresh").evaluate("button => button.click()")
+    preset = panel.of("preset").locator("input").first
+    preset.click()
+    panel.page.locator("ul.options").get_by_label("Fast", exact=True).click()
+    panel.page.wait_for_timeout(300)
+    panel.page.unroute("**/run/predict*")
+    preview, *others = held
+    assert "Balanced" not in preview.request.post_data and "Fast" in others[0].request.post_data
+    panel.page.evaluate("""() => {
+        const answered = toMeAnswered;
+        toMeAnswered = (...given) => {
+            window.hasAnswered = true;
+            return answered(...given);
+        };
+    }""")
+    preview.continue_()
+    panel.page.wait_for_function("window.hasAnswered")
+    panel.page.wait_for_timeout(300)
+    assert preset.input_value() == "Fast"
+    for request in others:
+        request.continue_()
+    wait_for_ratios(panel, "0.94 to 0.94")
+    assert preset.input_value() == "Fast"

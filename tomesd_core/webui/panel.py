@@ -84,10 +84,7 @@ def _whole_panel(tab: str, elem_id: Callable[[str], str], tab_values: TabValues)
         return _preview(tab, *values)
 
     preview_made = host.listen(refresh.click, preview_of_tab, [*sizes, *controls.values()], [chart])
-    preset = [preset_row.preset]
-    host.listen(
-        preview_made.then, None, preset, preset, js=f"(preset) => toMeAnswered('{tab}', preset)"
-    )
+    host.listen(preview_made.then, outputs=[preset_row.preset], js=f"() => toMeAnswered('{tab}')")
     for event in (Context.root_block.load, *(control.change for control in controls.values())):
         host.listen(event, js=f"() => toMeChanged('{tab}')")
     # On load too: `ui-config.json` may have another default schedule.

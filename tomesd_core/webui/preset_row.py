@@ -30,7 +30,7 @@ class PresetRow:
             self.preset = gr.Dropdown(
                 choices=list(presets.read()[0]),
                 label="Preset",
-                value=None,
+                value=presets.named(MergeSettings()),
                 allow_custom_value=True,
                 elem_id=elem_id("preset"),
             )
