@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_host import HALVED, REQUEST, hooked, other_script, pixels, running
+from in_host import HALVED, REQUEST, SMALL, hooked, other_script, pixels, running
 from torch import nn
 
 from lab.demo.model import TinyModel
@@ -211,8 +211,14 @@ def attention(host) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="module")
 def one_step(make, plain) -> list[bytes]:
-    """The picture of `REQUEST` in one step, which follows every test."""
+    """The picture of `REQUEST` in one step."""
     return pixels(make(steps=1))
+
+
+@pytest.fixture(scope="module")
+def small(make, plain) -> list[bytes]:
+    """The picture of `SMALL`, which follows every test."""
+    return pixels(make(**SMALL))
 
 
 @pytest.fixture(autouse=True)
@@ -221,8 +227,8 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     if "host" not in request.fixturenames:
         yield
         return
-    names = ("host", "make", "loaded", "one_step", "sampling")
-    host, make, loaded, one_step, sampling = (request.getfixturevalue(name) for name in names)
+    names = ("host", "make", "loaded", "small", "sampling")
+    host, make, loaded, small, sampling = (request.getfixturevalue(name) for name in names)
     from modules import errors, shared
 
     shared.opts.reset()
@@ -244,8 +250,8 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     shared.opts.reset()
     if not ps:
         return
-    processed = make(steps=1)
-    assert pixels(processed) == one_step
+    processed = make(**SMALL)
+    assert pixels(processed) == small
     assert "ToMe" not in processed.infotexts[0]
     assert sampling.settings_in_use() is None
     assert host.sd_model.sd_checkpoint_info.model_name == "base"

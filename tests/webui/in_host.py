@@ -33,6 +33,7 @@ REQUEST = {
     "seed": 1,
     "sampler_name": "Euler",
 }
+SMALL = {"steps": 1, "width": 16, "height": 16}
 HALVED = [True, 0.5, 0.2, "constant", 0.5, 1, 0, "both passes", 1, "paper"]
 """Arguments of the script that merge half of the tokens."""
 HIRES = {"enable_hr": True, "hr_scale": 1.125, "denoising_strength": 0.6}
