@@ -7,8 +7,8 @@ var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
     "use strict";
 
     const QUIET_MS = 250;
-    // gradio's update of nothing. It writes even an equal value a moment later, over a name that the
-    // user has chosen or typed meanwhile.
+    // gradio's update of nothing. It writes a returned value a moment later, when the user may have
+    // entered another one.
     const UNCHANGED = {__type__: "update"};
     const previews = {txt2img: {}, img2img: {}};
     const tasks = {};
