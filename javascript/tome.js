@@ -36,10 +36,11 @@ var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
     toMeAnswered = tab => {
         const own = previews[tab];
         const field = presetField(tab);
-        const data = byId(`script_${tab}_tome_preview`).querySelector("[data-presets]")?.dataset;
+        const data = byId(`script_${tab}_tome_preview`)?.querySelector("[data-presets]")?.dataset;
         own.answered?.();
         if (!data || field === document.activeElement) return UNCHANGED;
         const name = field.value;
+        // The user has entered it since the request, unless it is our own last name, written late.
         if (![own.nameBefore, own.written].includes(name)) own.entered = name;
         // A new name, or one entered since the last change of a control, stays for 💾 and 🗑️.
         const isNew = !JSON.parse(data.presets).includes(name);

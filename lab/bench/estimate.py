@@ -108,12 +108,12 @@ def _record(
 ) -> Recorder:
     how = MergeSettings(**{"schedule": "constant", "full_steps": 1, **settings})
     steps = 1 if name == UNMERGED else STEPS
+    recorder = Recorder()
     # A partition cached by an earlier record would cost nothing here.
     make_partition.cache_clear()
     with torch.no_grad(), attach(unet, name, ratio, how) as attached:
         for step in range(steps):
             attached.begin_step(step, 20)
-            recorder = Recorder()
             with recorder if step == steps - 1 else contextlib.nullcontext():
                 run()
     return recorder
