@@ -165,12 +165,10 @@ def test_the_probe_finds_the_scale_of_an_attention(kind, dtype, size):
         yield
         running.pop()
 
-    handles = list(
-        Projections(attention, lambda: running[-1] if running else None, None).register()
-    )
-    heads = probe_heads(attention, torch.zeros(2, 64, 2 * size, dtype=dtype), run_as, {})
-    for handle in handles:
-        handle.remove()
+    projections = Projections(attention, lambda: running[-1] if running else None, None)
+    with projections.handles:
+        projections.register()
+        heads = probe_heads(attention, torch.zeros(2, 64, 2 * size, dtype=dtype), run_as, {})
     wide = math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
     assert heads == Heads(2, size, wide, size**-0.5 if kind == "own scale" else wide**-0.5)
 

@@ -1,7 +1,9 @@
 import pytest
 from torch import nn
 
-from tomesd_core.unet import find_layers, find_unet, finest_level, measured_level
+from tomesd_core import MergeSettings
+from tomesd_core.plan import coarsest_level
+from tomesd_core.unet import find_layers, find_unet, measured_level
 
 SD1 = {"attention_resolutions": [1, 2, 4], "channel_mult": (1, 1, 1, 1)}
 
@@ -36,11 +38,15 @@ def test_every_block_of_a_transformer_is_a_layer(make_unet, blocks_of):
     assert all(layer.block in layer.transformer.transformer_blocks for layer in layers)
 
 
-def test_the_finest_level_is_the_first_with_self_attention(make_unet):
-    assert finest_level(find_layers(make_unet())) == 1
-    assert finest_level(find_layers(make_unet(attention_resolutions=[2]))) == 2
-    assert finest_level(find_layers(make_unet(disable_self_attentions=[True, False]))) == 2
-    assert finest_level([]) is None
+def test_the_coarsest_level_is_max_downsample_or_a_coarser_unets_finest(make_unet):
+    def coarsest(max_downsample=1, **options):
+        settings = MergeSettings(max_downsample=max_downsample)
+        return coarsest_level(settings, find_layers(make_unet(**options)))
+
+    assert coarsest() == 1 and coarsest(4) == 4
+    assert coarsest(attention_resolutions=[2]) == 2
+    assert coarsest(disable_self_attentions=[True, False]) == 2
+    assert coarsest_level(MergeSettings(), []) == 1
 
 
 def test_layers_without_self_attention_are_marked(make_unet):
@@ -104,7 +110,7 @@ def test_a_model_without_a_unet_is_refused_with_its_type(model):
 @pytest.mark.parametrize("base", ["ModelMixin", "DiffusionPipeline"])
 def test_a_diffusers_model_without_a_unet_is_refused(base):
     diffusers = type("SD3Transformer2DModel", (type(base, (nn.Module,), {}),), {})
-    with pytest.raises(TypeError, match="SD3Transformer2DModel has no UNet"):
+    with pytest.raises(TypeError, match="SD3Transformer2DModel; transformers"):
         find_unet(diffusers())
 
 

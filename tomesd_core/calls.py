@@ -31,7 +31,7 @@ class Inputs:
     @property
     def x(self) -> Any:
         """The tokens, [B, N, C]."""
-        return self._get(0, self.names.tokens)
+        return self._get(0, self.names.hidden)
 
     @property
     def context(self) -> Any:
@@ -53,15 +53,8 @@ class Inputs:
         kwargs = {name: change(value) for name, value in self.kwargs.items()}
         return Inputs(tuple(map(change, self.args)), kwargs, self.names)
 
-    def with_context(self, context: Tensor) -> Inputs:
-        """Replace the context."""
-        return self._replaced(1, self.names.context, context)
-
-    def with_x(self, x: Tensor) -> Inputs:
-        """Replace the tokens."""
-        return self._replaced(0, self.names.tokens, x)
-
-    def _replaced(self, place: int, name: str, value: Any) -> Inputs:
+    def replaced(self, place: int, name: str, value: Any) -> Inputs:
+        """Replace one argument, by position if it is positional."""
         if place < len(self.args):
             args = (*self.args[:place], value, *self.args[place + 1 :])
             return dataclasses.replace(self, args=args)
@@ -90,7 +83,6 @@ class MergedCall(Call):
 
     inputs: Inputs
     """The original arguments, from `Inputs.held_weakly`."""
-    tokens: int
     token_map: TokenMap
     has_merged_queries: bool
     output: Any = None
@@ -98,12 +90,12 @@ class MergedCall(Call):
 
     def unmerge(self, output: Any) -> Any:
         """The output for every token. Raises `NotMerged` if its shape doesn't fit the inputs."""
-        merged_shape = self.token_map.shape[0], self.token_map.merged_tokens
-        is_merged = isinstance(output, Tensor) and output.shape[:2] == merged_shape
+        (items, tokens), merged = self.token_map.shape, self.token_map.merged_tokens
+        is_merged = isinstance(output, Tensor) and output.shape[:2] == (items, merged)
         if self.has_merged_queries and is_merged:
             return self.token_map.unmerge(output)
         first = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == self.tokens:
+        if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == tokens:
             return output
         raise NotMerged(ODD_OUTPUT)
 

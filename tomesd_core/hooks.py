@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .calls import MergedCall
 from .foreign_hooks import Hook, remove_hooks
@@ -23,15 +24,7 @@ from .report import LayerReport, Report
 from .schedule import progress_of
 from .settings import MergeSettings
 from .token_map import TokenMap
-from .unet import (
-    Layer,
-    find_layers,
-    find_unet,
-    is_compiled,
-    is_running,
-    measured_level,
-    names_in,
-)
+from .unet import find_layers, find_unet, is_compiled, is_running, measured_level, names_in
 
 LeaveOut = Callable[[nn.Module], "str | None"]
 OnMap = Callable[[str, int, Grid, TokenMap], None]
@@ -112,6 +105,8 @@ class Merging:
         """Reasons why an attention can't weight keys, by implementation."""
         self.coarsest = settings.max_downsample
         """The coarsest level that merges."""
+        self.handles = contextlib.ExitStack()
+        """The registered hooks."""
         self.attached = True
         """False after `detach`."""
         self._few_steps: int | None = None
@@ -120,7 +115,6 @@ class Merging:
         self._unet = weakref.ref(unet)
         self._is_compiled, self._names = is_compiled(unet), names_in(unet)
         self._layers: list[LayerHooks] = []
-        self._handles: list[RemovableHandle] = []
 
     def register(self, unet: nn.Module) -> None:
         """Register every hook on `unet`; called by `attach`."""
@@ -129,22 +123,16 @@ class Merging:
         if not layers:
             return
         self.coarsest = coarsest_level(self.settings, layers)
-        self.keep([unet.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True)])
-        self.keep([unet.register_forward_hook(Hook(self._after_pass))])
-        grids: dict[nn.Module, _GridHook] = {}
+        keep = self.handles.enter_context
+        keep(unet.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True))
+        keep(unet.register_forward_hook(Hook(self._after_pass)))
+        for transformer, level in {layer.transformer: layer.level for layer in layers}.items():
+            before = Hook(functools.partial(self._before_transformer, level))
+            keep(transformer.register_forward_pre_hook(before, with_kwargs=True))
         for layer in layers:
-            transformer = layer.transformer
-            if transformer not in grids:
-                grid = grids[transformer] = _GridHook(self, layer)
-                self.keep([transformer.register_forward_pre_hook(Hook(grid), with_kwargs=True)])
-            hooks = LayerHooks(self, layer, grids[transformer])
+            hooks = LayerHooks(self, layer)
             self._layers.append(hooks)
-            self.keep(hooks.register(layer))
-
-    def keep(self, handles: Iterable[RemovableHandle]) -> None:
-        """Keep handles for `detach`, each as soon as its hook is registered."""
-        for handle in handles:
-            self._handles.append(handle)
+            hooks.register(layer)
 
     def set_step(
         self, step: int, total: int | None = None, schedule_steps: int | None = None
@@ -285,35 +273,29 @@ class Merging:
         self._steps += not passes.step.passes
         passes.step.passes += 1
 
+    def _before_transformer(
+        self, level: int | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Record the token grid of a transformer, and whether its layers merge at that size."""
+        passes, place = self.passes, Place(level=level)
+        passes.places[weakref.ref(module)] = place
+        place.grid = grid_of(args[0] if args else kwargs.get(self._names.hidden))
+        if place.grid is None:
+            place.reason = "its input is not an image"
+            return
+        if passes.latent is not None:
+            place.level = measured_level(passes.latent, place.grid, level)
+        try:
+            check_layer(self.settings, place.level, math.prod(place.grid), self.coarsest)
+        except NotMerged as reason:
+            place.reason = str(reason)
+
     def _after_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.attached:
             self._remove()
 
     def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.handles.close()
         self.passes = Passes(self.settings, self.passes.step.ratio)
         for unet in [unet for unet, merging in _attached.items() if merging is self]:
             del _attached[unet]
-
-
-class _GridHook:
-    """Records the token grid of a transformer in each pass, and whether its layers merge there."""
-
-    def __init__(self, merging: Merging, layer: Layer) -> None:
-        self._merging, self._built_level, self._input = merging, layer.level, layer.names.image
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        merging, level = self._merging, self._built_level
-        grid, passes = grid_of(args[0] if args else kwargs.get(self._input)), merging.passes
-        if grid is None:
-            passes.places[self] = Place(None, level, "its input is not an image")
-            return
-        if passes.latent is not None:
-            level = measured_level(passes.latent, grid, level)
-        place = passes.places[self] = Place(grid, level)
-        try:
-            check_layer(merging.settings, level, math.prod(grid), merging.coarsest)
-        except NotMerged as reason:
-            place.reason = str(reason)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .calls import Call, Inputs, MergedCall
 from .foreign_hooks import Hook, whose_forward, whose_hook
@@ -22,7 +21,7 @@ from .probe import probe_heads
 from .proportional import Projections, Rest, Weighted, has_projections
 from .reasons import NotMerged
 from .report import LayerReport
-from .unet import Layer
+from .unet import Layer, is_compiled
 
 if TYPE_CHECKING:
     from .hooks import Merging
@@ -35,30 +34,30 @@ _graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 class LayerHooks:
     """The hooks of one self-attention layer."""
 
-    def __init__(self, merging: Merging, layer: Layer, place: Any) -> None:
-        """`place` is the key of the layer's `Place` in `merging.passes`."""
-        self._merging, self._place_key = merging, place
+    def __init__(self, merging: Merging, layer: Layer) -> None:
+        self._merging, self._transformer = merging, weakref.ref(layer.transformer)
         self.heads, self._names = layer.heads, layer.names
         self.report = LayerReport(layer.name, layer.level, method=merging.settings.method)
         self._was_checkpointed = False
         self._odd_output: str | None = None
         self._projections: Projections | None = None
 
-    def register(self, layer: Layer) -> Iterator[RemovableHandle]:
-        """Register the hooks on the layer's modules one by one, yielding each handle."""
-        attention = layer.block.attn1
+    def register(self, layer: Layer) -> None:
+        """Register the hooks on the layer's modules."""
+        keep, attention = self._merging.handles.enter_context, layer.block.attn1
         if not layer.is_self_attention:
             self.report.reason = f"it is not self-attention ({layer.names.never_itself})"
             return
-        if layer.is_compiled:
+        if any(map(is_compiled, (layer.transformer, layer.block, attention))):
             self.report.reason = "it is compiled (torch.compile), which bypasses hooks"
             return
-        yield layer.block.norm1.register_forward_hook(Hook(self._after_norm))
-        yield attention.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
-        yield attention.register_forward_hook(Hook(self._after))
+        keep(layer.block.norm1.register_forward_hook(Hook(self._after_norm)))
+        keep(attention.register_forward_pre_hook(Hook(self._before), with_kwargs=True))
+        keep(attention.register_forward_hook(Hook(self._after)))
         if self._merging.settings.weights_keys and has_projections(attention):
             self._projections = Projections(attention, self._running, self._repeat_weighted)
-            yield from self._projections.register()
+            keep(self._projections.handles)
+            self._projections.register()
 
     @property
     def _state(self) -> LayerPass:
@@ -66,7 +65,7 @@ class LayerHooks:
 
     @property
     def _place(self) -> Place:
-        return self._merging.passes.places.get(self._place_key) or Place(level=self.report.level)
+        return self._merging.passes.places.get(self._transformer) or Place(level=self.report.level)
 
     def _running(self) -> Weighted | None:
         calls = self._state.calls
@@ -132,17 +131,16 @@ class LayerHooks:
         call = MergedCall(
             Weighted(heads, queries, token_map.counts, x.shape[1]) if heads else None,
             inputs=inputs.held_weakly(),
-            tokens=x.shape[1],
             token_map=token_map,
             has_merged_queries=merging.settings.merges_queries,
         )
         if heads is not None or queries is x:
-            arguments = arguments.with_context(merged)
+            arguments = arguments.replaced(1, self._names.context, merged)
         if heads is not None:
             queries = heads.stand_in(queries)
         if merging.on_map is not None:
             merging.on_map(self.report.name, merging.passes.step.number, grid, token_map)
-        return call, arguments.with_x(queries)
+        return call, arguments.replaced(0, self._names.hidden, queries)
 
     def _check_inputs(self, inputs: Inputs) -> Grid:
         """The grid of the call's tokens. Raises `NotMerged` if they can't be merged."""
@@ -175,7 +173,7 @@ class LayerHooks:
         if self.report.conflict:
             raise NotMerged(self.report.conflict)
         if self._projections is not None and not self._projections.are_hooked:
-            merging.keep(self._projections.register())
+            self._projections.register()
 
     def _after(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         calls = self._state.calls

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .matching import Matching
 from .settings import MergeSettings
@@ -79,7 +79,7 @@ class Passes(threading.local):
         self.counts_passes = True
         self.latent: Grid | None = None
         self.is_checkpointed = False
-        self.places: dict[Hashable, Place] = {}
+        self.places: dict[weakref.ref[nn.Module], Place] = {}
         self.layers: defaultdict[Hashable, LayerPass] = defaultdict(LayerPass)
         self.matchings: dict[tuple[Any, ...], KeptMatching] = {}
         self.kept_tokens = 0

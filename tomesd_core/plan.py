@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .proportional import WIDTHS, padded_size
 from .reasons import NotMerged
 from .settings import MergeSettings
-from .unet import Layer, finest_level
+from .unet import Layer
 
 LEAST_FEWER = 512
 """On CPUs: the fewest keys per query that merging must save."""
@@ -78,7 +78,8 @@ def tokens_removed(tokens: int, ratio: float, rounded: bool = False) -> int:
 
 def coarsest_level(settings: MergeSettings, layers: Sequence[Layer]) -> int:
     """The coarsest level that merges: max downsample, or a coarser UNet's finest level."""
-    return max(settings.max_downsample, finest_level(layers) or 1)
+    levels = [layer.level for layer in layers if layer.level and layer.is_self_attention]
+    return max(settings.max_downsample, min(levels, default=1))
 
 
 def check_layer(settings: MergeSettings, level: int | None, tokens: int, coarsest: int) -> None:

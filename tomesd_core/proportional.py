@@ -9,6 +9,7 @@ runs unchanged, whichever it is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .foreign_hooks import Hook
 
@@ -186,7 +186,8 @@ class Projections:
     ) -> None:
         self._attention = weakref.ref(attention)
         self._running, self._failed = running, failed
-        self._handles: list[RemovableHandle] = []
+        self.handles = contextlib.ExitStack()
+        """The registered hooks."""
         self._hooked: list[weakref.ref[nn.Module]] = []
 
     @property
@@ -203,25 +204,18 @@ class Projections:
             if isinstance(module, nn.Linear):
                 break
 
-    def register(self) -> Iterator[RemovableHandle]:
-        """Hook the projections one by one, yielding each handle; unhook replaced ones."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def register(self) -> None:
+        """Hook the projections; unhook replaced ones."""
+        self.handles.close()
+        keep = self.handles.enter_context
         to_q, to_k, to_v, *to_out = self._modules()
         self._hooked = [weakref.ref(module) for module in self._modules()]
         # Before other hooks, so that these see the same tensors as without merging.
-        first_hook = self._on_input("input")
-        yield self._kept(to_q.register_forward_pre_hook(first_hook, prepend=True))
+        keep(to_q.register_forward_pre_hook(self._on_input("input"), prepend=True))
         for module, change in ((to_q, "queries"), (to_k, "keys"), (to_v, "values")):
-            yield self._kept(module.register_forward_hook(self._on_output(change)))
+            keep(module.register_forward_hook(self._on_output(change)))
         for module in to_out:
-            hook = self._on_input("output")
-            yield self._kept(module.register_forward_pre_hook(hook, prepend=True))
-
-    def _kept(self, handle: RemovableHandle) -> RemovableHandle:
-        self._handles.append(handle)
-        return handle
+            keep(module.register_forward_pre_hook(self._on_input("output"), prepend=True))
 
     def _on_input(self, change: str) -> Hook:
         """A pre-hook that passes the module's input through the running call's `change` method."""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -18,19 +18,16 @@ class Names:
 
     latent: str
     """The UNet's input."""
-    image: str
-    """The transformer's input."""
-    tokens: str
-    """The attention's inputs, in this order: tokens, context, mask."""
+    hidden: str
+    """The input of a transformer, an image, and of its attentions, tokens."""
     context: str
     mask: str
     never_itself: str
 
 
-LDM = Names("x", "x", "x", "context", "mask", "disable_self_attn")
-_TOKENS = "hidden_states"
+LDM = Names("x", "x", "context", "mask", "disable_self_attn")
 DIFFUSERS = Names(
-    "sample", _TOKENS, _TOKENS, "encoder_hidden_states", "attention_mask", "only_cross_attention"
+    "sample", "hidden_states", "encoder_hidden_states", "attention_mask", "only_cross_attention"
 )
 
 PARTS = ("input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks")
@@ -72,11 +69,6 @@ class Layer:
         """False if the block attends to the context twice."""
         return not getattr(self.block, self.names.never_itself, False)
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether `torch.compile` compiled the block or its transformer."""
-        return any(map(is_compiled, (self.transformer, self.block, self.block.attn1)))
-
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` compiled this module."""
@@ -88,44 +80,40 @@ def find_unet(model: object) -> nn.Module:
 
     Raises `TypeError` if that is not a module, and for a diffusers model without a UNet.
     """
-    kinds = {kind.__name__ for kind in type(model).__mro__}
-    of_diffusers = kinds & {"DiffusionPipeline", "ModelMixin"}
-    unet = getattr(getattr(model, "model", None), "diffusion_model", model)
-    if "DiffusionPipeline" in kinds:
-        unet = getattr(model, "unet", None)
-    if of_diffusers and not hasattr(unet, "down_blocks"):
+    own = getattr(model, "unet", model)
+    unet = getattr(getattr(model, "model", None), "diffusion_model", own)
+    kinds = {kind.__name__ for kind in type(unet).__mro__}
+    is_other = kinds & {"DiffusionPipeline", "ModelMixin"} and not hasattr(unet, "down_blocks")
+    if is_other or not isinstance(unet, nn.Module):
         raise TypeError(
-            f"{type(model).__name__} has no UNet: transformers (SD3, Flux, PixArt) can't be merged"
+            "model must be a UNet or have one in .model.diffusion_model or .unet, got "
+            f"{type(model).__name__}; transformers (SD3, Flux, PixArt) have no UNet"
         )
-    if not isinstance(unet, nn.Module):
-        kind = type(model).__name__
-        raise TypeError(f"model must be a UNet module or have .model.diffusion_model, got {kind}")
     return unet
 
 
 def find_layers(unet: nn.Module) -> list[Layer]:
-    """Every self-attention layer, in the order of the UNet's modules; empty for SD3."""
-    levels, names = dict(_levels(unet)), names_in(unet)
-    return [
-        Layer(
-            f"{name}.transformer_blocks.{number}" if name else f"transformer_blocks.{number}",
-            module,
-            block,
-            levels.get(module),
-            names,
-        )
-        for name, module in unet.named_modules()
-        if _is_transformer(module)
-        for number, block in enumerate(module.transformer_blocks)
-    ]
+    """Every self-attention layer, in the order in which they run; empty for SD3."""
+    names, level, resized = names_in(unet), 1, set()
+    layers: list[Layer] = []
+    for path, module in sorted(unet.named_modules(), key=lambda named: _part_of(named[0])):
+        parent, kind = path.rpartition(".")[0], type(module).__name__.removesuffix("2D")
+        # A resizing ResBlock (resblock_updown) has two, one of them for its shortcut.
+        if kind in ("Downsample", "Upsample") and parent not in resized:
+            level = level * 2 if kind == "Downsample" else level // 2
+            resized.add(parent)
+        elif _is_transformer(module):
+            known = level if _part_of(path) < len(PARTS) else None
+            for number, block in module.transformer_blocks.named_children():
+                name = ".".join(filter(None, (path, "transformer_blocks", number)))
+                layers.append(Layer(name, module, block, known, names))
+    return layers
 
 
-def finest_level(layers: Sequence[Layer]) -> int | None:
-    """The finest level with self-attention by the UNet's structure; None if unknown."""
-    return min(
-        (layer.level for layer in layers if layer.level is not None and layer.is_self_attention),
-        default=None,
-    )
+def _part_of(path: str) -> int:
+    """The place in `PARTS` of the part in which a module is; the number of parts if in none."""
+    part = path.partition(".")[0]
+    return PARTS.index(part) if part in PARTS else len(PARTS)
 
 
 def measured_level(
@@ -151,38 +139,6 @@ def _is_transformer(module: nn.Module) -> bool:
         hasattr(block, "norm1") and isinstance(getattr(block, "attn1", None), nn.Module)
         for block in blocks
     )
-
-
-def _levels(unet: nn.Module) -> Iterator[tuple[nn.Module, int]]:
-    """Each transformer with its downsample factor, in the order in which they run."""
-    level = 1
-    for module in (stage for name in PARTS for stage in _stages(getattr(unet, name, None))):
-        if _is_transformer(module):
-            yield module, level
-        elif _contains(module, "Downsample"):
-            level *= 2
-        elif _contains(module, "Upsample"):
-            level //= 2
-
-
-def _stages(module: nn.Module | None) -> Iterator[nn.Module]:
-    """The transformers in `module` and the modules between them."""
-    if (
-        module is not None
-        and not _is_transformer(module)
-        and any(map(_is_transformer, module.modules()))
-    ):
-        for child in module.children():
-            yield from _stages(child)
-    elif isinstance(module, (nn.ModuleList, nn.Sequential)):
-        yield from module
-    elif module is not None:
-        yield module
-
-
-def _contains(module: nn.Module, kind: str) -> bool:
-    # Also inside a ResBlock, which may resize by itself (resblock_updown).
-    return any(type(inner).__name__ in (kind, f"{kind}2D") for inner in module.modules())
 
 
 def is_running(unet: nn.Module) -> bool:

@@ -64,6 +64,16 @@ def test_every_layer_is_found_with_its_level_and_heads(make_unet, shape):
     assert layers == {*finest, (2, heads[1], 64)}
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layers_come_in_the_order_in_which_they_run(make_unet, run, shape):
+    unet, ran = make_unet(shape), []
+    layers = find_layers(unet)
+    for layer in layers:
+        layer.block.attn1.register_forward_pre_hook(lambda *_, name=layer.name: ran.append(name))
+    run(unet)
+    assert ran == [layer.name for layer in layers]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_off_and_after_detach_outputs_are_bitwise_the_same(
