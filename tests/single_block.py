@@ -24,7 +24,7 @@ class Projected(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, attention: Projected) -> None:
+    def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         inner = nn.Module()
         inner.norm1, inner.attn1 = nn.LayerNorm(attention.to_q.in_features), attention
@@ -35,7 +35,7 @@ class Block(nn.Module):
         return block.attn1(block.norm1(x.flatten(2).transpose(1, 2)))
 
 
-def block_around(attention: Projected, dtype: torch.dtype) -> Block:
+def block_around(attention: nn.Module, dtype: torch.dtype = torch.float32) -> Block:
     """A block whose attention differs clearly from token to token."""
     for projection in (attention.to_q, attention.to_k):
         nn.init.normal_(projection.weight, std=1.5 * projection.in_features**-0.5)

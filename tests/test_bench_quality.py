@@ -54,6 +54,21 @@ def batches_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
     return batches
 
 
+@pytest.fixture
+def noise(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
+    """Make noise in place of pictures, which takes no time; return the batches, in order."""
+    made: list[tuple[Variant, int]] = []
+
+    def make(pipeline: Pipeline, variant: Variant, first: int) -> Batch:
+        made.append((variant, first))
+        generator, shape = torch.Generator().manual_seed(len(made)), (BATCH, 8, 8, 3)
+        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return Batch(pixels, 1.0, "", math.nan)
+
+    monkeypatch.setattr(Pipeline, "make", make)
+    return made
+
+
 def test_a_table_shows_how_each_row_differs(bench: Callable, tmp_path: Path) -> None:
     printed = bench("--tiny", "--tables", "where")
     rows = rows_of(tmp_path / "quality-where.csv")
@@ -83,22 +98,11 @@ def test_a_table_shows_how_each_row_differs(bench: Callable, tmp_path: Path) -> 
     assert f"{float(coarser['psnr']):.2f} ± {float(coarser['psnr_interval']):.2f} |" in markdown
 
 
-def test_tables_make_common_rows_once(
-    bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_make_common_rows_once(bench: Callable, tmp_path: Path, noise: list) -> None:
     pytest.importorskip("tomesd")
-    made: list[tuple[Variant, int]] = []
-
-    def noise(pipeline: Pipeline, variant: Variant, first: int) -> Batch:
-        made.append((variant, first))
-        generator, shape = torch.Generator().manual_seed(len(made)), (BATCH, 8, 8, 3)
-        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        return Batch(pixels, 1.0, "", math.nan)
-
-    monkeypatch.setattr(Pipeline, "make", noise)
     bench("--tiny", "--steps", 1)
     ways = [row.variant for table in TABLES.values() for row in table.rows]
-    assert len(made) == len(set(made)) == len({*ways, *(way.unmerged for way in ways)})
+    assert len(noise) == len(set(noise)) == len({*ways, *(way.unmerged for way in ways)})
     csvs = {name: rows_of(tmp_path / f"quality-{name}.csv") for name in TABLES}
     for name, rows in csvs.items():
         assert [row["row"] for row in rows] == [row.name for row in TABLES[name].rows]
@@ -179,7 +183,9 @@ def write_gains(path: Path, gains: dict[str, tuple[float, float]]) -> Path:
     return path
 
 
-def test_keys_is_compared_with_tomesd_at_equal_time(bench: Callable, tmp_path: Path) -> None:
+def test_keys_is_compared_with_tomesd_at_equal_time(
+    bench: Callable, tmp_path: Path, noise: list
+) -> None:
     pytest.importorskip("tomesd")
     gains = {KEYS: (1.0, 4.0), CORNER: (0.71, 2.21), RANDOM: (0.6, 1.8), UNMERGED: (1.0, 1.0)}
     path = write_gains(tmp_path / "speed.csv", gains)

@@ -34,11 +34,11 @@ def pictures_of(path, width=256, height=256):
 
 def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
     out = tmp_path / "new" / "cat.png"
-    assert main(["cat qwxyz", "--ratio", "0.5", "--steps", "20", "--out", str(out)]) == 0
+    assert main(["cat qwxyz", "--ratio", "0.8", "--steps", "8", "--out", str(out)]) == 0
     output = capsys.readouterr().out
     assert "does not know the word 'qwxyz'" in output and "'cat'" not in output
-    assert "1024 → 512 keys, 20 of 20 steps" in output
-    assert "merge map of step 10, layer 1" in output
+    assert "1024 → 384 keys, 8 of 8 steps" in output
+    assert "merge map of step 4, layer 1" in output
     assert len(re.findall(r"^with(out)? merging: \d+\.\d\d s$", output, re.MULTILINE)) == 2
     assert output.endswith(f"saved: {out.resolve()}\n")
     without, with_merging, apart, merge_map = pictures_of(out)
@@ -53,7 +53,7 @@ def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
 def test_the_same_command_makes_the_same_pictures(tmp_path, capsys):
     pictures = []
     for seed in (4, 4, 5):
-        main(["cat", "--steps", "2", "--seed", str(seed), "--out", str(tmp_path / "out.png")])
+        main(["cat", "--steps", "1", "--seed", str(seed), "--out", str(tmp_path / "out.png")])
         pictures.append([picture.tobytes() for picture in pictures_of(tmp_path / "out.png")])
     assert pictures[0] == pictures[1]
     assert pictures[0][0] != pictures[2][0]

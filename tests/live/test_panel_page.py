@@ -161,11 +161,10 @@ def test_measure_shows_a_line_and_a_second_press_interrupts_it(side, panel):
         expect(button).to_have_text("Measure")
 
 
-@pytest.mark.parametrize(
-    "text", ["{}", "<img src=x onerror=\"document.title='run'\"> {}", "🐈 {}", "../../{}"]
-)
-def test_a_preset_is_saved_found_again_and_deleted(names_of_presets, open_page, own_name, text):
-    name = text.format(own_name)
+def test_a_preset_of_any_name_is_saved_found_again_and_deleted(
+    names_of_presets, open_page, own_name
+):
+    name = f"../../🐈 <img src=x onerror=\"document.title='run'\"> {own_name}"
     page = open_page()
     panel = Panel(page).unfold().set(**OTHERS).save(name)
     expect(panel.message).to_contain_text(name.replace("'", "\\'"))

@@ -167,28 +167,28 @@ def lines_of_layers(make, width, height):
     return [line(make(tome, steps=1, width=width, height=height)) for tome in maps]
 
 
-@pytest.mark.parametrize(("width", "height"), [(64, 128), (128, 64)])
+@pytest.mark.parametrize(("width", "height"), [(32, 64), (64, 32)])
 def test_a_map_of_one_tile_is_called_one(make, tile, width, height):
     tile()
     lines = lines_of_layers(make, width, height)
     assert all("tile" in text for text in lines)
-    assert ["32x32" in text for text in lines].count(True) == 1, "the layer of level 2"
-    assert ["64x64" in text for text in lines].count(True) == 3
+    assert ["16x16" in text for text in lines].count(True) == 1, "the layer of level 2"
+    assert ["32x32" in text for text in lines].count(True) == 3
 
 
 def test_a_tile_that_is_hardly_smaller_than_the_picture_is_one(make, tile):
-    """Its grid at level 2 is the whole picture's: 65 and 66 tokens both give 33."""
-    tile(overlap=32)
-    lines = lines_of_layers(make, 64, 66)
+    """Its grid at level 2 is the whole picture's: 33 and 34 tokens both give 17."""
+    tile(overlap=16)
+    lines = lines_of_layers(make, 32, 34)
     assert all("tile" in text for text in lines)
-    assert ["32x33" in text for text in lines].count(True) == 1
+    assert ["16x17" in text for text in lines].count(True) == 1
 
 
 def test_a_map_of_the_whole_picture_names_no_tile(make):
-    lines = lines_of_layers(make, 65, 67)
+    lines = lines_of_layers(make, 33, 35)
     assert not any("tile" in text for text in lines)
-    assert ["33x34" in text for text in lines].count(True) == 1
-    assert ["65x67" in text for text in lines].count(True) == 3
+    assert ["17x18" in text for text in lines].count(True) == 1
+    assert ["33x35" in text for text in lines].count(True) == 3
 
 
 def test_where_nothing_merges_there_is_no_map(make):
