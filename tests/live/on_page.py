@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from typing import Any
@@ -64,9 +65,14 @@ class Panel:
         if self.title.get_attribute("aria-expanded") != "true":
             self.title.click(position={"x": 150, "y": 10})
         expect(self.preview).to_be_visible()
-        if not self.element("method").is_visible():
-            self.element("more").locator(".label-wrap").click()
-        expect(self.element("method")).to_be_visible()
+        more, method = self.element("more").locator(".label-wrap"), self.element("method")
+        for _ in range(3):
+            if not method.is_visible():
+                # A line that appears above may move the fold away from under the click.
+                more.click()
+                with contextlib.suppress(AssertionError):
+                    expect(method).to_be_visible(timeout=5_000)
+        expect(method).to_be_visible()
         return self
 
     def number(self, name: str) -> Any:
