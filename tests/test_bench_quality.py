@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 pytest.importorskip("tqdm")
 
-from lab.bench import distances, pictures
+from lab.bench import distances, output, pictures
 from lab.bench.__main__ import main
 from lab.bench.ablations import TABLES
 from lab.bench.contenders import KEYS, PAPER, UNMERGED, UNWEIGHTED
@@ -56,7 +56,7 @@ def batches_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
 
 @pytest.fixture
 def noise(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
-    """Make noise in place of pictures, which takes no time; return the batches, in order."""
+    """Make noise in place of pictures, and no charts; return the batches, in order."""
     made: list[tuple[Variant, int]] = []
 
     def make(pipeline: Pipeline, variant: Variant, first: int) -> Batch:
@@ -66,6 +66,7 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, int]]:
         return Batch(pixels, 1.0, "", math.nan)
 
     monkeypatch.setattr(Pipeline, "make", make)
+    monkeypatch.setattr(output, "plot", lambda *_: None)
     return made
 
 

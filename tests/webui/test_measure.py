@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from in_host import FULL, HALF, HALVED, SIDE, failing_unet, left, pixels, running
+from in_host import HALVED, failing_unet, left, pixels, running
 
+SIDE = 16
+FULL, HALF = SIDE**2, left(0.5, SIDE**2)
 SETTINGS = {"ratio": 0.5, "schedule": "constant", "method": "paper"}
 ASKED = {"width": SIDE, "height": SIDE, "settings": SETTINGS}
 WARM_UP = [FULL, HALF, FULL]
@@ -25,9 +27,9 @@ def test_unmerged_and_merged_steps_alternate_after_a_warm_up(measure, attention)
 
 
 def test_the_schedule_is_followed_and_matchings_are_reused_as_in_a_picture(measure, attention):
-    linear = {"ratio": 0.7, "late_ratio": 0.2, "method": "paper"}
+    linear = {"ratio": 0.7, "late_ratio": 0.4, "method": "paper"}
     measure.measure({**ASKED, "settings": linear})
-    early, late = left(0.7), left(0.2)
+    early, late = left(0.7, FULL), left(0.4, FULL)
     assert attention.tokens[3:] == [FULL, early, early, FULL, FULL, late, late, FULL]
     attention.tokens.clear()
     measure.measure({**ASKED, "settings": {**SETTINGS, "reuse_steps": 2}})
@@ -95,9 +97,9 @@ def test_a_batch_runs_with_its_guidance(measure, host):
 
 
 def test_with_hires_fix_its_size_is_measured_too(measure, attention):
-    results = measure.measure({**ASKED, "hires_width": 48, "hires_height": 40})
-    assert [size in result.line for size, result in zip(("32x32", "48x40"), results, strict=True)]
-    full, half = 48 * 40, left(0.5, 48 * 40)
+    results = measure.measure({**ASKED, "hires_width": 24, "hires_height": 20})
+    assert [size in result.line for size, result in zip(("16x16", "24x20"), results, strict=True)]
+    full, half = 24 * 20, left(0.5, 24 * 20)
     assert attention.tokens[11:] == [full, half, full] + [full, half, half, full] * 2
 
 
@@ -156,7 +158,7 @@ def test_it_can_be_interrupted(measure, task, attention, on_denoised, how):
 
     on_denoised(end)
     with pytest.raises(measure.NoResultError, match="interrupted"):
-        measure.measure({**ASKED, "hires_width": 64, "hires_height": 64}, task)
+        measure.measure({**ASKED, "hires_width": 32, "hires_height": 32}, task)
     assert len(attention.tokens) == 4
 
 
@@ -164,7 +166,7 @@ def test_it_can_be_interrupted(measure, task, attention, on_denoised, how):
     ("error", "words"),
     [
         (ValueError("on purpose"), "ValueError: on purpose"),
-        (RuntimeError("CUDA out of memory"), "memory .*32x32"),
+        (RuntimeError("CUDA out of memory"), "memory .*16x16"),
     ],
     ids=["a failure", "too little memory"],
 )
@@ -200,7 +202,7 @@ def test_a_model_that_needs_a_picture_is_the_reason(measure, host, monkeypatch, 
 )
 def test_settings_that_merge_nothing_are_no_faster(measure, settings, words):
     (result,) = measure.measure({**ASKED, "settings": settings})
-    assert "no faster at 32x32" in result.line and words in result.line
+    assert "no faster at 16x16" in result.line and words in result.line
     assert result.times_faster is None
 
 
@@ -209,7 +211,7 @@ def test_a_model_without_mergeable_layers_is_no_faster(measure, host):
 
     shared.opts.sd_model_checkpoint = "joint"
     (result,) = measure.measure(ASKED)
-    assert "no faster at 32x32" in result.line and "no self-attention layers" in result.line
+    assert "no faster at 16x16" in result.line and "no self-attention layers" in result.line
     shared.opts.sd_model_checkpoint = "base"
     sd_models.reload_model_weights()
 
