@@ -1,5 +1,6 @@
 """Failures of merging, and detaching in the middle of a pass: the picture is made all the same."""
 
+import concurrent.futures
 import copy
 import sys
 import threading
@@ -151,6 +152,23 @@ DETACH = {
     "in a thread": lambda unet, merging: in_a_thread(merging.detach),
     "remove_patch": lambda unet, merging: in_a_thread(lambda: tome.remove_patch(unet)),
 }
+
+
+def test_threads_that_detach_at_once_raise_nothing():
+    block, together = block_around(CrossAttention(32, heads=2, dim_head=16)), threading.Barrier(4)
+
+    def detach(merging):
+        together.wait()
+        merging.detach()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for _ in range(200):
+                list(pool.map(detach, [tome.attach(block)] * 4))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.fixture(params=DETACH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable
 from typing import Any
@@ -32,6 +33,7 @@ OnMap = Callable[[str, int, Grid, TokenMap], None]
 KEPT_TOKENS = 2**22
 """Limit on the tokens of all matchings kept for later steps; each takes about 60 bytes."""
 
+_removing = threading.Lock()
 _attached: weakref.WeakKeyDictionary[nn.Module, Merging] = weakref.WeakKeyDictionary()
 
 
@@ -295,7 +297,9 @@ class Merging:
             self._remove()
 
     def _remove(self) -> None:
-        self.handles.close()
-        self.passes = Passes(self.settings, self.passes.step.ratio)
-        for unet in [unet for unet, merging in _attached.items() if merging is self]:
-            del _attached[unet]
+        with _removing:
+            self.handles.close()
+            self.passes = Passes(self.settings, self.passes.step.ratio)
+            unet = self._unet()
+            if unet is not None and _attached.get(unet) is self:
+                _attached.pop(unet, None)

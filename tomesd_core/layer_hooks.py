@@ -156,7 +156,9 @@ class LayerHooks:
             raise NotMerged(f"its {x.shape[1]} tokens don't fit the {rows}x{columns} grid")
         if inputs.mask is not None and inputs.attends_to_itself:
             raise NotMerged("its attention has a mask")
-        if not merging.settings.merges_queries and not _is_plain(inputs):
+        value = inputs.kwargs.get("value")
+        is_plain = inputs.attends_to_itself and (value is None or value is x)
+        if not merging.settings.merges_queries and not is_plain:
             raise NotMerged("it attends to other tokens too")
         return rows, columns
 
@@ -213,12 +215,6 @@ class LayerHooks:
         call.output = self._repeat(attention, call)
         call.weighted = Rest(call.weighted.heads)
         return call.weighted
-
-
-def _is_plain(inputs: Inputs) -> bool:
-    """Whether keys and values are computed from x."""
-    value = inputs.kwargs.get("value")
-    return inputs.attends_to_itself and (value is None or value is inputs.x)
 
 
 def conflict_in(attention: nn.Module, ignored: Collection[str]) -> str | None:
