@@ -116,10 +116,9 @@ def _test(session: nox.Session) -> None:
     _install(session, *TESTS)
     # ca-tome requires an older torch, and diffusers, which its patch doesn't use.
     session.install("--no-deps", "ca-tome==0.1.3")
-    # The tests' tensors are small, so processes are faster than threads: one more than there are
-    # cores, since the tests of a page mostly wait. In order, the quick files come last.
-    processes = str((os.cpu_count() or 1) + 1)
-    parallel = ("-n", processes, "--dist", "loadfile", "--no-loadscope-reorder")
+    # The tests' tensors are small, so one process per core is faster than threads. In order, the
+    # slow files run first and the many quick ones last.
+    parallel = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder")
     parallel = parallel if not session.posargs else ()
     env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
     session.run("python", "-m", "pytest", *parallel, *session.posargs, env=env)
