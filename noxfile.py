@@ -119,9 +119,8 @@ def _test(session: nox.Session) -> None:
     # The tests' tensors are small, so one process per core is faster than threads. In order, the
     # slow files run first and the many quick ones last.
     parallel = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder")
-    parallel = parallel if not session.posargs else ()
     env = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
-    session.run("python", "-m", "pytest", *parallel, *session.posargs, env=env)
+    session.run("python", "-m", "pytest", *(session.posargs or parallel), env=env)
 
 
 @nox.session

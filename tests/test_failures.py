@@ -1,6 +1,5 @@
 """Failures of merging, and detaching in the middle of a pass: the picture is made all the same."""
 
-import concurrent.futures
 import copy
 import sys
 import threading
@@ -154,21 +153,23 @@ DETACH = {
 }
 
 
-def test_threads_that_detach_at_once_raise_nothing():
-    block, together = block_around(CrossAttention(32, heads=2, dim_head=16)), threading.Barrier(4)
-
-    def detach(merging):
-        together.wait()
-        merging.detach()
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            for _ in range(200):
-                list(pool.map(detach, [tome.attach(block)] * 4))
-    finally:
-        sys.setswitchinterval(interval)
+def test_threads_that_detach_at_once_take_turns(hook_dicts):
+    block = block_around(CrossAttention(32, heads=2, dim_head=16))
+    before, merging = hook_dicts(block), tome.attach(block)
+    assert hook_dicts(block) != before
+    removing, may_go_on = threading.Event(), threading.Event()
+    merging.handles.callback(lambda: (removing.set(), may_go_on.wait()))
+    first, second = (threading.Thread(target=merging.detach) for _ in range(2))
+    first.start()
+    removing.wait()
+    second.start()
+    second.join(0.5)
+    waits = second.is_alive()
+    may_go_on.set()
+    first.join()
+    second.join()
+    assert waits, "else both would take the same hook off the stack"
+    assert hook_dicts(block) == before
 
 
 @pytest.fixture(params=DETACH)

@@ -34,6 +34,8 @@ KEPT_TOKENS = 2**22
 """Limit on the tokens of all matchings kept for later steps; each takes about 60 bytes."""
 
 _removing = threading.Lock()
+"""Held while hooks are removed: several threads may detach at once."""
+
 _attached: weakref.WeakKeyDictionary[nn.Module, Merging] = weakref.WeakKeyDictionary()
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,7 @@ class Names:
     latent: str
     """The UNet's input."""
     hidden: str
-    """The input of a transformer, an image, and of its attentions, tokens."""
+    """The input of a transformer (an image) and of its attentions (tokens)."""
     context: str
     mask: str
     never_itself: str
@@ -80,8 +79,7 @@ def find_unet(model: object) -> nn.Module:
 
     Raises `TypeError` if that is not a module, and for a diffusers model without a UNet.
     """
-    own = getattr(model, "unet", model)
-    unet = getattr(getattr(model, "model", None), "diffusion_model", own)
+    unet = getattr(getattr(model, "model", None), "diffusion_model", getattr(model, "unet", model))
     kinds = {kind.__name__ for kind in type(unet).__mro__}
     is_other = kinds & {"DiffusionPipeline", "ModelMixin"} and not hasattr(unet, "down_blocks")
     if is_other or not isinstance(unet, nn.Module):
@@ -98,7 +96,7 @@ def find_layers(unet: nn.Module) -> list[Layer]:
     layers: list[Layer] = []
     for path, module in sorted(unet.named_modules(), key=lambda named: _part_of(named[0])):
         parent, kind = path.rpartition(".")[0], type(module).__name__.removesuffix("2D")
-        # A resizing ResBlock (resblock_updown) has two, one of them for its shortcut.
+        # A ResBlock that resizes (resblock_updown) holds two: one is for its shortcut.
         if kind in ("Downsample", "Upsample") and parent not in resized:
             level = level * 2 if kind == "Downsample" else level // 2
             resized.add(parent)
@@ -143,16 +141,11 @@ def _is_transformer(module: nn.Module) -> bool:
 
 def is_running(unet: nn.Module) -> bool:
     """Whether any thread is inside a call of `unet`, or of a module in it."""
-    modules = set(map(id, unet.modules()))
-    return any(id(module) in modules for module in _running_modules())
-
-
-def _running_modules() -> Iterator[object]:
-    """The modules whose calls are on the stack of any thread."""
-    code = nn.Module._call_impl.__code__
+    modules, code = set(map(id, unet.modules())), nn.Module._call_impl.__code__
     for top in sys._current_frames().values():
         frame: types.FrameType | None = top
         while frame is not None:
-            if frame.f_code is code:
-                yield frame.f_locals.get("self")
+            if frame.f_code is code and id(frame.f_locals.get("self")) in modules:
+                return True
             frame = frame.f_back
+    return False
