@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
 class SettingsError(ValueError):
     """A setting has an invalid value. The message names the setting, the value and the range."""
+
+
+def refuse_unknown(names: Iterable[str], known: Collection[str], kind: str) -> None:
+    """Raises `SettingsError` for names that aren't `known`; `kind` is the word for one of them."""
+    if unknown := [repr(name) for name in names if name not in known]:
+        raise SettingsError(
+            f"unknown {kind} {', '.join(unknown)}: the {kind}s are {', '.join(known)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .foreign_hooks import Hook, remove_hooks
 from .layer_hooks import LayerHooks, is_in_backward, will_run_again
 from .matching import match
 from .partition import make_partition
-from .passes import Grid, KeptMatching, Passes, Place, Step, grid_of
+from .passes import Grid, Passes, Place, Step, grid_of
 from .plan import check_layer, coarsest_level, tokens_to_remove
 from .probe import forget_heads
 from .reasons import NO_LAYERS, NotMerged, in_a_line
@@ -226,8 +226,8 @@ class Merging:
         removed = tokens_to_remove(settings, tokens, channels, layer.heads, step.ratio, device.type)
         key = (layer, step.passes, state.matched_calls, grid, items, device)
         state.matched_calls += 1
-        matching = passes.matchings.get(key)
-        if matching is None:
+        make_map = passes.map_makers.get(key)
+        if make_map is None:
             draw = step.number if settings.redraws else 0
             draws = 1 if settings.shared_draw else items
             partition = make_partition(
@@ -236,11 +236,12 @@ class Merging:
             if not partition.most_removed:
                 small, large = (f"{rows}x{columns}" for rows, columns in (grid, step.cell))
                 raise NotMerged(f"its {small} grid is smaller than a {large} cell")
-            matching = KeptMatching(match(x, partition, settings.exact))
+            matching = match(x, partition, settings.exact)
+            make_map = functools.lru_cache(maxsize=1)(matching.token_map)
             if settings.reuse_steps > 1 and passes.kept_tokens + items * tokens <= KEPT_TOKENS:
-                passes.matchings[key] = matching
+                passes.map_makers[key] = make_map
                 passes.kept_tokens += items * tokens
-        return matching.map_of(removed)
+        return make_map(removed)
 
     def _begin_step(
         self, number: int, total: int | None, schedule_steps: int | None = None
@@ -250,7 +251,7 @@ class Merging:
         # A step number that doesn't increase belongs to another sampling. Without `set_step` a pass
         # may be any part of a step, so no matching is kept for the next pass.
         if passes.counts_passes or number <= before or number // every != before // every:
-            passes.matchings.clear()
+            passes.map_makers.clear()
             passes.kept_tokens = 0
         steps = schedule_steps or total
         number, settings = max(number, 0), self.settings.in_steps(steps)

@@ -38,11 +38,9 @@ class Matching:
     def least_similar(self, count: int) -> Tensor:
         """[B, count]: the `count` least similar src, as places in window order."""
         place = self.partition.windows.src_place
-        similarity = (
-            self.similarity
-            if self.inverse_length is None
-            else self.similarity * self.inverse_length
-        )
+        similarity = self.similarity
+        if self.inverse_length is not None:
+            similarity = similarity * self.inverse_length
         similarity = similarity.index_select(1, place)
         if similarity.device.type in token_maps.BAG_DEVICES - {"cpu"}:
             # On CUDA topk is one kernel, and a full sort a dozen. Its choice among equal values is

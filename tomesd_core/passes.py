@@ -6,12 +6,11 @@ import dataclasses
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .matching import Matching
 from .settings import MergeSettings
 from .token_map import TokenMap
 
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int]
 """Rows and columns."""
+
+MapMaker = Callable[[int], TokenMap]
+"""Makes the map that removes a number of tokens, by one matching."""
 
 
 @dataclasses.dataclass
@@ -56,21 +58,6 @@ class LayerPass:
     matched_calls: int = 0
 
 
-@dataclasses.dataclass
-class KeptMatching:
-    """A matching kept for the steps that reuse it, with the last map made from it."""
-
-    matching: Matching
-    removed: int = -1
-    token_map: TokenMap | None = None
-
-    def map_of(self, removed: int) -> TokenMap:
-        """The map that removes `removed` tokens."""
-        if self.token_map is None or self.removed != removed:
-            self.removed, self.token_map = removed, self.matching.token_map(removed)
-        return self.token_map
-
-
 class Passes(threading.local):
     """Per-thread state of the passes."""
 
@@ -81,7 +68,8 @@ class Passes(threading.local):
         self.is_checkpointed = False
         self.places: dict[weakref.ref[nn.Module], Place] = {}
         self.layers: defaultdict[Hashable, LayerPass] = defaultdict(LayerPass)
-        self.matchings: dict[tuple[Any, ...], KeptMatching] = {}
+        self.map_makers: dict[tuple[Any, ...], MapMaker] = {}
+        """Of the matchings kept for the steps that reuse them."""
         self.kept_tokens = 0
 
 

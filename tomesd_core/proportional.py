@@ -150,21 +150,18 @@ class Rest(Weighted):
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
 
-    def _zeros(self, x: Tensor, tokens: int) -> Tensor:
-        channels = self.heads.count * self.heads.wide
-        return x.new_zeros(x.shape[0], 1, channels).expand(-1, tokens, -1)
-
     def queries(self, q: Tensor) -> Tensor:
         """One padded query."""
-        return self._zeros(q, 1)
+        return self.keys(q[:, :1])
 
     def keys(self, k: Tensor) -> Tensor:
-        """All keys, padded: the values may be padded already."""
-        return self._zeros(k, k.shape[1])
+        """Zeros in the shape of padded keys: the values may be padded already."""
+        channels = self.heads.count * self.heads.wide
+        return k.new_zeros(k.shape[0], 1, channels).expand(-1, k.shape[1], -1)
 
     def values(self, v: Tensor) -> Tensor:
-        """All values, padded."""
-        return self._zeros(v, v.shape[1])
+        """Zeros in the shape of padded values."""
+        return self.keys(v)
 
     def output(self, out: Tensor) -> Tensor:
         """The first token, unpadded."""

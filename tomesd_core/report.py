@@ -80,12 +80,10 @@ class Report:
     @property
     def summary(self) -> str:
         """One line: layers, tokens, steps, unmerged calls, conflicts, notes, the failure."""
-        merged = self.merged_layers
-        if self.failure and not merged:
-            return f"nothing merged: {self.failure}"
+        merged, failure = self.merged_layers, [self.failure] if self.failure else []
         if not merged:
             reasons = sorted({layer.reason for layer in self.layers if layer.reason})
-            why = "; ".join(dict.fromkeys([*reasons, *self.notes]))
+            why = "; ".join(dict.fromkeys(failure or [*reasons, *self.notes]))
             return f"nothing merged{f': {why}' if why else ''}"
         # Largest first, without duplicates.
         changes = dict.fromkeys(
@@ -104,7 +102,6 @@ class Report:
             layer.conflict for layer in self.layers if layer.conflict and not layer.merged_calls
         )
         foreign = [f"{count} not merged: {reason}" for reason, count in conflicts.items()]
-        failure = [self.failure] if self.failure else []
         return "; ".join([line, *unmerged, *foreign, *self.notes, *failure])
 
     def __str__(self) -> str:

@@ -78,7 +78,7 @@ def host_modules() -> dict[str, ModuleType]:
         "shared": {
             "opts": options,
             "OptionInfo": lambda *args, **kwargs: None,
-            "cmd_opts": SimpleNamespace(api_auth=None),
+            "cmd_opts": SimpleNamespace(),
             "data_path": "",
         },
         "ui_components": {

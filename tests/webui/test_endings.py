@@ -213,7 +213,7 @@ def test_an_option_of_a_wrong_kind_is_its_default_and_logged_once(
     options = running("webui.options")
     shared.opts.data[name] = value
     options.apply_log_level()
-    assert options.option(name) == options.OPTIONS[name][0]
+    assert options.value_of(name) == options.OPTIONS[name].default
     assert pixels(make(HALVED)) == merged
     (line,) = [line for line in log_lines if name in line]
     assert allowed in line and repr(value) in line

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from gradio.routes import App
 from starlette.testclient import TestClient
 
@@ -13,19 +14,28 @@ ROUTES = ("/tome/presets", "/tome/status")
 
 
 @pytest.fixture
-def start(host, monkeypatch):
+def start(host):
     """A client of an app with logins; without a page (`--nowebui`) the app isn't gradio's."""
-    from modules import shared
 
     def client(api_auth=None, gradio_auth=None, has_page=True):
-        monkeypatch.setattr(shared.cmd_opts, "api_auth", api_auth)
         host.demo.auth = gradio_auth
         app = App.create_app(host.demo) if has_page else FastAPI()
+        add_api(app, api_auth)
         host.start_app(app)
         return TestClient(app)
 
     yield client
     host.demo.auth = None
+
+
+def add_api(app, users):
+    """Add a route of WebUI's API, which has a login with `--api-auth`."""
+
+    def check(credentials: HTTPBasicCredentials = Depends(HTTPBasic())):  # noqa: B008 - FastAPI's way
+        if users.get(credentials.username) != credentials.password:
+            raise HTTPException(401)
+
+    app.get("/sdapi/v1/memory", dependencies=[Depends(check)] if users else [])(lambda: {})
 
 
 def answers(client, **request):
@@ -40,7 +50,7 @@ def test_without_a_login_they_are_open(start):
 
 
 def test_the_apis_credentials(start):
-    client = start(api_auth="user:secret,second:2")
+    client = start(api_auth={"user": "secret", "second": "2"})
     assert answers(client) == {401}
     assert answers(client, auth=("user", "wrong")) == answers(client, auth=("third", "2")) == {401}
     assert (
@@ -60,12 +70,12 @@ def test_the_pages_login(start):
 
 
 def test_with_both_the_apis_credentials_as_for_webuis_own_api(start):
-    client = start(api_auth="user:secret", gradio_auth=[("second", "2")])
+    client = start(api_auth={"user": "secret"}, gradio_auth=[("second", "2")])
     assert answers(client) == answers(client, auth=("second", "2")) == {401}
     assert answers(client, auth=("user", "secret")) == {200}
 
 
-@pytest.mark.parametrize(("api_auth", "open_to_all"), [(None, 200), ("user:secret", 401)])
+@pytest.mark.parametrize(("api_auth", "open_to_all"), [(None, 200), ({"user": "secret"}, 401)])
 def test_an_app_without_a_page(start, api_auth, open_to_all):
     client = start(api_auth, has_page=False)
     assert answers(client) == {open_to_all}

@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..fields import refuse_unknown
 from ..settings import (
     BEFORE_NAMED,
     PANEL_FIELDS,
     MergeSettings,
     Setting,
-    SettingsError,
     late_ratio_for,
 )
 from . import presets
@@ -24,18 +24,14 @@ MAP_FIELDS = {
         "integer",
         "Merge map: step",
         "Add a picture of the tokens merged in this step, counted from 1. 0: none.",
-        minimum=0,
-        maximum=150,
-        step=1,
+        *(0, 150, 1),
     ),
     "map_layer": Setting(
         1,
         "integer",
         "Merge map: layer",
         "Layer of the merge map, counted from 1 among those that merged in that step.",
-        minimum=1,
-        maximum=70,
-        step=1,
+        *(1, 70, 1),
     ),
 }
 """Arguments that affect no picture, so they are in no preset, parameters or plot."""
@@ -105,12 +101,7 @@ def _by_name(args: Sequence[Any]) -> dict[str, Any]:
 
 def _changed(values: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
     """`values`, replaced by those of `named`."""
-    names = ("preset", *CONTROLS)
-    unknown = [repr(name) for name in named if name not in names]
-    if unknown:
-        raise SettingsError(
-            f"unknown setting {', '.join(unknown)}: the settings are {', '.join(names)}"
-        )
+    refuse_unknown(named, ("preset", *CONTROLS), "setting")
     named = {name: value for name, value in named.items() if value is not None}
     of_preset = presets.get(named["preset"]).panel_values if "preset" in named else {}
     panel = {**values, **of_preset, "enabled": True, **named}

@@ -109,12 +109,12 @@ def prepare(p: Any, args: Sequence[Any]) -> None:
             useful = useful_fields(
                 settings.schedule, settings.min_tokens, has_hires_pass(p), settings.full_steps
             )
-            values = settings.panel_values
             generation = _begun(p)
-            generation.settings, generation.map_place = arguments.settings, arguments.map_place
-            named = {name: value for name, value in values.items() if name in useful}
+            generation.settings, generation.map_place = settings, arguments.map_place
             generation.parameters = {
-                str(PANEL_FIELDS[name].infotext): value for name, value in named.items()
+                str(PANEL_FIELDS[name].infotext): value
+                for name, value in settings.panel_values.items()
+                if name in useful
             }
             written = p.extra_generation_params
             generation.overwritten = {
@@ -181,7 +181,7 @@ def schedule_steps(p: Any, is_hires: bool) -> int | None:
 
 def is_left_to_built_in(p: Any) -> bool:
     """Whether the settings page gives WebUI's own token merging precedence in p's generation."""
-    return built_in_is_on(p) and not options.option(options.OVERRULE_BUILT_IN)
+    return built_in_is_on(p) and not options.value_of(options.OVERRULE_BUILT_IN)
 
 
 def _begun(p: Any) -> Generation:

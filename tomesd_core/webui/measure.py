@@ -11,6 +11,7 @@ from typing import Any
 
 from modules import call_queue, processing, progress, shared
 
+from ..fields import refuse_unknown
 from ..reasons import is_out_of_memory
 from ..settings import MergeSettings, Setting, SettingsError
 from . import generation, host
@@ -77,12 +78,7 @@ def stop(task: str) -> None:
 
 
 def _read(request: Mapping[str, Any]) -> tuple[dict[str, Any], MergeSettings]:
-    unknown = [repr(name) for name in request if name not in (*FIELDS, "settings")]
-    if unknown:
-        fields = ", ".join(FIELDS)
-        raise SettingsError(
-            f"unknown field {', '.join(unknown)}: the fields are {fields}, settings"
-        )
+    refuse_unknown(request, (*FIELDS, "settings"), "field")
     values = {
         name: field.check(name, request.get(name, field.default)) for name, field in FIELDS.items()
     }

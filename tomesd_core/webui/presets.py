@@ -86,14 +86,8 @@ def get(name: Any) -> MergeSettings:
 
 def named(settings: MergeSettings) -> str | None:
     """The first preset with these settings, or None."""
-    return next(
-        (
-            name
-            for name, preset in read()[0].items()
-            if preset.panel_values == settings.panel_values
-        ),
-        None,
-    )
+    values = settings.panel_values
+    return next((name for name, own in read()[0].items() if own.panel_values == values), None)
 
 
 def save(name: Any, settings: MergeSettings) -> Any:
@@ -133,9 +127,8 @@ def clean_name(name: Any) -> Any:
 
 def _built_in(name: Any) -> str | None:
     """The built-in preset with this name in any case and spacing, or None."""
-    return next(
-        (key for key in BUILT_IN if key.casefold().split() == str(name).casefold().split()), None
-    )
+    words = str(name).casefold().split()
+    return next((key for key in BUILT_IN if key.casefold().split() == words), None)
 
 
 def _settings(entry: Any) -> MergeSettings:
@@ -149,14 +142,11 @@ def _settings(entry: Any) -> MergeSettings:
 def _load() -> dict[str, Any]:
     """The file's content; no presets if there is no file."""
     try:
-        return _parse(PATH.read_bytes()) if PATH.exists() else {"version": VERSION, "presets": {}}
+        document = json.loads(PATH.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        return {"version": VERSION, "presets": {}}
     except OSError as error:
         raise PresetError(f"{PATH} can't be read: {error}") from error
-
-
-def _parse(content: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise _DamagedError(f"{PATH} is damaged: it is not JSON in UTF-8 ({error})") from error
     version = document.get("version") if isinstance(document, dict) else None

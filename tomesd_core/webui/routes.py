@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import Body, Depends, FastAPI, HTTPException
-from fastapi.security import HTTPBasic, HTTPBasicCredentials
-from modules import shared
 
 from ..settings import SettingsError
 from ..version import VERSION
 from . import generation, host, measure, presets, sampling
 from .log import EXPECTED, failed, guarded
 
+API = "/sdapi/"
+"""The path of WebUI's own API, whose routes have its login."""
+
 
 def add_routes(demo: Any, app: FastAPI) -> None:
     """Add the routes to WebUI's app, behind its login."""
-    login = [Depends(check) for check in _logins(app)]
+    login = _login(app)
     for path, answer in (("/tome/presets", get_presets), ("/tome/status", get_status)):
         app.get(path, dependencies=login)(guarded(f"GET {path}", answer, _refuse))
     app.post("/tome/measure", dependencies=login)(post_measure)
@@ -65,22 +64,14 @@ def post_measure(request: dict[str, Any] = Body({})) -> list[dict[str, Any]]:  #
         raise HTTPException(500, failed("POST /tome/measure", error)) from error
 
 
-def _logins(app: Any) -> list[Callable[..., None]]:
+def _login(app: Any) -> list[Any]:
     """Dependencies that enforce the login of the API (`--api-auth`), or else of the page."""
-    if shared.cmd_opts.api_auth:
-        return [_check_credentials]
+    for route in app.routes:
+        if getattr(route, "path", "").startswith(API) and route.dependencies:
+            return list(route.dependencies)
     # Gradio's own check. An app without a page (`--nowebui`) has no such route and no login.
     return [
-        route.endpoint for route in app.routes if getattr(route, "path", None) == "/login_check"
+        Depends(route.endpoint)
+        for route in app.routes
+        if getattr(route, "path", None) == "/login_check"
     ]
-
-
-def _check_credentials(credentials: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
-    for pair in str(shared.cmd_opts.api_auth).split(","):
-        user, _, password = pair.partition(":")
-        right_user = secrets.compare_digest(credentials.username.encode(), user.encode())
-        if secrets.compare_digest(credentials.password.encode(), password.encode()) and right_user:
-            return
-    raise HTTPException(
-        401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"}
-    )

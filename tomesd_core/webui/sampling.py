@@ -118,7 +118,7 @@ class _MergedSample:
         generation.say(self._p, summary, suffix)
         if self._in_log:
             log.info(summary + suffix)
-        if options.option(options.LOG_LAYERS):
+        if options.value_of(options.LOG_LAYERS):
             for report in sampling.reports:
                 log.info(str(report))
         self._generation.maps, line = sampling.maps()

@@ -9,7 +9,7 @@ from typing import Any
 
 from modules import devices
 
-cmd_opts = SimpleNamespace(api_auth=None, ui_config_file=None)
+cmd_opts = SimpleNamespace(ui_config_file=None)
 device = devices.device
 data_path = ""
 """Folder of `params.txt`; empty to write none."""
