@@ -27,17 +27,11 @@ def small_model(seed: int, **shape: Any) -> TinyModel:
     return TinyModel.random(seed, channel_mult=[1, 1], attention_resolutions=[1], **shape)
 
 
-class Joint(nn.Module):
+class Joint(nn.Conv2d):
     """A model without a SpatialTransformer, like SD3."""
 
-    in_channels = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.joint_blocks = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1)])
-
     def forward(self, x, timesteps, context):
-        return self.joint_blocks[0](x)
+        return super().forward(x)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +40,7 @@ def checkpoints(one_thread) -> dict[str, nn.Module]:
     joint = small_model(3)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        joint.model.diffusion_model = Joint().requires_grad_(False)
+        joint.model.diffusion_model = Joint(3, 3, 3, padding=1).requires_grad_(False)
     return {
         "base": small_model(0),
         "twin": small_model(1),
@@ -61,16 +55,22 @@ def loaded() -> weakref.WeakSet:
     return weakref.WeakSet()
 
 
-@pytest.fixture(scope="module")
-def host(checkpoints, loaded) -> Iterator[Host]:
-    """The host with this extension; one per module, since a process can have one host at a time."""
+@pytest.fixture(scope="session")
+def models(checkpoints, loaded) -> dict[str, Callable[[], nn.Module]]:
+    """Functions that load the checkpoints."""
 
     def load(name: str) -> nn.Module:
         model = copy.deepcopy(checkpoints[name])
         loaded.add(model)
         return model
 
-    with Host({name: functools.partial(load, name) for name in checkpoints}) as host:
+    return {name: functools.partial(load, name) for name in checkpoints}
+
+
+@pytest.fixture(scope="module")
+def host(models) -> Iterator[Host]:
+    """The host with this extension; one per module, since a process can have one host at a time."""
+    with Host(models) as host:
         yield host
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,20 +39,22 @@ HIRES_TOKENS = 36 * 36
 KEYS = [setting.infotext for setting in FIELDS.values() if setting.infotext]
 
 
-def script_module() -> ModuleType:
-    """This project's script file, as the host has executed it."""
+def script_module(extension: Path = ROOT) -> ModuleType:
+    """The script file of this project or of a copy, as the host has executed it."""
     from modules import scripts
 
-    return next(
-        data.module
-        for data in scripts.scripts_data
-        if Path(data.path) == ROOT / "scripts" / "tome.py"
-    )
+    file = extension / "scripts" / "tome.py"
+    return next(data.module for data in scripts.scripts_data if Path(data.path) == file)
 
 
-def running(name: str) -> ModuleType:
+def running(name: str, extension: Path = ROOT) -> ModuleType:
     """A module of the extension in the host, by its name in `tomesd_core`."""
-    return importlib.import_module(f"{script_module().PACKAGE}.{name}")
+    return importlib.import_module(f"{script_module(extension).PACKAGE}.{name}")
+
+
+def imported(package: str) -> dict[str, ModuleType]:
+    """The modules of a package that are imported, by name."""
+    return {name: each for name, each in sys.modules.items() if name.split(".")[0] == package}
 
 
 def arguments(
@@ -85,11 +84,6 @@ def keys_of(processed: Any) -> dict[str, Any]:
     return keys
 
 
-def untimed(text: str) -> str:
-    """A summary without its seconds, which differ from run to run."""
-    return re.sub(r"; sampled in [\d.]+ s", "", text)
-
-
 def largest_difference(one: Image.Image, other: Image.Image) -> int:
     """Over all pixels and channels, from 0 to 255."""
     return max(high for _, high in ImageChops.difference(one, other).getextrema())
@@ -109,24 +103,6 @@ def left(ratio: float, tokens: int = SIDE * SIDE) -> int:
 
 
 HALF, FULL = left(0.5), left(0.0)
-
-
-def run(code, *arguments, cwd=ROOT, **env):
-    """Run Python code in a new process, with this project's folder first on its path."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "PYTHONIOENCODING")
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=cwd,
-        env={**environment, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    return done
 
 
 @contextlib.contextmanager
