@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import os
 import traceback
 import weakref
@@ -159,6 +160,28 @@ def on_denoised(host) -> Iterator[Callable[[Callable], None]]:
     yield register
     for function in registered:
         script_callbacks.remove_callbacks_for_function(function)
+
+
+@pytest.fixture
+def at_evaluation(on_denoised) -> Callable[[int, Callable[[], Any]], None]:
+    """Run an action once, after the evaluation of the model of this number, from 1."""
+
+    def register(number: int, action: Callable[[], Any]) -> None:
+        evaluations = itertools.count(1)
+        on_denoised(lambda _: action() if next(evaluations) == number else None)
+
+    return register
+
+
+@pytest.fixture
+def own_merging(host) -> dict[str, Any]:
+    """Switch WebUI's own token merging on for every pass; return the options."""
+    pytest.importorskip("tomesd")
+    from modules import shared
+
+    for name in ("token_merging_ratio", "token_merging_ratio_img2img", "token_merging_ratio_hr"):
+        shared.opts.data[name] = 0.4
+    return dict(shared.opts.data)
 
 
 @pytest.fixture

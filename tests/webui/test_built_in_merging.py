@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from in_host import (
-    HALF,
-    HALVED,
-    HIRES,
-    arguments,
-    failing_unet,
-    keys_of,
-)
+from in_host import HALF, HALVED, HIRES, arguments, failing_unet, keys_of
 from PIL import Image
 
 
@@ -24,17 +17,6 @@ def blocks(host, on_denoised):
         )
     )
     return kinds
-
-
-@pytest.fixture
-def own_merging():
-    """Switch WebUI's own token merging on for every pass; return the options."""
-    pytest.importorskip("tomesd")
-    from modules import shared
-
-    for name in ("token_merging_ratio", "token_merging_ratio_img2img", "token_merging_ratio_hr"):
-        shared.opts.data[name] = 0.4
-    return dict(shared.opts.data)
 
 
 @pytest.mark.parametrize(

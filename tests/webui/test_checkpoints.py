@@ -6,23 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from in_host import (
-    HALF,
-    HALVED,
-    HIRES,
-    HIRES_TOKENS,
-    hooked,
-    keys_of,
-    left,
-    pixels,
-)
+from in_host import HALF, HALVED, HIRES, HIRES_TOKENS, hooked, keys_of, left, pixels
 from torch import nn
 
 
-def test_refiner_that_takes_over_the_module(host, make, attention):
-    make(HALVED, refiner_checkpoint="twin", refiner_switch_at=0.5, steps=4, n_iter=2)
+@pytest.mark.parametrize("refiner", ["twin", "other"])
+def test_refiner_that_takes_the_first_models_place(make, attention, refiner):
+    """One of the same shape takes over the module, too."""
+    make(HALVED, refiner_checkpoint=refiner, refiner_switch_at=0.5, steps=4, n_iter=2)
     assert attention.tokens == [HALF] * 8
-    assert len(set(attention.unets)) == 1
+    assert (len(set(attention.unets)) == 1) == (refiner == "twin")
+    assert {name for unet in attention.unets for name in hooked(unet)} == set()
 
 
 @pytest.mark.parametrize("refiner", ["twin", "other"])
@@ -49,12 +43,6 @@ def test_refiner_that_stays_next_to_the_first_model(host, make, attention, refin
     assert processed.comments.count("self-attention layers") == (1 if refiner == "twin" else 2)
     # Equal halves are reported as two runs of two steps, not as half of the steps.
     assert ("2 of 2 steps (2 times)" in processed.comments) == (refiner == "twin")
-
-
-def test_refiner_that_replaces_the_first_model(host, make, attention):
-    make(HALVED, refiner_checkpoint="other", refiner_switch_at=0.5, steps=4, n_iter=2)
-    assert attention.tokens == [HALF] * 8
-    assert {name for unet in attention.unets for name in hooked(unet)} == set()
 
 
 def test_hires_fix_with_a_checkpoint_of_its_own(make, attention):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import threading
@@ -22,35 +21,34 @@ def claims(processed):
 
 
 @pytest.fixture
-def in_first_pass(host):
+def blocks(host, blocks_of):
+    """The transformer blocks of the model."""
+    return [*blocks_of(host.sd_model).values()]
+
+
+@pytest.fixture
+def in_first_pass(blocks):
     """Call a function in the UNet's first pass, between two of its layers."""
-    with contextlib.ExitStack() as handles:
 
-        def call(function):
-            block = [
-                module
-                for module in host.sd_model.model.diffusion_model.modules()
-                if hasattr(module, "attn1")
-            ][1]
-            calls = []
+    def call(function):
+        def once(*_):
+            handle.remove()
+            function()
 
-            def once(*_):
-                if not calls:
-                    calls.append(None)
-                    function()
+        handle = blocks[1].norm1.register_forward_pre_hook(once)
 
-            handles.callback(block.norm1.register_forward_pre_hook(once).remove)
-
-        yield call
+    return call
 
 
-def test_reload_ui_during_a_pass_ends_merging_after_it(make, in_first_pass, sampling, attention):
-    def stop():
-        thread = threading.Thread(target=sampling.stop)
+def test_reload_ui_during_a_pass_ends_merging_after_it(make, in_first_pass, attention):
+    from modules import script_callbacks
+
+    def unload():
+        thread = threading.Thread(target=script_callbacks.script_unloaded_callback)
         thread.start()
         thread.join()
 
-    in_first_pass(stop)
+    in_first_pass(unload)
     processed = make(KEYS_METHOD, steps=3)
     assert attention.tokens == [HALF, FULL, FULL]
     assert "1 of 1 steps" in processed.comments and "reloaded" in processed.comments
@@ -86,25 +84,16 @@ def test_after_a_failure_midway_the_parameters_claim_no_ratio(
     assert "ToMe ratio" in claims(make(HALVED))
 
 
-def test_only_the_batches_that_merged_claim_it(make, host, on_denoised):
+def test_only_the_batches_that_merged_claim_it(make, blocks, at_evaluation):
     """In the first of two batches another extension hooks every attention."""
-    unet, evaluations = host.sd_model.model.diffusion_model, []
-    blocks = [module for module in unet.modules() if hasattr(module, "attn1")]
     foreign = [block.attn1.register_forward_hook(lambda *_: None) for block in blocks]
-
-    def count(_):
-        evaluations.append(None)
-        if len(evaluations) == 2:
-            for handle in foreign:
-                handle.remove()
-
-    on_denoised(count)
+    at_evaluation(2, lambda: [handle.remove() for handle in foreign])
     first, second = make(HALVED, n_iter=2).infotexts[-2:]
     assert "ToMe ratio" not in first and "ToMe ratio: 0.5" in second
 
 
-def full(message="CUDA out of memory. Tried to allocate 960.00 MiB"):
-    raise RuntimeError(message)
+def full():
+    raise RuntimeError("CUDA out of memory. Tried to allocate 960.00 MiB")
 
 
 def test_too_little_memory_in_a_projections_hook_costs_no_picture(make, plain, merged, monkeypatch):
@@ -121,25 +110,17 @@ def test_too_little_memory_in_a_projections_hook_costs_no_picture(make, plain, m
     assert "ToMe ratio" in claims(make(KEYS_METHOD))
 
 
-@pytest.fixture
-def lacking(host, monkeypatch):
-    """Attention runs out of memory over merged keys."""
-    kind = type(
-        next(m for m in host.sd_model.model.diffusion_model.modules() if hasattr(m, "attn1")).attn1
-    )
+def test_after_merged_attention_ran_out_of_memory_pictures_of_that_size_are_unmerged(
+    make, plain, blocks, sampling, log_lines, monkeypatch
+):
+    kind = type(blocks[0].attn1)
     usual = kind.forward
 
     def forward(self, x, context=None, mask=None):
-        if context is not None and context.shape[1] >= HALF:
-            full()
-        return usual(self, x, context, mask)
+        merged = context is not None and context.shape[1] >= HALF
+        return full() if merged else usual(self, x, context, mask)
 
     monkeypatch.setattr(kind, "forward", forward)
-
-
-def test_after_merged_attention_ran_out_of_memory_pictures_of_that_size_are_unmerged(
-    make, plain, lacking, attention, sampling, log_lines, monkeypatch
-):
     with pytest.raises(RuntimeError, match="Tried to allocate 960"):
         make(KEYS_METHOD)
     assert any("out of memory" in line and "960.00 MiB" in line for line in log_lines)
@@ -185,11 +166,8 @@ def test_a_script_with_a_sampler_of_its_own_merges(
             script_callbacks, "CFGDenoiserParams", lambda denoiser, **others: kind(**others)
         )
     add_script(before_process=alternative, postprocess=lambda p, *_: vars(p).pop("sample"))
-    fields = {
-        "init_images": [Image.new("RGB", (SIDE, SIDE), "red")],
-        "denoising_strength": 0.9,
-        "steps": 4,
-    }
+    picture = Image.new("RGB", (SIDE, SIDE), "red")
+    fields = {"init_images": [picture], "denoising_strength": 0.9, "steps": 4}
     processed = make([True, 0.5, 0.3, "linear", *HALVED[4:]], "img2img", **fields)
     assert attention.tokens[0] == HALF and attention.tokens[-1] == left(0.3)
     assert "ToMe ratio" in claims(processed) and "1024 → " in processed.comments
@@ -206,24 +184,16 @@ def test_a_script_with_a_sampler_of_its_own_merges(
     ],
 )
 def test_an_option_of_a_wrong_kind_is_its_default_and_logged_once(
-    make, merged, log_lines, name, value, allowed
+    host, make, merged, log_lines, name, value, allowed
 ):
-    from modules import shared
+    from modules import scripts, shared
 
     options = running("webui.options")
     shared.opts.data[name] = value
-    options.apply_log_level()
+    host.reload_ui()
+    assert scripts.scripts_txt2img.script("ToMe") is not None
     assert options.value_of(name) == options.OPTIONS[name].default
     assert pixels(make(HALVED)) == merged
     (line,) = [line for line in log_lines if name in line]
     assert allowed in line and repr(value) in line
     assert logging.getLogger("ToMe").level == logging.INFO
-
-
-def test_a_wrong_log_level_in_config_json_lets_the_extension_load(host, log_lines):
-    from modules import scripts, shared
-
-    shared.opts.data["tome_log_level"] = "debug"
-    host.reload_ui()
-    assert scripts.scripts_txt2img.script("ToMe") is not None
-    shared.opts.reset()

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from copy import copy
 
 import pytest
-from in_host import (
-    FULL,
-    HALF,
-    HALVED,
-    arguments,
-    failing_unet,
-    keys_of,
-    left,
-    pixels,
-    wrapper,
-)
+from in_host import FULL, HALF, HALVED, arguments, failing_unet, keys_of, left, pixels, wrapper
 
 
-@pytest.fixture
-def once(on_denoised):
-    """Run an action after the next evaluation of the model."""
-    from modules import script_callbacks
-
-    def do(action):
-        def act(_):
-            script_callbacks.remove_callbacks_for_function(act)
-            action()
-
-        on_denoised(act)
-
-    return do
-
-
-@pytest.fixture
-def inside(once):
-    """Run an action in the middle of sampling, and restore the state of the job."""
+@contextlib.contextmanager
+def state_kept():
+    """Restore the state of the job after a generation inside it."""
     from modules import shared
 
-    def generate(action):
-        def keep_state():
-            state = dict(vars(shared.state))
-            action()
-            vars(shared.state).update(state)
-
-        once(keep_state)
-
-    return generate
+    state = dict(vars(shared.state))
+    yield
+    vars(shared.state).update(state)
 
 
 @pytest.mark.parametrize(
@@ -54,15 +24,16 @@ def inside(once):
 )
 @pytest.mark.parametrize("ends", ["made", "interrupted", "failed"])
 def test_a_generation_inside_another(
-    host, make, make_p, once, inside, attention, merged, inner, ends, process
+    host, make, make_p, at_evaluation, attention, merged, inner, ends, process
 ):
     """As ADetailer does: each merges by its own settings."""
     from modules import shared
 
+    @state_kept()
     def generate():
         p = make_p(inner, seed=5)
         if ends == "interrupted":
-            once(shared.state.interrupt)
+            at_evaluation(1, shared.state.interrupt)
         if ends != "failed":
             process(p)
             return
@@ -70,7 +41,7 @@ def test_a_generation_inside_another(
             process(p)
 
     attention.tokens.clear()
-    inside(generate)
+    at_evaluation(1, generate)
     processed = make(HALVED)
     ratio = inner[0]["ratio"] if inner and inner[0] else 0.0
     assert attention.tokens == [HALF] + [left(ratio)] * (2 if ends == "made" else 1) + [HALF]
@@ -78,14 +49,20 @@ def test_a_generation_inside_another(
     assert "1024 → 512 tokens" in processed.comments
 
 
-def test_a_generation_inside_another_without_a_denoiser(make, make_p, inside, attention, process):
+def test_a_generation_inside_another_without_a_denoiser(
+    make, make_p, at_evaluation, attention, process
+):
     """WebUI before 1.8 doesn't pass it to callbacks."""
     from modules import script_callbacks
 
     def without_denoiser(params):
         del params.denoiser
 
-    inside(lambda: process(make_p(None, seed=5)))
+    @state_kept()
+    def generate():
+        process(make_p(None, seed=5))
+
+    at_evaluation(1, generate)
     script_callbacks.on_cfg_denoiser(without_denoiser)
     callbacks = script_callbacks.callback_map["cfg_denoiser"]
     callbacks.insert(0, callbacks.pop())
@@ -97,9 +74,9 @@ def test_a_generation_inside_another_without_a_denoiser(make, make_p, inside, at
 
 
 @pytest.fixture
-def copying(add_script, inside):
+def copying(add_script, at_evaluation):
     """Let another extension make a small picture from a copy of `p`, in each batch or callback."""
-    from modules import processing, shared
+    from modules import processing
 
     def copy_when(when, scripts=lambda p: None):
         pictures = []
@@ -111,15 +88,14 @@ def copying(add_script, inside):
             inner.scripts = scripts(p)
             if when == "with a wrapper of its own":
                 wrapper([])(inner)
-            state = dict(vars(shared.state))
-            pictures.append(processing.process_images(inner))
-            vars(shared.state).update(state)
+            with state_kept():
+                pictures.append(processing.process_images(inner))
 
         def callback(p, *_, **__):
             if getattr(p, "is_a_copy", False):
                 return
             if when == "while it is sampled":
-                inside(lambda: make_one(p))
+                at_evaluation(1, lambda: make_one(p))
             else:
                 make_one(p)
 
@@ -148,11 +124,7 @@ def test_a_copy_of_p_makes_its_own_picture_unmerged(make, copying, attention, me
 
 
 @pytest.mark.parametrize("when", ["before it is sampled", "process", "postprocess_image"])
-def test_webuis_own_merging_works_for_a_copy_of_p(make, copying, merged, when):
-    from modules import shared
-
-    pytest.importorskip("tomesd")
-    shared.opts.data["token_merging_ratio"] = 0.4
+def test_webuis_own_merging_works_for_a_copy_of_p(make, copying, merged, own_merging, when):
     pictures = copying(when)
     processed = make(HALVED)
     (inner,) = pictures
@@ -162,12 +134,8 @@ def test_webuis_own_merging_works_for_a_copy_of_p(make, copying, merged, when):
 
 
 @pytest.mark.parametrize("when", ["before it is sampled", "while it is sampled"])
-def test_a_copy_of_a_p_with_a_wrong_value_reports_nothing(make, copying, when):
+def test_a_copy_of_a_p_with_a_wrong_value_reports_nothing(make, copying, own_merging, when):
     """WebUI's own merging works in both, since the extension merges in neither."""
-    from modules import shared
-
-    pytest.importorskip("tomesd")
-    shared.opts.data["token_merging_ratio"] = 0.4
     pictures = copying(when)
     without = make()
     processed = make([True, 9])

@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from in_host import (
-    FULL,
-    HALF,
-    HALVED,
-    HIRES,
-    fail,
-    pixels,
-    wrapper,
-)
+from in_host import FULL, HALF, HALVED, HIRES, fail, pixels, wrapper
 
 
 @pytest.mark.parametrize("first", [True, False])

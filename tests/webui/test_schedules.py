@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from in_host import (
-    SIDE,
-    arguments,
-    left,
-)
+from in_host import SIDE, arguments, left
 from PIL import Image
 
 from tomesd_core.settings import MergeSettings

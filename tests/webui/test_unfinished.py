@@ -5,35 +5,20 @@ from __future__ import annotations
 import re
 
 import pytest
-from in_host import (
-    FULL,
-    HALF,
-    HALVED,
-    HIRES,
-    failing_unet,
-    hooked,
-    pixels,
-)
+from in_host import HALVED, HIRES, failing_unet, hooked, pixels
 from torch import nn
 
 
 @pytest.mark.parametrize("how", ["fails", "interrupt", "skip", "stop_generating"])
 @pytest.mark.parametrize("at", [1, 3])
-def test_an_unfinished_generation_leaves_nothing(host, make, merged, on_denoised, how, at):
+def test_an_unfinished_generation_leaves_nothing(host, make, merged, at_evaluation, how, at):
     from modules import shared
-
-    evaluations = []
-
-    def end(_):
-        evaluations.append(None)
-        if len(evaluations) == at:
-            getattr(shared.state, how)()
 
     if how == "fails":
         with failing_unet(host, at), pytest.raises(ValueError, match="on purpose"):
             make(HALVED, n_iter=2)
     else:
-        on_denoised(end)
+        at_evaluation(at, getattr(shared.state, how))
         assert make(HALVED, n_iter=2).images
     assert hooked(host.sd_model) == []
     assert pixels(make(HALVED)) == merged
@@ -47,14 +32,6 @@ def test_between_generations_nothing_is_attached(host, make, add_script):
     add_script(**dict.fromkeys([*names, "postprocess"], note))
     make(HALVED, n_iter=2)
     assert hooks == [[]] * 9
-
-
-def test_unloading_scripts_ends_merging_at_the_next_step(make, on_denoised, attention):
-    from modules import script_callbacks
-
-    on_denoised(lambda _: script_callbacks.script_unloaded_callback())
-    make(HALVED, steps=3)
-    assert attention.tokens == [HALF, FULL, FULL]
 
 
 class Untouchable:
