@@ -20,7 +20,7 @@ def test_refiner_that_takes_the_first_models_place(make, attention, refiner):
 
 
 @pytest.mark.parametrize("refiner", ["twin", "other"])
-def test_refiner_that_stays_next_to_the_first_model(host, make, attention, refiner):
+def test_refiner_that_stays_next_to_the_first_model(make, attention, refiner):
     """Both stay in memory, and each is hooked in its own part only."""
     from modules import shared
 
@@ -77,7 +77,7 @@ def test_another_checkpoint_in_the_next_picture(make, attention, merged):
     assert attention.tokens == [HALF] * 8
 
 
-def test_a_replaced_model_is_freed(host, make, loaded):
+def test_a_replaced_model_is_freed(host, make):
     import gc
     import weakref
 
@@ -113,20 +113,15 @@ def test_a_replaced_unet(make, monkeypatch):
     assert "nothing merged" in processed.comments and "UNet was replaced" in processed.comments
 
 
-def test_layers_that_hypertile_tiles_are_not_merged(host, make, log_lines):
-    attentions = [module.attn1 for module in host.sd_model.modules() if hasattr(module, "attn1")]
+def test_layers_that_hypertile_tiles_are_not_merged(host, make, log_lines, blocks_of, monkeypatch):
     tiling = SimpleNamespace(enabled=True)
-    try:
-        setattr(attentions[0], "__webui_hypertile_params", tiling)
+    first, *others = blocks_of(host.sd_model).values()
+    for blocks in ([first], others):
+        for block in blocks:
+            monkeypatch.setattr(block.attn1, "__webui_hypertile_params", tiling, raising=False)
         make(HALVED)
-        for attention in attentions:
-            setattr(attention, "__webui_hypertile_params", tiling)
-        make(HALVED)
-        tiling.enabled = False
-        make(HALVED)
-    finally:
-        for attention in attentions:
-            delattr(attention, "__webui_hypertile_params")
+    tiling.enabled = False
+    make(HALVED)
     some, nothing, off = log_lines
     assert "2 of 4" in some and "Hypertile" in some
     assert "nothing merged" in nothing and "Hypertile" in nothing

@@ -96,7 +96,7 @@ def full():
     raise RuntimeError("CUDA out of memory. Tried to allocate 960.00 MiB")
 
 
-def test_too_little_memory_in_a_projections_hook_costs_no_picture(make, plain, merged, monkeypatch):
+def test_too_little_memory_in_a_projections_hook_costs_no_picture(make, plain, monkeypatch):
     heads = running("proportional").Heads
     pad = heads.pad
     monkeypatch.setattr(

@@ -138,21 +138,12 @@ def test_apply_to_chooses_passes_and_each_has_its_own_schedule(make, attention, 
     assert ("hires pass: 3 of 4" in processed.comments) == any(second)
 
 
-def test_a_hires_pass_without_a_first_one(make_p, host, attention, process):
+def test_a_hires_pass_without_a_first_one(make, attention):
     """As the Upscale button runs it."""
-    p = make_p(
-        arguments(apply_to="hires pass"), firstpass_image=Image.new("RGB", (32, 32), "red"), **HIRES
-    )
-    processed = process(p)
+    picture = Image.new("RGB", (32, 32), "red")
+    processed = make(arguments(apply_to="hires pass"), firstpass_image=picture, **HIRES)
     assert attention.tokens == [left(0.5, HIRES_TOKENS)] * 2
     assert "hires pass: 3 of 4" in processed.comments
-
-
-def test_an_interrupted_first_pass_is_reported_without_a_second(make, on_denoised):
-    from modules import shared
-
-    on_denoised(lambda _: shared.state.interrupt())
-    assert "first pass: 3 of 4" in make(HALVED, **HIRES).comments
 
 
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
@@ -171,14 +162,17 @@ def test_the_summary_has_the_seconds_of_sampling_once(make, fields):
     assert len(re.findall(r"; sampled in \d+\.\d s", make(HALVED, **fields).comments)) == 1
 
 
-def test_an_interrupted_failed_or_unmerged_sampling_has_no_seconds(
-    make, host, sampling, on_denoised
-):
-    from modules import shared
-
+def test_a_failed_or_unmerged_sampling_has_no_seconds(make, host, sampling):
     assert "sampled in" not in make([True, 9]).comments
     with failing_unet(host), pytest.raises(ValueError):
         make(HALVED)
     assert "sampled in" not in sampling.generation.last.summary
+
+
+def test_an_interrupted_first_pass_is_reported_without_seconds_and_a_second_pass(make, on_denoised):
+    from modules import shared
+
     on_denoised(lambda _: shared.state.interrupt())
-    assert "sampled in" not in make(HALVED).comments
+    comments = make(HALVED, **HIRES).comments
+    assert "first pass: 3 of 4" in comments
+    assert "sampled in" not in comments and "hires pass" not in comments

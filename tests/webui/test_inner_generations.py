@@ -180,7 +180,7 @@ def test_off_after_on_leaves_no_trace(host, make_p, plain, attention, again, pro
     assert attention.tokens == [FULL] * 2
 
 
-def test_copies_with_other_arguments_have_their_own_parameters(host, make_p, plain, process):
+def test_copies_with_other_arguments_have_their_own_parameters(host, make_p, process):
     p, keys = make_p(HALVED), []
     for tome in (arguments(0.6, 0.3, "linear"), [True, 9], HALVED, [True, "abc"], [False]):
         p.script_args = host.script_args(tome)

@@ -25,16 +25,9 @@ def callbacks():
     )
 
 
-@pytest.fixture
-def reloaded(host):
-    """Reload the UI at the end of the test."""
-    yield
-    host.reload_ui()
-
-
 @pytest.mark.parametrize("reload", ["reload_ui", "reload_script_bodies"])
 def test_a_reload_registers_each_callback_once_and_keeps_unchanged_files(
-    host, make, merged, attention, reloaded, reload
+    host, make, merged, attention, reload
 ):
     before, modules = callbacks(), imported(script_module().PACKAGE)
     assert before["cfg_denoiser", "on_denoise"] == before["script_unloaded", "stop"] == 1
@@ -54,10 +47,9 @@ def test_a_reload_registers_each_callback_once_and_keeps_unchanged_files(
 def imports_of(files):
     """All parts of the names that files import anywhere, also for type checking."""
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
-    origins = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-    names = [node.module for node in origins if node.module]
-    for node in (*origins, *(node for node in nodes if isinstance(node, ast.Import))):
-        names += [alias.name for alias in node.names]
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [alias.name for node in imports for alias in node.names]
+    names += [getattr(node, "module", None) or "" for node in imports]
     return {part for name in names for part in name.split(".")}
 
 
