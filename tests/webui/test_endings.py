@@ -40,7 +40,10 @@ def in_first_pass(blocks):
     return call
 
 
-def test_reload_ui_during_a_pass_ends_merging_after_it(make, in_first_pass, attention):
+def test_reload_ui_during_a_pass_ends_merging_after_it(
+    make, in_first_pass, at_evaluation, attention
+):
+    """A second one finds nothing to end."""
     from modules import script_callbacks
 
     def unload():
@@ -49,6 +52,7 @@ def test_reload_ui_during_a_pass_ends_merging_after_it(make, in_first_pass, atte
         thread.join()
 
     in_first_pass(unload)
+    at_evaluation(2, unload)
     processed = make(KEYS_METHOD, steps=3)
     assert attention.tokens == [HALF, FULL, FULL]
     assert "1 of 1 steps" in processed.comments and "reloaded" in processed.comments
