@@ -21,46 +21,41 @@ def tokens(grid, channels=6, batch=2, seed=0):
 
 def groups(token_map):
     """The groups of merged tokens, for each item."""
-    items = []
-    for slots in token_map.slots.tolist():
-        together = {}
-        for token, slot in enumerate(slots):
-            together.setdefault(slot, set()).add(token)
-        assert sorted(together) == list(range(token_map.merged_tokens))
-        items.append({frozenset(tokens) for tokens in together.values()})
-    return items
+    numbers = torch.arange(token_map.merged_tokens)
+    assert all(torch.equal(slots.unique(), numbers) for slots in token_map.slots)
+    return [
+        {frozenset((slots == number).nonzero()[:, 0].tolist()) for number in numbers}
+        for slots in token_map.slots
+    ]
 
 
-def window_of(token, grid, stride, window):
-    """The window of a token: whole cells, spread evenly; the rest joins the last cell."""
-    home = []
-    for place, side, cell in zip(divmod(token, grid[1]), grid, stride, strict=True):
-        cells = side // cell
-        count = 1 if window is None else math.ceil(cells / max(1, window // cell))
-        mine = min(place // cell, cells - 1)
-        home.append(max(number for number in range(count) if number * cells // count <= mine))
-    return tuple(home)
+def windows_of(grid, stride, window):
+    """The window of each token: whole cells, spread evenly; the rest joins the last cell."""
+    along = []
+    for side, size in zip(grid, stride, strict=True):
+        cells = max(1, side // size)
+        count = 1 if window is None else math.ceil(cells / max(1, window // size))
+        cell_of = [min(place // size, cells - 1) for place in range(side)]
+        along.append(
+            [max(i for i in range(count) if i * cells // count <= cell) for cell in cell_of]
+        )
+    return list(itertools.product(*along))
+
+
+def similarities(x):
+    """The cosine of each pair of tokens of one item, in float64."""
+    unit = torch.nn.functional.normalize(x.double(), dim=-1)
+    return (unit @ unit.T).tolist()
 
 
 def matched_one_by_one(x, src, dst, removed, home):
     """Groups of one item by bipartite soft matching in plain loops."""
-    points = x.double().tolist()
-    norms = [math.sqrt(sum(value * value for value in point)) for point in points]
-
-    def similarity(a, b):
-        length = norms[a] * norms[b]
-        return (
-            sum(p * q for p, q in zip(points[a], points[b], strict=True)) / length
-            if length
-            else 0.0
-        )
-
-    pairs = []
+    similarity, pairs = similarities(x), []
     for a in src:
-        candidates = [(similarity(a, b), b) for b in dst if home(a) == home(b)]
+        candidates = [b for b in dst if home[a] == home[b]]
         if candidates:
-            best = max(candidates, key=lambda pair: pair[0])
-            pairs.append((best[0], a, best[1]))
+            best = max(candidates, key=lambda b: similarity[a][b])
+            pairs.append((similarity[a][best], a, best))
     pairs.sort(key=lambda pair: -pair[0])
     together = {b: {b} for b in dst}
     for _, a, b in pairs[:removed]:
@@ -93,22 +88,15 @@ def test_the_most_similar_src_are_merged_into_the_best_dst_of_their_window(
     split = make_partition(grid, stride, partition, step, window, 1 if shared_draw else len(x))
     removed = min(tokens_removed(x.shape[1], ratio), split.most_removed)
     if window is None:
-        options = {
-            "stride": stride,
-            "partition": partition,
-            "step": step,
-            "shared_draw": shared_draw,
-        }
-        token_map = tome.match_tokens(x, grid, ratio, window=None, **options)
+        options = {"stride": stride, "partition": partition, "shared_draw": shared_draw}
+        token_map = tome.match_tokens(x, grid, ratio, step=step, window=None, **options)
     else:
         # With a window `match_tokens` rounds the number of tokens and the similarities.
         token_map = match(x, split, exact=True).token_map(removed)
     assert token_map.merged_tokens == x.shape[1] - removed
     cell = (1, 2) if partition == "alternating" else stride
-    in_windows = None if partition == "uniform" else window
-    assert_matched(
-        token_map, x, split, removed, lambda token: window_of(token, grid, cell, in_windows)
-    )
+    home = windows_of(grid, cell, None if partition == "uniform" else window)
+    assert_matched(token_map, x, split, removed, home)
 
 
 def test_the_default_precision_finds_nearly_as_similar_tokens():
@@ -116,18 +104,16 @@ def test_the_default_precision_finds_nearly_as_similar_tokens():
     grid, x = (16, 16), tokens((16, 16), channels=32, batch=1)
     split = make_partition(grid, window=8)
     result = match(x, split)
-    unit = torch.nn.functional.normalize(x[0].double(), dim=-1)
-    homes = [window_of(token, grid, (2, 2), 8) for token in range(256)]
+    similarity, home = similarities(x[0]), windows_of(grid, (2, 2), 8)
     src, dst = split.src[0].tolist(), split.dst[0].tolist()
-    best = []
-    for place, a in enumerate(src):
-        inside = [b for b in dst if homes[b] == homes[a]]
-        b = dst[result.best[0, split.windows.src_place[place]]]
+    best = {}
+    for a, place in zip(src, split.windows.src_place.tolist(), strict=True):
+        inside = [b for b in dst if home[b] == home[a]]
+        b = dst[result.best[0, place]]
         assert b in inside
-        best.append((unit[inside] @ unit[a]).max().item())
-        assert (unit[a] @ unit[b]).item() > best[-1] - 0.02
-    places = split.windows.src_place.tolist()
-    ordered = [best[places.index(place)] for place in result.least_similar(len(src))[0].tolist()]
+        best[place] = max(similarity[a][b] for b in inside)
+        assert similarity[a][b] > best[place] - 0.02
+    ordered = [best[place] for place in result.least_similar(len(src))[0].tolist()]
     assert all(later < earlier + 0.02 for earlier, later in itertools.pairwise(ordered))
 
 
@@ -142,9 +128,7 @@ def test_a_token_of_zero_norm_is_similar_to_none(bad, ratio, window):
     x[0, bad] = 0
     split = make_partition(grid, (2, 2), "corner", window=window)
     token_map = match(x, split, exact=True).token_map(removed)
-    assert_matched(
-        token_map, x, split, removed, lambda token: window_of(token, grid, (2, 2), window)
-    )
+    assert_matched(token_map, x, split, removed, windows_of(grid, (2, 2), window))
 
 
 @pytest.mark.parametrize("kind", [math.nan, math.inf, 0.0])
@@ -168,11 +152,9 @@ def test_a_tiny_token_is_matched_by_its_direction(dtype):
     x[:, 9] = 6e-8 if dtype == torch.float16 else 1e-40
     split = make_partition((8, 8), (2, 2), "corner")
     result = match(x, split, exact=True)
-    place = split.src[0].tolist().index(9)
-    assert (
-        result.least_similar(len(split.src[0]))[0].tolist().index(split.windows.src_place[place])
-        > 0
-    )
+    place = split.windows.src_place[split.src[0] == 9]
+    most_similar = result.least_similar(split.most_removed)[:, 0]
+    assert most_similar != place
     token_map = result.token_map(32)
     assert token_map.unmerge(token_map.merge(x)).isfinite().all()
 
@@ -205,13 +187,11 @@ def test_a_tokens_length_does_not_change_what_it_is_similar_to(dtype, powers, ex
 def test_the_similarity_never_takes_more_than_64_mib(operations, device, dtype, side, batch):
     x = torch.randn(batch, side**2, 4, dtype=dtype, device=device)
     whole = (side**2 * 3 / 4) * (side**2 / 4) * x.element_size()
-    with operations() as operations_run:
-        tome.match_tokens(x, (side, side), 0.5, window=None)
     assert matching.SIMILARITY_BYTES == 64 * 2**20 < whole
-    assert operations_run.largest <= matching.SIMILARITY_BYTES
-    with operations() as operations_run:
-        tome.match_tokens(x, (side, side), 0.5, window=32)
-    assert operations_run.largest <= matching.SIMILARITY_BYTES
+    for window in (None, 32):
+        with operations() as operations_run:
+            tome.match_tokens(x, (side, side), 0.5, window=window)
+        assert operations_run.largest <= matching.SIMILARITY_BYTES
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 2**14, 2**30])
@@ -229,13 +209,12 @@ def test_the_memory_limit_does_not_change_the_result(monkeypatch, window, limit)
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_a_picture_alone_has_its_map_of_the_batch(partition, window):
     x = tokens((13, 10), channels=16, batch=4)
-    together = tome.match_tokens(x, (13, 10), 0.4, partition=partition, window=window, step=2)
-    for item in range(4):
-        alone = tome.match_tokens(
-            x[item : item + 1], (13, 10), 0.4, partition=partition, window=window, step=2
-        )
-        assert alone.merged_tokens == together.merged_tokens
-        assert torch.equal(alone.slots[0], together.slots[item])
+    together, *alone = (
+        tome.match_tokens(each, (13, 10), 0.4, partition=partition, window=window, step=2)
+        for each in (x, *x.split(1))
+    )
+    assert {each.merged_tokens for each in alone} == {together.merged_tokens}
+    assert torch.equal(torch.cat([each.slots for each in alone]), together.slots)
 
 
 @pytest.mark.parametrize("shape", [(2, 63, 4), (64, 4), (2, 8, 8, 4)])
@@ -266,8 +245,8 @@ def test_autocast_keeps_the_precision_of_an_exact_matching():
 def test_a_grid_may_be_any_pair():
     x = tokens((7, 9))
     expected = tome.match_tokens(x, (7, 9), 0.5).slots
-    assert torch.equal(tome.match_tokens(x, [7, 9], 0.5).slots, expected)
-    assert torch.equal(tome.match_tokens(x, torch.Size([7, 9]), 0.5).slots, expected)
+    for grid in ([7, 9], torch.Size([7, 9])):
+        assert torch.equal(tome.match_tokens(x, grid, 0.5).slots, expected)
 
 
 def test_an_empty_batch_has_a_map_of_no_items():
