@@ -1,6 +1,5 @@
 """Proportional attention: softmax with log n added, exact where merged tokens are equal."""
 
-import contextlib
 import math
 
 import pytest
@@ -8,17 +7,9 @@ import torch
 from single_block import Projected, block_around, skip_without_half
 
 import tomesd_core as tome
-from tomesd_core.probe import PROBE_TOKENS, probe_heads
-from tomesd_core.proportional import (
-    BIAS_CHANNELS,
-    WIDTH,
-    Heads,
-    Projections,
-    has_projections,
-)
-from tomesd_core.settings import MergeSettings
+from tomesd_core.probe import PROBE_TOKENS
+from tomesd_core.proportional import BIAS_CHANNELS, WIDTH, has_projections
 
-GRID = (8, 8)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -28,16 +19,15 @@ def has_half(request):
         skip_without_half()
 
 
-def plain_softmax(q, k, v, scale):
-    return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
-
-
 class Attention(Projected):
-    """Attention like WebUI's; `kind` chooses where its scale and head size come from."""
+    """Attention like WebUI's; `kind` chooses where its scale and head size come from.
+
+    `seen` has the number of queries and the head size of each call.
+    """
 
     def __init__(self, kind, heads, size):
         super().__init__(heads, size)
-        self.kind, self.scale = kind, size**-0.5
+        self.kind, self.scale, self.seen = kind, size**-0.5, []
 
     def forward(self, x, context=None, mask=None):
         q, k, v = self.project(x, context)
@@ -45,7 +35,9 @@ class Attention(Projected):
         q, k, v = (
             each.view(each.shape[0], -1, self.heads, size).transpose(1, 2) for each in (q, k, v)
         )
-        out = plain_softmax(q, k, v, self.scale if self.kind == "own scale" else size**-0.5)
+        self.seen.append((q.shape[2], size))
+        scale = self.scale if self.kind == "own scale" else size**-0.5
+        out = (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -71,17 +63,9 @@ def make(kind, heads=2, size=8, dtype=torch.float32, cls=Attention):
     return block_around(New(kind, heads, size), dtype)
 
 
-def image(channels, dtype=torch.float32, cells=False, batch=2):
-    """Tokens on `GRID`; with `cells` those of each 2×2 cell are equal."""
+def image(channels, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    side = 4 if cells else 8
-    x = torch.randn(batch, channels, side, side, generator=generator, dtype=torch.double)
-    return (x.repeat_interleave(2, -1).repeat_interleave(2, -2) if cells else x).to(dtype)
-
-
-def settings(method, ratio=0.75, **values):
-    always = {"schedule": "constant", "window": None, "skip_unprofitable": False}
-    return MergeSettings(ratio=ratio, method=method, **always, **values)
+    return torch.randn(2, channels, 8, 8, generator=generator, dtype=torch.double).to(dtype)
 
 
 def run(block, x, how):
@@ -119,84 +103,50 @@ KINDS = "own scale", "by heads", "by input"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("heads", "size"), [(8, 40), (1, 64), (10, 64), (5, 80), (2, 160), (3, 7), (2, 4)]
-)
-@pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_merging_equal_tokens_changes_nothing(kind, heads, size, method):
-    block, x = make(kind, heads, size), image(heads * size, cells=True)
-    out, token_map = run(block, x, settings(method))
-    assert token_map.merged_tokens == 16 and token_map.counts.unique().tolist() != [1]
-    assert relative(out, block(x)) < 1e-5
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("ratio", [0.3, 0.75, 0.9])
-@pytest.mark.parametrize("method", ["keys", "tokens", "paper"])
-def test_any_tokens_give_softmax_with_log_counts_added(kind, dtype, ratio, method):
-    block, x = make(kind, 2, 40, dtype), image(80, dtype)
-    out, token_map = run(block, x, settings(method, ratio))
+@pytest.mark.parametrize("ratio", [0.3, 0.9])
+@pytest.mark.parametrize(("heads", "size"), [(2, 4), (3, 7), (2, 8), (8, 40), (1, 64), (1, 160)])
+def test_any_tokens_give_softmax_with_log_counts_added(
+    whole, kind, dtype, heads, size, ratio, method
+):
+    block, x = make(kind, heads, size, dtype), image(heads * size, dtype)
+    out, token_map = run(block, x, whole(method=method, ratio=ratio))
     assert out.dtype == dtype
     assert relative(out, reference(block, x, token_map, method)) < TOLERANCE[dtype]
+    # Heads have the least padding that holds the bias.
+    wide = size if method == "paper" else math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
+    assert {width for _, width in block.transformer_blocks[0].attn1.seen} == {wide}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_gradients_are_the_references(kind, method):
+def test_gradients_are_the_references(whole, kind, method):
     block, x = make(kind, 2, 8, torch.double), image(16, torch.double).requires_grad_()
-    out, token_map = run(block, x, settings(method))
+    out, token_map = run(block, x, whole(method=method))
     weights = torch.randn(out.shape, dtype=torch.double, generator=torch.Generator().manual_seed(2))
     (ours,) = torch.autograd.grad((out * weights).sum(), x)
     (right,) = torch.autograd.grad((reference(block, x, token_map, method) * weights).sum(), x)
     assert relative(ours, right) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [4, 8, 40, 64, 80, 160])
-def test_the_probe_finds_the_scale_of_an_attention(kind, dtype, size):
-    attention = make(kind, 2, size, dtype).transformer_blocks[0].attn1
-    running = []
-
-    @contextlib.contextmanager
-    def run_as(call):
-        running.append(call)
-        yield
-        running.pop()
-
-    projections = Projections(attention, lambda: running[-1] if running else None, None)
-    with projections.handles:
-        projections.register()
-        heads = probe_heads(attention, torch.zeros(2, 64, 2 * size, dtype=dtype), run_as, {})
-    wide = math.ceil((size + BIAS_CHANNELS) / WIDTH) * WIDTH
-    assert heads == Heads(2, size, wide, size**-0.5 if kind == "own scale" else wide**-0.5)
-
-
 @pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_an_attention_of_unknown_scale_is_not_merged(method):
+def test_an_attention_of_unknown_scale_is_not_merged(whole, method):
     block, x = make("own scale", cls=Strange), image(16)
     unmerged = block(x)
-    with tome.attach(block, settings(method)) as merging:
+    with tome.attach(block, whole(method=method)) as merging:
         assert torch.equal(block(x), unmerged)
     assert "unknown logit scale" in merging.report().summary
-    assert run(block, x, settings("paper"))
+    assert run(block, x, whole(method="paper"))
 
 
-def test_a_counter_on_an_attention_does_not_have_it_probed_again():
-    lengths = []
-
-    class Counting(Attention):
-        def forward(self, x, context=None, mask=None):
-            lengths.append(x.shape[1])
-            return super().forward(x, context)
-
-    block, x = make("by heads", cls=Counting), image(16)
-    with tome.attach(block, settings("keys")):
+def test_a_counter_on_an_attention_does_not_have_it_probed_again(whole):
+    block, x = make("by heads"), image(16)
+    attention = block.transformer_blocks[0].attn1
+    with tome.attach(block, whole(method="keys")):
         for count in range(3):
-            block.transformer_blocks[0].attn1.calls = count
+            attention.calls = count
             block(x)
-    assert lengths.count(PROBE_TOKENS) == 1 and lengths.count(x[0, 0].numel()) == 3
+    assert [queries for queries, _ in attention.seen] == [PROBE_TOKENS, 64, 64, 64]
 
 
 def test_an_attention_without_heads_cannot_be_merged():
@@ -207,10 +157,10 @@ def test_an_attention_without_heads_cannot_be_merged():
 
 
 @pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_foreign_pre_hooks_on_projections_see_unpadded_inputs(method):
+def test_foreign_pre_hooks_on_projections_see_unpadded_inputs(whole, method):
     block, x, widths = make("by input"), image(16), set()
     attention = block.transformer_blocks[0].attn1
     for module in (attention.to_q, attention.to_out, attention.to_out[0]):
         module.register_forward_pre_hook(lambda _, args: widths.add(args[0].shape[-1]))
-    run(block, x, settings(method))
+    run(block, x, whole(method=method))
     assert widths == {16}
