@@ -13,41 +13,62 @@ import tomesd_core as tome
 from tomesd_core import token_map
 
 
+def small_block():
+    return block_around(CrossAttention(32, heads=2, dim_head=16))
+
+
 @pytest.mark.parametrize("has_bags", [True, False], ids=["bags", "scan"])
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"window": None},
         {"window": 4},
         {"partition": "corner"},
         {"shared_draw": False},
-        {"schedule": "linear"},
+        {"reuse_steps": 3},
+        {"late_ratio": 0.3, "schedule": "step"},
+        {"late_ratio": 0.3, "schedule": "linear", "reuse_steps": 3},
     ],
     ids=str,
 )
-def test_a_pass_never_waits_for_the_device_and_sums_in_a_fixed_order(
-    small_settings, operations, monkeypatch, options, has_bags
+def test_no_step_but_the_first_waits_for_the_device_and_sums_have_a_fixed_order(
+    small_settings, operations, crossings, monkeypatch, method, options, has_bags
 ):
-    """On the meta device, reading a value raises."""
+    """On the meta device reading a value raises, and copies from the CPU are counted."""
     if has_bags:
         monkeypatch.setattr(token_map, "BAG_DEVICES", {"meta"})
-    block = block_around(CrossAttention(32, heads=2, dim_head=16)).to("meta")
-    with (
-        tome.attach(block, small_settings(**options)) as merging,
-        operations() as operations_run,
-    ):
-        for step in range(2):
-            merging.set_step(step, 20)
-            output = block(torch.empty(2, 32, 16, 16, device="meta"))
+    block, x, copies = small_block().to("meta"), torch.empty(2, 32, 16, 16, device="meta"), []
+    settings = small_settings(method=method, **options)
+    with tome.attach(block, settings) as merging, operations() as operations_run:
+        for step in range(4):
+            merging.set_step(step, 4)
+            with crossings() as crossed:
+                output = block(x)
+            copies.append(len(crossed.names))
     assert output.shape == (2, 16 * 16, 32)
-    assert merging.report().merged_steps == 2
+    assert merging.report().merged_steps == 4
+    assert copies[0] <= 1, "a new grid costs one copy"
+    assert copies[1:] == [0] * 3
     assert any(name.startswith("_embedding_bag") for name in operations_run.names) == has_bags
     # Atomic on a GPU, so the order of their sums varies.
     in_any_order = ("index_add", "scatter_add", "scatter_reduce")
-    assert [
-        name for name in operations_run.names if name.lstrip("_").startswith(in_any_order)
-    ] == []
+    assert not any(name.lstrip("_").startswith(in_any_order) for name in operations_run.names)
+
+
+def test_a_copy_in_the_middle_of_a_merged_call_is_counted(small_settings, crossings, monkeypatch):
+    block, x = small_block().to("meta"), torch.empty(2, 32, 16, 16, device="meta")
+    usual = token_map.TokenMap.mean
+
+    def copying(*args):
+        torch.zeros(1).to("meta", non_blocking=True)
+        return usual(*args)
+
+    with tome.attach(block, small_settings()):
+        block(x)
+        monkeypatch.setattr(token_map.TokenMap, "mean", copying)
+        with crossings() as crossed:
+            block(x)
+    assert crossed.names == ["_to_copy"]
 
 
 def test_gradients_flow_through_a_merged_pass(make_unet, small_settings, make_inputs, method):
@@ -127,7 +148,7 @@ def test_a_device_that_lacks_an_operation_costs_no_picture(
 
 @pytest.mark.parametrize("how", ["torch.compile(unet)", "unet.compile()"])
 def test_a_compiled_model_runs_unmerged_with_the_reason(whole, how):
-    unet, x = block_around(CrossAttention(32, heads=2, dim_head=16)), torch.randn(2, 32, 8, 8)
+    unet, x = small_block(), torch.randn(2, 32, 8, 8)
     unmerged = unet(x)
     if how == "unet.compile()":
         if not hasattr(unet, "compile"):
