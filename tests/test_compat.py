@@ -1,5 +1,4 @@
 import inspect
-import warnings
 
 import pytest
 import tomesd
@@ -22,8 +21,8 @@ class Model(nn.Module):
 def run(make_unet, make_inputs, watch):
     """Run a pass of a patched UNet; return its output and the tokens per layer."""
 
-    def running(apply_patch, size=(16, 16), batch=2, unet_options=None, **options):
-        unet = make_unet(**(unet_options or {}))
+    def running(apply_patch, size=(16, 16), batch=2, is_linear=False, **options):
+        unet = make_unet(use_linear_in_transformer=is_linear)
         model = Model(unet)
         assert apply_patch(model, **options) is model
         with watch(unet) as inputs_of:
@@ -55,7 +54,7 @@ def test_names_order_and_defaults_are_tomesds():
         ((14, 18), {"ratio": 0.3, "sx": 1, "sy": 3, "max_downsample": 2}),
         ((13, 17), {"max_downsample": 2}),
         ((16, 16), {"merge_attn": False}),
-        ((16, 16), {"max_downsample": 2, "unet_options": {"use_linear_in_transformer": True}}),
+        ((16, 16), {"max_downsample": 2, "is_linear": True}),
     ],
     ids=str,
 )
@@ -97,12 +96,10 @@ def test_a_ratio_over_the_maximum_is_capped_with_a_warning(run, options, words):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_ratio_in_range_warns_of_nothing(make_unet):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        tome.apply_patch(make_unet(), ratio=0.75)
-        tome.apply_patch(make_unet(), ratio=0.9, sx=4, sy=4)
-    assert not caught
+    tome.apply_patch(make_unet(), ratio=0.75)
+    tome.apply_patch(make_unet(), ratio=0.9, sx=4, sy=4)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, float("nan"), None, "abc"], ids=str)
@@ -120,24 +117,18 @@ def test_merging_anything_but_self_attention_is_refused(make_unet, hook_dicts, n
     assert hook_dicts(unet) == before
 
 
-def test_remove_patch_restores_the_output_and_removing_twice_is_harmless(
-    make_unet, make_inputs, hook_dicts
+@pytest.mark.parametrize(
+    "remove", [tome.remove_patch, lambda model: tome.apply_patch(model, merge_attn=False)]
+)
+def test_removing_restores_the_output_and_twice_is_harmless(
+    make_unet, make_inputs, hook_dicts, remove
 ):
     model, inputs = Model(make_unet()), make_inputs()
     unet, before = model.model.diffusion_model, hook_dicts(model)
     unmerged = unet(*inputs)
     tome.apply_patch(model)
     assert not torch.equal(unet(*inputs), unmerged)
-    assert tome.remove_patch(model) is model
-    assert tome.remove_patch(model) is model
-    assert hook_dicts(model) == before
-    assert torch.equal(unet(*inputs), unmerged)
-
-
-def test_without_merge_attn_merging_is_removed(make_unet, hook_dicts):
-    unet = make_unet()
-    before = hook_dicts(unet)
-    tome.apply_patch(unet)
-    assert hook_dicts(unet) != before
-    tome.apply_patch(unet, merge_attn=False)
-    assert hook_dicts(unet) == before
+    for _ in range(2):
+        assert remove(model) is model
+        assert hook_dicts(model) == before
+        assert torch.equal(unet(*inputs), unmerged)

@@ -2,56 +2,37 @@ import tomesd_core as tome
 from tomesd_core.report import LayerReport, Report
 
 
-def layer(
-    name="input_blocks.1.1",
-    level=1,
-    tokens=0,
-    merged_tokens=0,
-    calls=0,
-    merged_calls=0,
-    reason=None,
-):
-    return LayerReport(name, level, tokens, merged_tokens, calls, merged_calls, reason)
-
-
 def test_the_summary_names_layers_tokens_and_steps():
     layers = [
-        layer("a", 1, 4096, 2048, 20, 15),
-        layer("b", 1, 4096, 2048, 20, 15),
-        layer("c", 2, 1024, 512, 20, 15),
-        layer("d", 4, 256, 0, 20, 0, "level 4 is above max downsample 2"),
+        LayerReport("a", 1, 4096, 2048, 20, 15),
+        LayerReport("b", 1, 4096, 2048, 20, 15),
+        LayerReport("c", 2, 1024, 512, 20, 15),
+        LayerReport("d", 4, 256, 0, 20, 0, "level 4 is above max downsample 2"),
     ]
     report = Report(layers, 20, 15, 0.5, ["no attention at level 8"])
     assert report.merged_layers == layers[:3]
-    parts = (
-        "3 of 4 self-attention layers",
-        "4096 → 2048 tokens",
-        "1024 → 512 tokens",
-        "15 of 20 steps",
-    )
-    assert all(part in report.summary for part in (*parts, "no attention at level 8"))
+    merged = "3 of 4 self-attention layers", "4096 → 2048 tokens", "1024 → 512 tokens"
+    for part in (*merged, "15 of 20 steps", "no attention at level 8"):
+        assert part in report.summary
     assert "\n" not in report.summary
 
 
-def test_a_report_without_merging_has_the_reasons():
+def test_a_report_without_merging_has_the_reasons_and_the_notes():
     reasons = "level 2 is above max downsample 1", "64 tokens are under min tokens 100"
-    report = Report(
-        [layer(calls=1, reason=reasons[0]), layer(calls=1, reason=reasons[1])], 1, 0, 0.5, []
-    )
-    assert "nothing merged" in report.summary
-    assert all(reason in report.summary for reason in reasons)
+    layers = [LayerReport("a", 1, calls=1, reason=reason) for reason in reasons]
+    summary = Report(layers, 1, 0, 0.5, ["no attention at level 1"]).summary
+    for part in ("nothing merged", *reasons, "no attention at level 1"):
+        assert part in summary
     assert "this model has no layers" in Report([], 1, 0, 0.5, ["this model has no layers"]).summary
 
 
 def test_conflicts_are_in_the_summary_next_to_merged_layers():
     layers = [
-        layer("a", 2, 512, 256, 2, 2),
-        layer("b", 1, 0, 0, 2, 0, "tiled"),
-        layer("c", 1, 0, 0, 2, 0, "tiled"),
+        LayerReport("a", 2, 512, 256, 2, 2),
+        LayerReport("b", 1, calls=2, reason="tiled", conflict="tiled"),
+        LayerReport("c", 1, calls=2, reason="tiled", conflict="tiled"),
+        LayerReport("d", 4, calls=2, reason="level 4 is above max downsample 2"),
     ]
-    layers.append(layer("d", 4, 0, 0, 2, 0, "level 4 is above max downsample 2"))
-    for tiled in layers[1:3]:
-        tiled.conflict = "tiled"
     summary = Report(layers, 2, 2, 0.5, []).summary
     for part in ("1 of 4", "512 → 256 tokens", "2 of 2 steps"):
         assert part in summary
@@ -60,29 +41,23 @@ def test_conflicts_are_in_the_summary_next_to_merged_layers():
 
 def test_a_failure_is_the_reason_before_all_others():
     layers = [
-        layer("a", calls=1, reason="merging failed: x"),
-        layer("b", 2, calls=1, reason="level 2 is above 1"),
+        LayerReport("a", 1, calls=1, reason="merging failed: x"),
+        LayerReport("b", 2, calls=1, reason="level 2 is above 1"),
     ]
     summary = Report(layers, 1, 0, 0.5, ["no attention at level 1"], "merging failed: x").summary
     assert "nothing merged" in summary and summary.endswith("merging failed: x")
     assert "level" not in summary
-    merged = layer("a", 1, 64, 32, 2, 1)
+    merged = LayerReport("a", 1, 64, 32, 2, 1)
     merged.count_unmerged("merging failed: x")
     summary = Report([merged], 2, 1, 0.5, [], "merging failed: x").summary
     assert summary.count("merging failed: x") == 1
 
 
-def test_a_note_does_not_hide_the_reason():
-    layers = [layer(calls=1, reason="too small")]
-    summary = Report(layers, 1, 0, 0.5, ["no attention at level 1"]).summary
-    assert all(part in summary for part in ("too small", "no attention at level 1"))
-
-
 def test_the_whole_report_names_every_layer_and_its_reason():
     why = "level 8 is above max downsample 1"
     layers = [
-        layer("input_blocks.1.1", 1, 4096, 2048, 20, 15),
-        layer("middle_block.1", 8, 64, 0, 20, 0, why),
+        LayerReport("input_blocks.1.1", 1, 4096, 2048, 20, 15),
+        LayerReport("middle_block.1", 8, 64, 0, 20, 0, why),
     ]
     text = str(Report(layers, 20, 15, 0.5, []))
     first, second = (line for line in text.splitlines() if line.startswith(" "))

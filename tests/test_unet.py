@@ -1,11 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
+from layer_calls import SD1
 from torch import nn
 
 from tomesd_core import MergeSettings
 from tomesd_core.plan import coarsest_level
 from tomesd_core.unet import find_layers, find_unet, measured_level
-
-SD1 = {"attention_resolutions": [1, 2, 4], "channel_mult": (1, 1, 1, 1)}
 
 
 def levels_of(unet):
@@ -54,54 +55,32 @@ def test_layers_without_self_attention_are_marked(make_unet):
     assert [layer.is_self_attention for layer in layers] == [layer.level == 2 for layer in layers]
 
 
-def test_layers_are_found_by_structure_whatever_the_classes(make_unet):
-    class Anything(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm1, self.attn1 = nn.LayerNorm(4), nn.Linear(4, 4)
-
-    class Stage(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.transformer_blocks = nn.ModuleList([Anything(), Anything()])
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stage = Stage()
-
-    assert levels_of(Model()) == {
-        "stage.transformer_blocks.0": None,
-        "stage.transformer_blocks.1": None,
-    }
-    assert levels_of(Stage()) == {"transformer_blocks.0": None, "transformer_blocks.1": None}
-
-
-@pytest.mark.parametrize("lacking", ["norm1", "attn1"])
-def test_blocks_of_another_structure_are_no_layers(lacking):
-    block = nn.Module()
-    for name in {"norm1", "attn1"} - {lacking}:
-        setattr(block, name, nn.Linear(4, 4))
+def model_of(**parts):
+    """A model with these parts."""
     model = nn.Module()
-    model.transformer_blocks = nn.ModuleList([block])
-    assert find_layers(model) == []
-    model = nn.Module()
-    model.transformer_blocks = [block]
-    assert find_layers(model) == []
+    for name, part in parts.items():
+        setattr(model, name, part)
+    return model
+
+
+def test_layers_are_found_by_structure_whatever_the_classes():
+    block = model_of(norm1=nn.LayerNorm(4), attn1=nn.Linear(4, 4))
+    stage = model_of(transformer_blocks=nn.ModuleList([block]))
+    assert levels_of(stage) == {"transformer_blocks.0": None}
+    assert levels_of(model_of(stage=stage)) == {"stage.transformer_blocks.0": None}
+    assert levels_of(model_of(transformer_blocks=[block])) == {}
+    for name in ("norm1", "attn1"):
+        lacking = model_of(**{name: nn.Linear(4, 4)})
+        assert levels_of(model_of(transformer_blocks=nn.ModuleList([lacking]))) == {}
 
 
 def test_the_unet_is_found_in_a_model_or_is_the_model(make_unet):
-    unet, wrapper = make_unet(), type("StableDiffusion", (), {})()
-    wrapper.model = type("DiffusionWrapper", (), {"diffusion_model": unet})()
-    assert find_unet(wrapper) is unet
+    unet = make_unet()
+    assert find_unet(SimpleNamespace(model=SimpleNamespace(diffusion_model=unet))) is unet
     assert find_unet(unet) is unet
 
 
-@pytest.mark.parametrize(
-    "model",
-    [None, "unet", object(), type("Model", (), {"model": None})()],
-    ids=["none", "text", "object", "model of none"],
-)
+@pytest.mark.parametrize("model", [None, "unet", object(), type("Model", (), {"model": None})()])
 def test_a_model_without_a_unet_is_refused_with_its_type(model):
     with pytest.raises(TypeError, match=type(model).__name__):
         find_unet(model)
@@ -118,11 +97,11 @@ def test_the_measured_level_is_the_structures_for_sizes_that_halve():
     """From 64 pixels to 1024. Without the structure, tiny sizes are ambiguous."""
     for rows in range(8, 129):
         for columns in {8, 9, rows, 64, 75, 128}:
-            grid = rows, columns
+            latent = grid = rows, columns
             for level in (1, 2, 4, 8):
-                assert measured_level((rows, columns), grid, level) == level, (rows, columns, grid)
-                if min(rows, columns) > 11:
-                    assert measured_level((rows, columns), grid) == level, (rows, columns, grid)
+                assert measured_level(latent, grid, level) == level, (latent, grid)
+                if min(latent) > 11:
+                    assert measured_level(latent, grid) == level, (latent, grid)
                 grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
 
