@@ -10,7 +10,8 @@ from in_host import HALVED, SIDE, left, pixels, running
 
 from tomesd_core.settings import PANEL_FIELDS
 
-LABELS = ["Enabled", "Preset", *(setting.label for setting in PANEL_FIELDS.values())]
+NAMES = ["Enabled", "Preset", *(setting.label for setting in PANEL_FIELDS.values())]
+LABELS = [f"[ToMe] {name}" for name in NAMES]
 
 
 @pytest.fixture
@@ -43,28 +44,21 @@ def test_axes_are_there_once_whatever_webui_calls_the_plots_module(host, log_lin
     from modules import scripts
 
     module = ModuleType(name)
-    module.AxisOption, module.axis_options = (
-        scripts.AxisOption,
-        [scripts.AxisOption("Steps", int, None)],
-    )
+    module.AxisOption = scripts.AxisOption
+    module.axis_options = [scripts.AxisOption("Steps", int, None)]
     plot(("other.py", ModuleType("other.py")), ("xyz_grid.py", module))
     for _ in range(2):
         running("webui.axes").add_axes()
-    assert [option.label for option in module.axis_options] == [
-        "Steps",
-        *(f"[ToMe] {label}" for label in LABELS),
-    ]
+    assert [option.label for option in module.axis_options] == ["Steps", *LABELS]
     assert log_lines == []
 
 
-def test_a_reload_of_the_page_has_them_once(host, axes):
-    assert list(axes) == LABELS
-    host.reload_ui()
+def test_a_reload_of_the_page_has_them_once(host):
     from modules import scripts
 
-    assert [option.label for option in scripts.scripts_data[0].module.axis_options] == [
-        f"[ToMe] {x}" for x in LABELS
-    ]
+    host.reload_ui()
+    options = scripts.scripts_data[0].module.axis_options
+    assert [option.label for option in options] == LABELS
 
 
 @pytest.mark.parametrize(
@@ -79,7 +73,7 @@ def test_where_there_is_no_plot_this_is_logged(host, log_lines, plot, modules):
 
 
 @pytest.fixture
-def cells(make_p):
+def cells(make_p, axes):
     """Make a plot's cells: copies of one `p` on which axes have set their values."""
     from modules import processing, shared
 
@@ -88,30 +82,28 @@ def cells(make_p):
         for cell in cells:
             shared.state.begin()
             pc = copy(p)
-            for option, text in cell:
-                option.apply(pc, option.type(text), [])
+            for name, text in cell.items():
+                axes[name].apply(pc, axes[name].type(text), [])
             yield processing.process_images(pc)
 
     return make
 
 
-def test_a_setting_is_swept_with_the_panel_off_and_on(cells, axes, attention):
+def test_a_setting_is_swept_with_the_panel_off_and_on(cells, attention):
     for tome in ([False, *HALVED[1:]], HALVED):
-        pictures = list(cells(tome, *([(axes["Ratio"], text)] for text in ("0.55", "0.6"))))
+        pictures = list(cells(tome, {"Ratio": "0.55"}, {"Ratio": "0.6"}))
         assert [one.extra_generation_params["ToMe ratio"] for one in pictures] == [0.55, 0.6]
     # A ratio alone never merges more late than early.
     assert attention.tokens == [left(ratio) for ratio in (0.55, 0.55, 0.6, 0.6)] * 2
 
 
-def test_the_switch_and_the_presets_have_axes_and_the_switch_wins(
-    cells, axes, plain, merged, attention
-):
+def test_the_switch_and_the_presets_have_axes_and_the_switch_wins(cells, plain, merged, attention):
     off, on, preset, neither = cells(
         HALVED,
-        [(axes["Enabled"], "False"), (axes["Ratio"], "0.6")],
-        [(axes["Enabled"], "true")],
-        [(axes["Preset"], "Fast"), (axes["Ratio"], "0.6")],
-        [],
+        {"Enabled": "False", "Ratio": "0.6"},
+        {"Enabled": "true"},
+        {"Preset": "Fast", "Ratio": "0.6"},
+        {},
     )
     assert pixels(off) == plain and "ToMe" not in off.infotexts[0]
     assert pixels(on) == pixels(neither) == merged

@@ -8,14 +8,9 @@ import pytest
 from in_host import running
 
 TABS = "txt2img", "img2img"
-CHOSEN = {
-    "Ratio": 0.5,
-    "Late ratio": 0.25,
-    "Schedule": "step",
-    "Switch at": 0.25,
-    "Min tokens": 1024.0,
-}
-CHOSEN |= {"Apply to": "hires pass", "Max downsample": 4, "Merge map: step": 3.0, "ToMe": True}
+CHOSEN = {"Ratio": 0.5, "Late ratio": 0.25, "Schedule": "step", "Switch at": 0.25}
+CHOSEN |= {"Min tokens": 1024.0, "Apply to": "hires pass", "Max downsample": 4}
+CHOSEN |= {"Merge map: step": 3.0, "ToMe": True}
 
 
 def key(label, field, tab="txt2img"):
@@ -36,14 +31,9 @@ def written(highest, **values):
     return content
 
 
-OF_0_1_0 = {
-    "Ratio": 0.6,
-    "Late ratio": 0.4,
-    "Schedule": "linear",
-    "Switch at": 0.5,
-    "Max downsample": 1,
-}
-OF_0_1_0 |= {"Min tokens": 0.0, "Apply to": "both passes", "Rematch every": 4.0, "ToMe": False}
+OF_0_1_0 = {"Ratio": 0.6, "Late ratio": 0.4, "Schedule": "linear", "Switch at": 0.5}
+OF_0_1_0 |= {"Max downsample": 1, "Min tokens": 0.0, "Apply to": "both passes"}
+OF_0_1_0 |= {"Rematch every": 4.0, "ToMe": False}
 OF_1_0_0 = {**OF_0_1_0, "Ratio": 0.9375, "Late ratio": 0.75, "Rematch every": 1.0, "Method": "keys"}
 FILES = {
     "0.1.0": written(0.75, **OF_0_1_0),
@@ -53,27 +43,23 @@ FILES = {
 
 
 @pytest.fixture
-def updated(host):
-    return running("webui.defaults").updated
+def defaults(host):
+    return running("webui.defaults")
 
 
 @pytest.fixture
-def update(host, tmp_path, monkeypatch):
-    """Start with a file's content; return its path."""
+def updated(defaults):
+    return defaults.updated
+
+
+@pytest.fixture
+def path(host, tmp_path, monkeypatch):
+    """WebUI's file, in the test's folder."""
     from modules import shared
 
     path = tmp_path / "ui-config.json"
     monkeypatch.setattr(shared.cmd_opts, "ui_config_file", str(path))
-
-    def start(content=None):
-        if content is not None:
-            path.write_text(
-                content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
-            )
-        running("webui.defaults").update_file()
-        return path
-
-    return start
+    return path
 
 
 def values_of(content):
@@ -107,24 +93,17 @@ def test_a_chosen_default_stays(updated, version, label):
     assert updated(after) == after
 
 
-def test_a_later_version_updates_defaults_that_were_not_chosen(updated, monkeypatch):
-    chosen = updated(
-        FILES["1.0.0"] | {key("Schedule", "value"): "step", key("Ratio", "value"): 0.775}
-    )
+def test_a_later_version_updates_defaults_that_were_not_chosen(defaults, updated):
+    chosen = {key("Schedule", "value"): "step", key("Ratio", "value"): 0.775}
+    later = updated(FILES["1.0.0"] | chosen)
     # WebUI writes the others.
-    later = chosen | {key("Late ratio", "value"): 0.75, key("Rematch every", "value"): 1.0}
-    later[running("webui.defaults").COPY] = {
-        **later[running("webui.defaults").COPY],
-        "reuse_steps": 1,
-    }
-    assert values_of(updated(later)) == {
-        "txt2img/Schedule/value": "step",
-        "txt2img/Ratio/value": 0.775,
-    }
-    later[running("webui.defaults").COPY]["reuse_steps"] = 2
-    assert values_of(updated(later))["txt2img/Reuse matching (steps)/value"] == 1.0, (
-        "it was chosen where 2 was the default"
-    )
+    later |= {key("Late ratio", "value"): 0.75, key("Rematch every", "value"): 1.0}
+    later[defaults.COPY]["reuse_steps"] = 1
+    after = {"txt2img/Schedule/value": "step", "txt2img/Ratio/value": 0.775}
+    assert values_of(updated(later)) == after
+    later[defaults.COPY]["reuse_steps"] = 2
+    after["txt2img/Reuse matching (steps)/value"] = 1.0
+    assert values_of(updated(later)) == after, "it was chosen where 2 was the default"
 
 
 def test_a_max_downsample_of_version_1_0_0_is_corrected(updated):
@@ -132,10 +111,8 @@ def test_a_max_downsample_of_version_1_0_0_is_corrected(updated):
     assert values_of(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "2"})) == {}
     changed = values_of(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "4"}))
     assert changed == {"txt2img/Max downsample/value": "2"}
-    after = updated({}) | {key("Max downsample", "value"): "2"}
-    assert values_of(updated(after)) == {"txt2img/Max downsample/value": "2"}, (
-        "and the current one stays"
-    )
+    current = updated({}) | {key("Max downsample", "value"): "2"}
+    assert values_of(updated(current)) == {"txt2img/Max downsample/value": "2"}
 
 
 @pytest.mark.parametrize(
@@ -150,24 +127,24 @@ def test_an_unusable_value_gives_the_default_and_is_logged_once(updated, log_lin
     assert len(log_lines) == 1
 
 
-def test_the_file_is_written_before_webui_reads_it_and_only_if_it_changes(update, host):
-    path = update(FILES["0.1.0"])
-    content = json.loads(path.read_text(encoding="utf-8"))
-    assert values_of(content) == {}
-    before = path.stat().st_mtime_ns
-    assert update().stat().st_mtime_ns == before
+def test_the_file_is_written_before_webui_reads_it_and_only_if_it_changes(path, host, defaults):
     path.write_text(json.dumps(FILES["0.1.0"]), encoding="utf-8")
     host.reload_ui()
-    assert json.loads(path.read_text(encoding="utf-8")) == content
+    assert json.loads(path.read_text(encoding="utf-8")) == defaults.updated(FILES["0.1.0"])
+    before = path.stat().st_mtime_ns
+    defaults.update_file()
+    assert path.stat().st_mtime_ns == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_new_file_gets_the_copy_of_the_defaults(update):
-    content = json.loads(update().read_text(encoding="utf-8"))
-    assert list(content) == [running("webui.defaults").COPY]
-    assert content[running("webui.defaults").COPY]["ratio"] > 0
+def test_a_new_file_gets_the_copy_of_the_defaults(path, defaults):
+    defaults.update_file()
+    ((key, copy),) = json.loads(path.read_text(encoding="utf-8")).items()
+    assert key == defaults.COPY and copy["ratio"] > 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5"])
-def test_a_damaged_file_is_not_changed(update, content):
-    assert update(content).read_text(encoding="utf-8") == content
+def test_a_damaged_file_is_not_changed(path, defaults, content):
+    path.write_text(content, encoding="utf-8")
+    defaults.update_file()
+    assert path.read_text(encoding="utf-8") == content

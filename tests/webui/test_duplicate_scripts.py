@@ -7,7 +7,6 @@ from fastapi import FastAPI
 
 OTHER = """
 from modules import scripts, shared, script_callbacks
-import gradio as gr
 
 
 def add_options():
@@ -24,12 +23,6 @@ class Script(scripts.Script):
 
     def show(self, is_img2img):
         return scripts.AlwaysVisible
-
-    def ui(self, is_img2img):
-        return [gr.Checkbox(value=DEFAULT, label="Enable")]
-
-    def process(self, p, *args):
-        p.extra_generation_params["Other"] = args[0]
 """
 
 
@@ -39,36 +32,27 @@ def is_first(request):
 
 
 @pytest.fixture
-def other(host, tmp_path, is_first, log_lines):
-    """Restart the host with such an extension; return its file."""
+def other(host, tmp_path, is_first):
+    """The file of such an extension, with which the host is restarted."""
     from modules import scripts
 
     before = list(scripts.folders)
-
-    def start(default):
-        file = tmp_path / "scripts" / "other.py"
-        file.parent.mkdir()
-        file.write_text(OTHER.replace("DEFAULT", str(default)))
-        scripts.folders.insert(0 if is_first else len(before), str(tmp_path))
-        host.reload_ui()
-        host.start_app(FastAPI())
-        return str(file)
-
-    yield start
+    file = tmp_path / "scripts" / "other.py"
+    file.parent.mkdir()
+    file.write_text(OTHER)
+    scripts.folders.insert(0 if is_first else len(before), str(tmp_path))
+    host.reload_ui()
+    yield str(file)
     scripts.folders[:] = before
     host.reload_ui()
 
 
-def named(lines):
-    return [line for line in lines if "more than one" in line and "'ToMe'" in line]
-
-
-def test_it_is_named_once_at_the_start(other, log_lines, is_first):
-    file = other(default=False)
+def test_it_is_named_once_at_the_start(host, log_lines, other, is_first):
+    host.start_app(FastAPI())
     (line,) = log_lines
-    assert named([line])
-    assert line.count(file) == line.count("tome.py") == 1
-    assert (line.index(file) < line.index("tome.py")) == is_first
+    assert "more than one" in line and "'ToMe'" in line
+    assert line.count(other) == line.count("tome.py") == 1
+    assert (line.index(other) < line.index("tome.py")) == is_first
 
 
 def test_alone_nothing_is_named(host, log_lines):
@@ -77,10 +61,10 @@ def test_alone_nothing_is_named(host, log_lines):
     assert log_lines == []
 
 
-def test_each_has_its_own_section_of_the_settings_page(other):
+@pytest.mark.usefixtures("other")
+def test_each_has_its_own_section_of_the_settings_page():
     from modules import shared
 
-    other(default=False)
     sections = {
         info.section
         for info in shared.opts.data_labels.values()
