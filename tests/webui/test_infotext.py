@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from in_host import HIRES, KEYS, left
+from in_host import HIRES, KEYS
 
-from tomesd_core.settings import BEFORE_NAMED, FIELDS
+from tomesd_core.settings import BEFORE_NAMED, PANEL_FIELDS
 from tomesd_core.webui.arguments import CONTROLS, MAP_FIELDS, shown
 
-PANEL = {name: setting for name, setting in FIELDS.items() if setting.infotext}
-
+DEFAULTS = {name: shown(name, setting.default) for name, setting in PANEL_FIELDS.items()}
 VALUES = {
     "ratio": 0.3,
     "late_ratio": 0.15,
@@ -48,48 +47,34 @@ def pasted(host):
     return all_fields
 
 
-def text(**values):
-    """An infotext as WebUI writes it."""
+def parsed(**values):
+    """What WebUI reads from the infotext that it writes."""
     from modules import infotext_utils
 
     pairs = {"Steps": 1, "Sampler": "Euler", "CFG scale": 7.0, "Seed": 1}
-    pairs |= {PANEL[name].infotext: value for name, value in values.items()}
-    return "cat\n" + ", ".join(
-        f"{key}: {infotext_utils.quote(value)}" for key, value in pairs.items()
-    )
-
-
-def parsed(**values):
-    from modules import infotext_utils
-
-    return infotext_utils.parse_generation_parameters(text(**values))
+    pairs |= {PANEL_FIELDS[name].infotext: value for name, value in values.items()}
+    text = ", ".join(f"{key}: {infotext_utils.quote(value)}" for key, value in pairs.items())
+    return infotext_utils.parse_generation_parameters(f"cat\n{text}")
 
 
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 def test_an_absent_key_is_the_default_and_switches_off(pasted, tab):
-    expected = {
-        "enabled": False,
-        **{name: shown(name, setting.default) for name, setting in PANEL.items()},
-    }
-    assert pasted({}, tab) == pasted(parsed(), tab) == expected
+    assert pasted({}, tab) == pasted(parsed(), tab) == {"enabled": False, **DEFAULTS}
 
 
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 def test_every_field_comes_back_typed(pasted, tab):
     values = pasted(parsed(**VALUES), tab)
     assert values == {"enabled": True, **VALUES}
-    assert not [name for name, setting in PANEL.items() if values[name] == setting.default]
-    types = {name: type(value) for name, value in values.items() if name in VALUES}
-    assert types == {name: type(value) for name, value in VALUES.items()}
+    assert not [name for name, default in DEFAULTS.items() if values[name] == default]
+    assert all(type(values[name]) is type(value) for name, value in VALUES.items())
 
 
-@pytest.mark.parametrize("name", PANEL)
+@pytest.mark.parametrize("name", PANEL_FIELDS)
 def test_a_field_alone_leaves_the_others_at_their_defaults(pasted, name):
     values = pasted(parsed(**{name: VALUES[name]}))
-    defaults = {field: shown(field, setting.default) for field, setting in PANEL.items()}
-    if name == "ratio":
-        defaults |= BEFORE_NAMED
-    assert values == {"enabled": name == "ratio", **defaults, name: VALUES[name]}
+    others = DEFAULTS | (BEFORE_NAMED if name == "ratio" else {})
+    assert values == {"enabled": name == "ratio", **others, name: VALUES[name]}
 
 
 @pytest.mark.parametrize(
@@ -97,20 +82,17 @@ def test_a_field_alone_leaves_the_others_at_their_defaults(pasted, name):
     [
         ("ratio", "abc"),
         ("ratio", "nan"),
-        ("ratio", "1e999"),
         ("schedule", "zigzag"),
         ("max_downsample", "3"),
-        ("max_downsample", "True"),
         ("min_tokens", "1.5"),
-        ("min_tokens", "9" * 400),
         ("min_tokens", "9" * 5000),
     ],
 )
 def test_a_wrong_value_gives_the_default_and_is_logged(pasted, log_lines, name, value):
-    values = pasted({PANEL[name].infotext: value})
-    assert values[name] == shown(name, PANEL[name].default)
-    assert len(log_lines) == 1
-    assert PANEL[name].infotext in log_lines[0]
+    key = PANEL_FIELDS[name].infotext
+    assert pasted({key: value})[name] == DEFAULTS[name]
+    (line,) = log_lines
+    assert key in line
 
 
 def test_values_that_webui_split_or_that_are_no_texts_give_defaults(pasted, log_lines):
@@ -138,14 +120,3 @@ def test_a_picture_made_again_from_its_parameters_is_the_same(make, pasted):
     again = make([*arguments[:-1], 0, 1, arguments[-1]], **fields)
     assert again.images[0].tobytes() == first.images[0].tobytes()
     assert again.infotexts == first.infotexts
-
-
-@pytest.mark.parametrize(
-    "values", [{"ratio": "abc"}, {"ratio": 0.6, "min_tokens": "0.5"}, {"ratio": "False"}]
-)
-def test_a_wrong_infotext_still_makes_a_merged_picture(make, pasted, attention, values):
-    processed = make([*pasted(parsed(**values)).values()], steps=1)
-    assert attention.tokens == [
-        left(values["ratio"] if "min_tokens" in values else PANEL["ratio"].default)
-    ]
-    assert "ToMe error" not in processed.extra_generation_params
