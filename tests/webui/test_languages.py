@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from in_host import HIRES, ROOT, running
 
-NOT_SHOWN = ("refresh", "measure_start", "measure_stop", "measure_asked")
-"""Components that are not shown."""
+UNTRANSLATED = ("refresh", "measure_start", "measure_stop", "measure_asked")
+UNTRANSLATED += ("enabled", "enabled-checkbox")
+"""Components that are not shown, and the extension's name."""
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +24,18 @@ def texts(host):
     start, words = "script_txt2img_tome_", set()
     for block in host.demo.blocks.values():
         name = str(getattr(block, "elem_id", None))
-        if name.startswith(start) and name.removeprefix(start) not in (
-            *NOT_SHOWN,
-            "enabled",
-            "enabled-checkbox",
-        ):
+        if name.startswith(start) and name.removeprefix(start) not in UNTRANSLATED:
             words |= {getattr(block, "label", None), getattr(block, "webui_tooltip", None)}
             words |= {block.value} if type(block).__name__ == "Button" else set()
     section = running("webui.options").SECTION
     words |= {info.label for info in shared.opts.data_labels.values() if info.section == section}
-    words |= {what_for for _, what_for in running("webui.presets").BUILT_IN.values()}
+    for name, (_, what_for) in running("webui.presets").BUILT_IN.items():
+        words |= {name, what_for}
+    for field in running("settings").PANEL_FIELDS.values():
+        words |= set(field.choices)
     settings, describe = running("settings").MergeSettings(), running("webui.preview").describe
     words |= {describe(settings, layers, (8, 8), "cpu") for layers in (None, [])}
-    words |= {"Interrupt", "interrupted", *running("webui.presets").BUILT_IN}
-    words |= {
-        choice for field in running("settings").PANEL_FIELDS.values() for choice in field.choices
-    }
+    words |= {"Interrupt", "interrupted"}
     # Without signs, and without gradio's own label of the hidden numbers.
     return {text for text in words - {None, "Number"} if any(map(str.isalpha, str(text)))}
 
@@ -53,35 +50,25 @@ def parts_of(line):
 @pytest.fixture(scope="module")
 def lines(host, make):
     """Titles, previews, summaries and results of Measure."""
-    settings, preview = running("settings"), running("webui.preview")
-    lines, kinds = ["Last: x"], [{"ratio": 0.75, "late_ratio": 0.6}, {"ratio": 0.75}]
-    layers = running("webui.host").loaded_layers()
-    for method, kind in itertools.product(("keys", "tokens"), kinds):
-        for values in (
-            {},
-            {"max_downsample": 2},
-            {"apply_to": "hires pass"},
-            {"apply_to": "first pass"},
-        ):
-            asked = settings.MergeSettings(
-                **{**kind, **values}, method=method, skip_unprofitable=False
-            )
-            lines += [preview.title(asked), preview.describe(asked, layers, (64, 64), "cpu")]
-            if "apply_to" in values:
-                lines.append(preview.describe(asked, [layers[1]], (64, 64), "cpu"))
-            lines.append(make([{**kind, **values, "method": method}], **HIRES).comments.strip())
-    lines.append(
-        preview.describe(settings.MergeSettings(skip_unprofitable=False), layers, (64, 64), "cuda")
-    )
-    lines.append("loaded at the first picture")
-    lines.append(
-        preview.of_loaded_model(
-            settings.MergeSettings(apply_to="hires pass"), 512, 512, has_hires_pass=False
-        )
-    )
-    lines.append(
-        preview.describe(settings.MergeSettings(min_tokens=65536), layers, (64, 64), "cpu")
-    )
+    preview, every_layer = running("webui.preview"), running("webui.host").loaded_layers()
+    settings = running("settings").MergeSettings
+    lines = ["Last: x", "loaded at the first picture"]
+
+    def look(layers=every_layer, device="cpu", **values):
+        asked = settings(**values, skip_unprofitable=False)
+        lines.extend([preview.title(asked), preview.describe(asked, layers, (64, 64), device)])
+
+    for method, late in itertools.product(("keys", "tokens"), ({}, {"late_ratio": 0.6})):
+        values = {"ratio": 0.75, "method": method, **late}
+        look(**values)
+        look(**values, max_downsample=2)
+        lines.append(make([values], **HIRES).comments.strip())
+    for apply_to in ("first pass", "hires pass"):
+        look([every_layer[1]], apply_to=apply_to)
+    look(device="cuda")
+    look(min_tokens=65536)
+    hires = settings(apply_to="hires pass")
+    lines.append(preview.of_loaded_model(hires, 512, 512, has_hires_pass=False))
     for values in ({"min_tokens": 65536}, {"ratio": 0, "schedule": "constant"}, {"ratio": 0.3}):
         lines.append(make([values]).comments.strip())
     lines += [
@@ -95,18 +82,9 @@ def lines(host, make):
 def test_a_language_has_every_text_and_no_other(texts, lines, language):
     words = json.loads((ROOT / "localizations" / f"{language}.json").read_text(encoding="utf-8"))
     assert len(texts) > 50
-    assert texts <= set(words)
-    parts = {part for line in lines for part in parts_of(line) if line not in texts} - {
-        "ToMe",
-        "x",
-        "paper",
-    }
-    assert parts <= set(words)
-    rare = {
-        part
-        for part in set(words) - texts - parts
-        if "{0}" in part or part.startswith("WebUI's own")
-    }
+    parts = {part for line in lines for part in parts_of(line)} - {"ToMe", "x"}
+    others = set(words) - texts - parts
+    rare = {part for part in others if "{0}" in part or part.startswith("WebUI's own")}
     assert set(words) == texts | parts | rare
     # Reasons that these tests don't produce must be in the code.
     code = "".join(
@@ -125,18 +103,15 @@ def test_before_1_7_another_extensions_file_of_a_language_is_used(host, monkeypa
     theirs = "/webui/extensions/korean/localizations/ko_KR.json"
     files = [SimpleNamespace(path=path, filename="ko_KR.json") for path in (theirs, ours)]
     monkeypatch.setattr(scripts, "list_scripts", lambda folder, ending: files, raising=False)
-    languages = {
-        "ko_KR": ours,
+    others = {
         "ja_JP": str(ROOT / "localizations" / "ja_JP.json"),
         "de_DE": "/webui/de_DE.json",
     }
-    before = dict(languages)
-    monkeypatch.setitem(
-        sys.modules, "modules.localization", SimpleNamespace(localizations=languages)
-    )
+    module = SimpleNamespace(localizations={**others, "ko_KR": ours})
+    monkeypatch.setitem(sys.modules, "modules.localization", module)
     leave()
-    assert languages == {**before, "ko_KR": theirs}
+    assert module.localizations == {**others, "ko_KR": theirs}
     # WebUI from 1.7 on reads every file.
-    languages["ko_KR"] = [theirs, ours]
+    module.localizations["ko_KR"] = [theirs, ours]
     leave()
-    assert languages["ko_KR"] == [theirs, ours]
+    assert module.localizations["ko_KR"] == [theirs, ours]
