@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from copy import copy
 
 import numpy as np
@@ -12,26 +13,22 @@ from in_host import HALVED, HIRES, SIDE, failing_unet, pixels, running
 from PIL import Image
 
 from tomesd_core import merge_map
-from tomesd_core.settings import PANEL_FIELDS
-
-CONSTANT = {"ratio": 0.5, "schedule": "constant", "reuse_steps": 1, "method": "paper"}
 
 
 def with_map(step=1, layer=1, **values):
-    """Arguments of the script with a merge map."""
-    settings = {
-        name: values.get(name, CONSTANT.get(name, field.default))
-        for name, field in PANEL_FIELDS.items()
-    }
-    settings.pop("full_steps")
-    return [True, *settings.values(), step, layer]
+    """Arguments of the script that merge as `HALVED`, with a merge map."""
+    halved = {"ratio": 0.5, "schedule": "constant", "method": "paper"}
+    return [{**halved, "map_step": step, "map_layer": layer, **values}]
 
 
 def line(processed):
     """The line about the map under the picture."""
-    lines = [text for text in processed.comments.splitlines() if "merge map" in text]
-    assert len(lines) <= 1
-    return lines[0] if lines else None
+    (line,) = [text for text in processed.comments.splitlines() if "merge map" in text]
+    return line
+
+
+def grid_of(text):
+    return re.search(r"\d+x\d+", text)[0]
 
 
 def pictures_and_maps(processed):
@@ -44,9 +41,7 @@ def pictures_and_maps(processed):
 @pytest.fixture
 def merged_calls(host, monkeypatch):
     """Every merged call of the model: step, layer, grid, slots."""
-    calls = []
-
-    sampling = running("webui.sampling")
+    calls, sampling = [], running("webui.sampling")
 
     class Recorder(sampling.PictureRecorder):
         def __call__(self, layer_name, step, grid, token_map):
@@ -66,11 +61,11 @@ def drawn_over(picture, slots, grid):
 
 def test_off_by_default_and_while_merging_is_off(make, merged, plain):
     assert pixels(make(HALVED)) == pixels(make(with_map(step=0))) == merged
-    assert pixels(make([False, *with_map()[1:]])) == plain
+    assert pixels(make(with_map(enabled=False))) == plain
 
 
 def test_the_map_is_an_extra_picture_and_changes_no_other(make, merged):
-    processed = make(with_map())
+    processed = make([*HALVED, 1, 1])
     (picture,), (image,) = pictures_and_maps(processed)
     assert [picture.tobytes()] == merged
     assert image.size == (8 * SIDE, 8 * SIDE)
@@ -81,7 +76,7 @@ def test_the_map_is_an_extra_picture_and_changes_no_other(make, merged):
 
 
 @pytest.mark.parametrize(
-    ("step", "layer", "says"), [(1, 2, (0, 1)), (2, 1, (1, 0)), (9, 70, (1, 2))]
+    ("step", "layer", "says"), [(1, 2, (0, 1)), (2.0, 1, (1, 0)), (9, 70, (1, 2))]
 )
 def test_the_map_is_of_the_wanted_step_and_layer(make, merged_calls, step, layer, says):
     processed = make(with_map(step, layer))
@@ -130,7 +125,7 @@ def test_hires_fix_shows_the_last_pass_that_merged(make):
         (picture,), (image,) = pictures_and_maps(processed)
         assert picture.size == (36, 36)
         assert image.size == (288, 288)
-        tokens[apply_to] = re.search(r"\d+x\d+", line(processed))[0]
+        tokens[apply_to] = grid_of(line(processed))
     assert tokens == {"both passes": "36x36", "first pass": "32x32", "hires pass": "36x36"}
 
 
@@ -147,7 +142,7 @@ def tile(host, monkeypatch):
     """Run the UNet on two tiles of the latent's longer side, as Tiled Diffusion does."""
     whole = host.sd_model.apply_model
 
-    def start(overlap=0):
+    def start(overlap):
         def apply_model(x, t, cond):
             side = 2 if x.shape[2] > x.shape[3] else 3
             half, length = x.shape[side] // 2, x.shape[side]
@@ -162,39 +157,29 @@ def tile(host, monkeypatch):
     return start
 
 
-def lines_of_layers(make, width, height):
+@pytest.mark.parametrize(
+    ("width", "height", "overlap", "level_1", "level_2"),
+    [
+        (32, 64, 0, "32x32", "16x16"),
+        (64, 32, 0, "32x32", "16x16"),
+        # The tile's grid at level 2 is the whole picture's: 33 and 34 tokens both give 17.
+        (32, 34, 16, "32x33", "16x17"),
+        (33, 35, None, "33x35", "17x18"),
+    ],
+)
+def test_a_map_of_one_tile_is_called_one(make, tile, width, height, overlap, level_1, level_2):
+    if overlap is not None:
+        tile(overlap)
     maps = (with_map(1, layer, max_downsample=2) for layer in range(1, 5))
-    return [line(make(tome, steps=1, width=width, height=height)) for tome in maps]
-
-
-@pytest.mark.parametrize(("width", "height"), [(32, 64), (64, 32)])
-def test_a_map_of_one_tile_is_called_one(make, tile, width, height):
-    tile()
-    lines = lines_of_layers(make, width, height)
-    assert all("tile" in text for text in lines)
-    assert ["16x16" in text for text in lines].count(True) == 1, "the layer of level 2"
-    assert ["32x32" in text for text in lines].count(True) == 3
-
-
-def test_a_tile_that_is_hardly_smaller_than_the_picture_is_one(make, tile):
-    """Its grid at level 2 is the whole picture's: 33 and 34 tokens both give 17."""
-    tile(overlap=16)
-    lines = lines_of_layers(make, 32, 34)
-    assert all("tile" in text for text in lines)
-    assert ["16x17" in text for text in lines].count(True) == 1
-
-
-def test_a_map_of_the_whole_picture_names_no_tile(make):
-    lines = lines_of_layers(make, 33, 35)
-    assert not any("tile" in text for text in lines)
-    assert ["17x18" in text for text in lines].count(True) == 1
-    assert ["33x35" in text for text in lines].count(True) == 3
+    lines = [line(make(tome, steps=1, width=width, height=height)) for tome in maps]
+    assert Counter(map(grid_of, lines)) == {level_1: 3, level_2: 1}
+    assert ["tile" in text for text in lines] == [overlap is not None] * 4
 
 
 def test_where_nothing_merges_there_is_no_map(make):
     processed = make(with_map(min_tokens=65536))
     assert len(processed.images) == 1
-    assert line(processed) is None
+    assert "merge map" not in processed.comments
 
 
 def test_a_batch_that_was_skipped_before_it_merged_has_no_map(make):
@@ -209,30 +194,6 @@ def test_a_batch_that_was_skipped_before_it_merged_has_no_map(make):
     script_callbacks.remove_callbacks_for_function(skip)
     assert len(processed.images) == 1 + 2 + 1, "a grid, two pictures and one map"
     assert processed.infotexts[3] == processed.infotexts[1]
-
-
-@pytest.mark.parametrize(
-    ("step", "layer", "words"),
-    [
-        (-1, 1, ["map_step", "-1", "[0, 150]"]),
-        (1.5, 1, ["map_step", "1.5", "[0, 150]"]),
-        (1, 0, ["map_layer", "0", "[1, 70]"]),
-        (0, True, ["map_layer", "True", "[1, 70]"]),
-    ],
-)
-def test_a_wrong_place_is_named_and_the_picture_is_made(make, one_step, step, layer, words):
-    for tome in (with_map(step, layer), [{"map_step": step, "map_layer": layer}]):
-        processed = make(tome, steps=1)
-        assert pixels(processed) == one_step
-        assert all(word in processed.extra_generation_params["ToMe error"] for word in words)
-
-
-def test_an_object_may_have_the_place_and_presets_have_none(make):
-    processed = make([{"map_step": 2.0, "map_layer": 3}])
-    assert "step 2" in line(processed) and "layer 3" in line(processed)
-    assert len(make([{"preset": "Fast"}]).images) == 1
-    error = make([{"map": 1}], steps=1).extra_generation_params["ToMe error"]
-    assert all(name in error for name in ("'map'", "map_step", "map_layer"))
 
 
 def test_the_map_is_drawn_over_what_other_scripts_made_of_the_picture(
