@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -36,9 +37,7 @@ def test_the_schedule_is_followed_and_matchings_are_reused_as_in_a_picture(measu
     assert attention.tokens == WARM_UP + [FULL, HALF, HALF, HALF, HALF, FULL] * 2
 
 
-def test_it_repeats_the_schedule_while_its_spread_is_too_large(
-    measure, rounds, attention, monkeypatch
-):
+def test_it_repeats_the_schedule_while_its_spread_is_high(measure, rounds, attention, monkeypatch):
     spreads = iter([0.5, 0.2, 0.05, 0.05])
     monkeypatch.setattr(rounds, "MOST_SECONDS", 600)
     monkeypatch.setattr(rounds, "times_faster", lambda pairs: (2.0, next(spreads)))
@@ -51,20 +50,16 @@ def test_a_host_that_halves_every_other_step_changes_nothing(
     measure, rounds, host, attention, monkeypatch
 ):
     """As WebUI's "Negative Guidance minimum sigma" does."""
-    clock, results = [0.0], []
+    clock = [0.0]
     monkeypatch.setattr(rounds, "now", lambda: clock[0])
-    for parts in (1, 2):
-        attention.tokens.clear()
 
-        def advance(*_, parts=parts):
-            seconds = 1.0 if attention.tokens[-1] == FULL else 0.5
-            clock[0] += seconds / (parts if len(attention.tokens) % 2 else 1)
+    def advance(*_):
+        seconds = 1.0 if attention.tokens[-1] == FULL else 0.5
+        clock[0] += seconds / (2 if len(attention.tokens) % 2 else 1)
 
-        handle = host.sd_model.model.diffusion_model.register_forward_hook(advance)
-        results += measure.measure(ASKED)
-        handle.remove()
-    for result in results:
-        assert (result.times_faster, result.spread) == (pytest.approx(2), pytest.approx(0))
+    with host.sd_model.model.diffusion_model.register_forward_hook(advance):
+        (result,) = measure.measure(ASKED)
+    assert (result.times_faster, result.spread) == (pytest.approx(2), pytest.approx(0))
 
 
 def test_it_asks_the_models_own_device(measure, monkeypatch):
@@ -90,15 +85,14 @@ def test_the_clock_waits_for_a_device_without_a_synchronize(measure, operations,
 def test_a_batch_runs_with_its_guidance(measure, host):
     sizes = []
     unet = host.sd_model.model.diffusion_model
-    handle = unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    measure.measure({**ASKED, "batch_size": 3})
-    handle.remove()
+    with unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]))):
+        measure.measure({**ASKED, "batch_size": 3})
     assert set(sizes) == {6}
 
 
 def test_with_hires_fix_its_size_is_measured_too(measure, attention):
     results = measure.measure({**ASKED, "hires_width": 24, "hires_height": 20})
-    assert [size in result.line for size, result in zip(("16x16", "24x20"), results, strict=True)]
+    assert all(size in one.line for size, one in zip(("16x16", "24x20"), results, strict=True))
     full, half = 24 * 20, left(0.5, 24 * 20)
     assert attention.tokens[11:] == [full, half, full] + [full, half, half, full] * 2
 
@@ -126,24 +120,15 @@ def test_it_leaves_no_trace_in_later_pictures(measure, make, merged, plain, tmp_
 def test_it_waits_for_its_turn_and_can_be_stopped_meanwhile(measure, task, attention, stopped):
     from modules import call_queue, progress
 
-    results = []
-
-    def run():
-        try:
-            results.extend(measure.measure(ASKED, task))
-        except measure.NoResultError as error:
-            results.append(str(error))
-
-    with call_queue.queue_lock:
-        thread = threading.Thread(target=run)
-        thread.start()
-        while task not in progress.pending_tasks:
-            pass
-        if stopped:
-            measure.stop(task)
-        assert attention.tokens == []
-    thread.join(60)
-    assert (results == ["interrupted"]) == stopped
+    with ThreadPoolExecutor() as pool:
+        with call_queue.queue_lock:
+            measuring = pool.submit(measure.measure, ASKED, task)
+            while task not in progress.pending_tasks:
+                pass
+            if stopped:
+                measure.stop(task)
+            assert attention.tokens == []
+        assert str(measuring.exception(60)) == ("interrupted" if stopped else "None")
     assert len(attention.tokens) == (0 if stopped else 11)
     assert progress.finished_tasks[-1] == task
 

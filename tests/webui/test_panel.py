@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tomesd_core.settings import FIELDS
+from tomesd_core.settings import PANEL_FIELDS
 
-PANEL = {name: setting for name, setting in FIELDS.items() if setting.infotext}
-LAST = ["map_step", "map_layer"]
-FIRST = [
-    "enabled",
-    "ratio",
-    "late_ratio",
-    "schedule",
-    "switch_at",
-    "max_downsample",
-    "min_tokens",
-    "apply_to",
-]
+MAP = ["map_step", "map_layer"]
+ORDER = ["enabled", "ratio", "late_ratio", "schedule", "switch_at", "max_downsample"]
+ORDER += ["min_tokens", "apply_to", "reuse_steps", "method", *MAP, "full_steps"]
 
 pytestmark = pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 
@@ -28,13 +19,7 @@ def controls(host, tab):
     from modules import scripts
 
     components = getattr(scripts, f"scripts_{tab}").script("ToMe").controls
-    return dict(
-        zip(
-            [c.elem_id.split("_tome_")[1].removesuffix("-checkbox") for c in components],
-            components,
-            strict=True,
-        )
-    )
+    return {c.elem_id.split("_tome_")[1].removesuffix("-checkbox"): c for c in components}
 
 
 @pytest.fixture
@@ -52,22 +37,17 @@ def components(host, tab):
 
 
 def test_fields_in_the_order_that_programs_rely_on(controls):
-    assert list(controls)[: len(FIRST)] == FIRST
-    assert list(controls) == [
-        "enabled",
-        *(name for name in PANEL if name != "full_steps"),
-        *LAST,
-        "full_steps",
-    ]
+    assert list(controls) == ORDER
+    assert {"enabled", *PANEL_FIELDS, *MAP} == set(ORDER)
 
 
 def test_every_field_has_its_element(components):
-    assert {"enabled", *PANEL, *LAST, "preview", "refresh", "preset", "measure"} <= set(components)
+    assert {*ORDER, "preview", "refresh", "preset", "measure"} <= set(components)
 
 
 def test_ranges_and_defaults_are_the_field_lists(controls):
     assert controls["enabled"].value is False
-    for name, setting in PANEL.items():
+    for name, setting in PANEL_FIELDS.items():
         control = controls[name]
         if setting.kind == "choice":
             # WebUI takes numbers for indices of choices.
@@ -78,13 +58,12 @@ def test_ranges_and_defaults_are_the_field_lists(controls):
             assert (control.minimum, control.maximum) == (setting.minimum, setting.maximum)
             assert isinstance(control.value, float), "the API casts by this value's type"
     assert controls["ratio"].maximum == controls["late_ratio"].maximum == 0.9375
-    assert [(controls[name].minimum, controls[name].value) for name in LAST] == [(0, 0.0), (1, 1.0)]
+    assert [(controls[name].minimum, controls[name].value) for name in MAP] == [(0, 0.0), (1, 1.0)]
 
 
 def test_the_pages_defaults_merge(controls, make):
-    processed = make(
-        [True, *[control.value for control in list(controls.values())[1:-1]], 1], steps=1
-    )
+    _, *values, _ = [control.value for control in controls.values()]
+    processed = make([True, *values, 1], steps=1)
     assert "ToMe error" not in processed.extra_generation_params
     assert processed.extra_generation_params["ToMe ratio"] == 0.8
 
@@ -96,33 +75,29 @@ def test_labels_are_unique_in_the_script(controls):
     assert len(labels) == len(set(labels))
 
 
-def test_ui_config_has_the_scripts_controls_only(components, controls):
+def test_ui_config_has_the_scripts_controls_only(components):
     """What WebUI has written there overrides the code."""
-    names = {
+    saved = {
         name
         for name, block in components.items()
-        if not getattr(block, "do_not_save_to_config", False)
+        if hasattr(block, "value") and not getattr(block, "do_not_save_to_config", False)
     }
-    assert {name for name in names if hasattr(components[name], "value")} == {
-        "enabled-checkbox",
-        *list(controls)[1:],
-    }
+    assert saved == {"enabled-checkbox", *ORDER[1:]}
 
 
 def test_every_control_explains_itself(components):
     buttons = [f"preset_{name}" for name in ("save", "delete", "reload")] + ["measure"]
-    assert all(" " in components[name].webui_tooltip for name in (*PANEL, *LAST, *buttons))
+    assert all(" " in components[name].webui_tooltip for name in (*ORDER[1:], *buttons))
 
 
 def test_the_page_shows_the_fields_of_its_default_schedule(host, controls):
     """`ui-config.json` may have another default than the code."""
     schedule = next(number for number, c in host.demo.blocks.items() if c is controls["schedule"])
-    on_load = [
+    (show,) = [
         function.fn
         for dependency, function in zip(host.demo.dependencies, host.demo.fns, strict=True)
         if dependency["trigger"] == "load" and dependency["inputs"] == [schedule]
     ]
-    (show,) = on_load
-    visible = {name: update["visible"] for name, update in zip(PANEL, show("step"), strict=True)}
-    assert visible["late_ratio"] and visible["switch_at"]
-    assert not show("constant")[list(PANEL).index("late_ratio")]["visible"]
+    for name, hidden in (("step", set()), ("constant", {"late_ratio", "switch_at"})):
+        updates = zip(PANEL_FIELDS, show(name), strict=True)
+        assert {field for field, update in updates if not update["visible"]} == hidden

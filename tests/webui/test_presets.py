@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from presets_file import MINE, NAMES, error_of, messages, names, on_disk, write
@@ -104,20 +104,12 @@ def test_an_unusable_name_is_refused(presets_path, name):
 
 
 def test_threads_that_save_at_once_lose_nothing(presets_path):
-    def save_some(who):
-        for number in range(12):
-            presets.save(f"{who} {number}", MINE)
-
-    threads = [threading.Thread(target=save_some, args=[who]) for who in range(4)]
-    for thread in threads:
-        thread.start()
-    counts = []
-    while any(thread.is_alive() for thread in threads):
-        usable, notes = presets.read()
-        counts.append(len(usable))
-        assert not notes, "never half a file"
+    own, counts = [f"mine {number}" for number in range(48)], []
+    with ThreadPoolExecutor(4) as pool:
+        saves = [pool.submit(presets.save, name, MINE) for name in own]
+        while not all(save.done() for save in saves):
+            usable, notes = presets.read()
+            counts.append(len(usable))
+            assert not notes, "never half a file"
     assert counts == sorted(counts)
-    assert set(names()) == {
-        *NAMES,
-        *(f"{who} {number}" for who in range(4) for number in range(12)),
-    }
+    assert set(names()) == {*NAMES, *own}
