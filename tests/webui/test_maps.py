@@ -130,9 +130,8 @@ def test_hires_fix_shows_the_last_pass_that_merged(make):
 
 
 def test_img2img_and_a_picture_that_is_not_square(make):
-    processed = make(
-        with_map(), "img2img", init_images=[Image.new("RGB", (48, 32), "red")], width=48, height=32
-    )
+    size = {"init_images": [Image.new("RGB", (48, 32), "red")], "width": 48, "height": 32}
+    processed = make(with_map(), "img2img", **size)
     assert pictures_and_maps(processed)[1][0].size == (384, 256)
     assert "48x32" in line(processed)
 
@@ -204,9 +203,8 @@ def test_the_map_is_drawn_over_what_other_scripts_made_of_the_picture(
 
     add_script(first=True, postprocess_image=paint)
     (picture,), (image,) = pictures_and_maps(make(with_map()))
-    assert image.tobytes() == drawn_over(
-        Image.new("RGB", picture.size, "white"), merged_calls[0][3][0], (SIDE, SIDE)
-    )
+    white = Image.new("RGB", picture.size, "white")
+    assert image.tobytes() == drawn_over(white, merged_calls[0][3][0], (SIDE, SIDE))
 
 
 def test_a_detailers_postprocess_on_a_copy_takes_nothing_away(make, add_script, merged_calls):
@@ -222,39 +220,27 @@ def test_a_detailers_postprocess_on_a_copy_takes_nothing_away(make, add_script, 
     add_script(postprocess_image=detail)
     processed = make(with_map(), batch_size=2)
     pictures, images = pictures_and_maps(processed)
-    for number in (0, 1):
-        assert images[number].tobytes() == drawn_over(
-            pictures[number], merged_calls[0][3][number], (SIDE, SIDE)
-        )
+    of_both = merged_calls[0][3][:2]
+    for picture, image, slots in zip(pictures, images, of_both, strict=True):
+        assert image.tobytes() == drawn_over(picture, slots, (SIDE, SIDE))
 
 
-def test_a_p_that_is_used_again_has_new_maps(make_p, process):
-    from modules import shared
-
-    p = make_p(with_map())
-    assert len(process(p).images) == 2
-    shared.state.begin()
-    assert len(process(p).images) == 2
-    p.script_args = (*p.script_args[: p.scripts.script("ToMe").args_from], False)
-    shared.state.begin()
-    assert len(process(p).images) == 1
-
-
-def test_a_generation_that_fails_leaves_no_map_behind(make_p, host, process):
-    p = make_p(with_map())
-    with failing_unet(host), pytest.raises(ValueError, match="on purpose"):
+def test_a_p_that_is_used_again_has_new_maps(make_p, host, process):
+    p = make_p(with_map(), n_iter=2)
+    with failing_unet(host, at=3), pytest.raises(ValueError, match="on purpose"):
         process(p)
-    assert not [name for name in vars(p) if "map" in name]
+    p.n_iter = 1
+    for _ in range(2):
+        assert len(process(p).images) == 2
+    p.script_args = (*p.script_args[: p.scripts.script("ToMe").args_from], False)
+    assert len(process(p).images) == 1
 
 
 def test_without_a_map_nothing_is_recorded(make, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("called")
 
-    for module, name in (
-        ("sampling", "PictureRecorder"),
-        ("maps", "draw"),
-        ("host", "first_items"),
-    ):
+    parts = {"sampling": "PictureRecorder", "maps": "draw", "host": "first_items"}
+    for module, name in parts.items():
         monkeypatch.setattr(running(f"webui.{module}"), name, never)
     assert len(make([True, 0.5]).images) == 1

@@ -31,11 +31,8 @@ def test_unknown_content_survives(presets_path):
     assert document["comment"] == "by hand"
     mine, new = document["presets"].pop("mine"), document["presets"].pop("new")
     assert document["presets"] == {"other": future, **odd}
-    assert {name: mine[name] for name in ("sharpness", "note")} == {
-        name: future[name] for name in ("sharpness", "note")
-    }
-    assert new["ratio"] == mine["ratio"] == MINE.ratio
-    assert presets.get("mine") == MINE
+    assert mine == {**future, **new}
+    assert new["ratio"] == MINE.ratio and presets.get("mine") == MINE
 
 
 @pytest.mark.parametrize(
@@ -83,9 +80,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_reported_and_kept_aside_at_the_next_save(
-    presets_path, content, log_lines
-):
+def test_a_damaged_file_is_reported_and_kept_aside_at_a_save(presets_path, content, log_lines):
     presets_path.write_bytes(content)
     assert names() == NAMES
     (message,) = messages()
@@ -103,15 +98,13 @@ def test_a_damaged_file_is_reported_and_kept_aside_at_the_next_save(
     assert [file.read_bytes() for file in kept_aside(presets_path)] == [content, b"damaged again"]
 
 
-GOOD = (
-    '{"version": 1, "presets": {"ä": {"ratio": 0.25, "x": [1]}, "b": {"late_ratio": 0.1}}}'.encode()
-)
+GOOD = '{"version": 1, "presets": {"ä": {"ratio": 0.2, "x": []}, "b": {"ratio": 0.1}}}'.encode()
 
 
 @settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(st.integers(0, 110), st.integers(0, 255) | st.none())
+@given(st.integers(0, len(GOOD)), st.integers(0, 255) | st.none())
 def test_nothing_is_lost_of_a_file_with_one_byte_changed_or_its_end_cut(
     presets_path, position, byte
 ):

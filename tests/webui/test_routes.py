@@ -45,17 +45,18 @@ def answers(client, **request):
     }
 
 
-def test_without_a_login_they_are_open(start):
-    assert answers(start()) == {200}
+@pytest.mark.parametrize("has_page", [True, False])
+def test_without_a_login_they_are_open(start, has_page):
+    assert answers(start(has_page=has_page)) == {200}
 
 
-def test_the_apis_credentials(start):
-    client = start(api_auth={"user": "secret", "second": "2"})
+@pytest.mark.parametrize("has_page", [True, False])
+def test_the_apis_credentials(start, has_page):
+    client = start(api_auth={"user": "secret", "second": "2"}, has_page=has_page)
     assert answers(client) == {401}
     assert answers(client, auth=("user", "wrong")) == answers(client, auth=("third", "2")) == {401}
-    assert (
-        answers(client, auth=("user", "secret")) == answers(client, auth=("second", "2")) == {200}
-    )
+    for right in (("user", "secret"), ("second", "2")):
+        assert answers(client, auth=right) == {200}
 
 
 def test_the_pages_login(start):
@@ -72,13 +73,6 @@ def test_the_pages_login(start):
 def test_with_both_the_apis_credentials_as_for_webuis_own_api(start):
     client = start(api_auth={"user": "secret"}, gradio_auth=[("second", "2")])
     assert answers(client) == answers(client, auth=("second", "2")) == {401}
-    assert answers(client, auth=("user", "secret")) == {200}
-
-
-@pytest.mark.parametrize(("api_auth", "open_to_all"), [(None, 200), ({"user": "secret"}, 401)])
-def test_an_app_without_a_page(start, api_auth, open_to_all):
-    client = start(api_auth, has_page=False)
-    assert answers(client) == {open_to_all}
     assert answers(client, auth=("user", "secret")) == {200}
 
 
