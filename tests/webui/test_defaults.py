@@ -48,11 +48,6 @@ def defaults(host):
 
 
 @pytest.fixture
-def updated(defaults):
-    return defaults.updated
-
-
-@pytest.fixture
 def path(host, tmp_path, monkeypatch):
     """WebUI's file, in the test's folder."""
     from modules import shared
@@ -71,59 +66,59 @@ def values_of(content):
 
 
 @pytest.mark.parametrize("version", FILES)
-def test_ranges_and_unchosen_defaults_are_the_current_ones(updated, version):
-    after = updated(FILES[version])
+def test_ranges_and_unchosen_defaults_are_the_current_ones(defaults, version):
+    after = defaults.updated(FILES[version])
     assert values_of(after) == {}
     assert not any(field in name for name in after for field in ("minimum", "maximum", "step"))
     assert after["txt2img/Steps/value"] == 20
     assert after["customscript/tome.py/txt2img/Ratio/visible"] is True
-    assert updated(after) == after
+    assert defaults.updated(after) == after
 
 
 @pytest.mark.parametrize("version", FILES)
 @pytest.mark.parametrize("label", CHOSEN)
-def test_a_chosen_default_stays(updated, version, label):
+def test_a_chosen_default_stays(defaults, version, label):
     before = FILES[version] | {key(label, "value", "img2img"): CHOSEN[label]}
-    after = updated(before)
+    after = defaults.updated(before)
     expected = str(CHOSEN[label]) if label == "Max downsample" else CHOSEN[label]
     chosen = {f"img2img/{label}/value": expected}
     if label == "Ratio":
         chosen["img2img/Late ratio/value"] = 0.5  # Never above the ratio that was chosen.
     assert values_of(after) == chosen
-    assert updated(after) == after
+    assert defaults.updated(after) == after
 
 
-def test_a_later_version_updates_defaults_that_were_not_chosen(defaults, updated):
+def test_a_later_version_updates_defaults_that_were_not_chosen(defaults):
     chosen = {key("Schedule", "value"): "step", key("Ratio", "value"): 0.775}
-    later = updated(FILES["1.0.0"] | chosen)
+    later = defaults.updated(FILES["1.0.0"] | chosen)
     # WebUI writes the others.
     later |= {key("Late ratio", "value"): 0.75, key("Rematch every", "value"): 1.0}
     later[defaults.COPY]["reuse_steps"] = 1
     after = {"txt2img/Schedule/value": "step", "txt2img/Ratio/value": 0.775}
-    assert values_of(updated(later)) == after
+    assert values_of(defaults.updated(later)) == after
     later[defaults.COPY]["reuse_steps"] = 2
     after["txt2img/Reuse matching (steps)/value"] = 1.0
-    assert values_of(updated(later)) == after, "it was chosen where 2 was the default"
+    assert values_of(defaults.updated(later)) == after, "it was chosen where 2 was the default"
 
 
-def test_a_max_downsample_of_version_1_0_0_is_corrected(updated):
+def test_a_max_downsample_of_version_1_0_0_is_corrected(defaults):
     """Its page showed 1, and Settings, Defaults, Apply wrote the choice at index 1."""
-    assert values_of(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "2"})) == {}
-    changed = values_of(updated(FILES["1.0.0"] | {key("Max downsample", "value"): "4"}))
+    assert values_of(defaults.updated(FILES["1.0.0"] | {key("Max downsample", "value"): "2"})) == {}
+    changed = values_of(defaults.updated(FILES["1.0.0"] | {key("Max downsample", "value"): "4"}))
     assert changed == {"txt2img/Max downsample/value": "2"}
-    current = updated({}) | {key("Max downsample", "value"): "2"}
-    assert values_of(updated(current)) == {"txt2img/Max downsample/value": "2"}
+    current = defaults.updated({}) | {key("Max downsample", "value"): "2"}
+    assert values_of(defaults.updated(current)) == {"txt2img/Max downsample/value": "2"}
 
 
 @pytest.mark.parametrize(
     ("label", "value"),
     [("Ratio", 7), ("Ratio", "much"), ("Max downsample", "3"), ("Min tokens", None), ("ToMe", 1)],
 )
-def test_an_unusable_value_gives_the_default_and_is_logged_once(updated, log_lines, label, value):
-    after = updated(FILES["1.0.0"] | {key(label, "value"): value})
+def test_an_unusable_value_gives_the_default_and_is_logged_once(defaults, log_lines, label, value):
+    after = defaults.updated(FILES["1.0.0"] | {key(label, "value"): value})
     assert values_of(after) == {} and len(log_lines) == 1
     assert all(part in log_lines[0] for part in ("ui-config.json", "txt2img", repr(value)))
-    updated(after)
+    defaults.updated(after)
     assert len(log_lines) == 1
 
 

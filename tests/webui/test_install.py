@@ -57,13 +57,7 @@ assert not {"torch", "gradio"} & set(sys.modules), "importing them delays every 
 
 @pytest.mark.parametrize(
     ("torch", "gradio"),
-    [
-        ("2.0.0", "3.41.2"),
-        ("2.1.2+cu121", "4.0"),
-        ("3", "3.50.2"),
-        ("2.1.0a0+git123", "3.41.0"),
-        ("nightly", ""),
-    ],
+    [("2.0.0", "3.41.0"), ("2.1.0a0+cu121", "4.0"), ("3", "3.50.2"), ("nightly", "")],
 )
 def test_new_enough_and_unreadable_versions_are_no_problem(lines, torch, gradio):
     assert lines(torch=torch, gradio=gradio) == []

@@ -9,7 +9,7 @@ from copy import copy
 import numpy as np
 import pytest
 import torch
-from in_host import HALVED, HIRES, SIDE, failing_unet, pixels, running
+from in_host import HALVED, HIRES, SIDE, fail, failing_unet, pixels, running
 from PIL import Image
 
 from tomesd_core import merge_map
@@ -41,14 +41,14 @@ def pictures_and_maps(processed):
 @pytest.fixture
 def merged_calls(host, monkeypatch):
     """Every merged call of the model: step, layer, grid, slots."""
-    calls, sampling = [], running("webui.sampling")
+    calls, recorder = [], running("webui.maps").PictureRecorder
+    record = recorder.__call__
 
-    class Recorder(sampling.PictureRecorder):
-        def __call__(self, layer_name, step, grid, token_map):
-            calls.append((step, layer_name, grid, token_map.slots))
-            super().__call__(layer_name, step, grid, token_map)
+    def call(self, layer_name, step, grid, token_map):
+        calls.append((step, layer_name, grid, token_map.slots))
+        record(self, layer_name, step, grid, token_map)
 
-    monkeypatch.setattr(sampling, "PictureRecorder", Recorder)
+    monkeypatch.setattr(recorder, "__call__", call)
     return calls
 
 
@@ -136,24 +136,17 @@ def test_img2img_and_a_picture_that_is_not_square(make):
     assert "48x32" in line(processed)
 
 
-@pytest.fixture
-def tile(host, monkeypatch):
-    """Run the UNet on two tiles of the latent's longer side, as Tiled Diffusion does."""
-    whole = host.sd_model.apply_model
+def tiled(whole, overlap):
+    """Run the model on two tiles of the latent's longer side, as Tiled Diffusion does."""
 
-    def start(overlap):
-        def apply_model(x, t, cond):
-            side = 2 if x.shape[2] > x.shape[3] else 3
-            half, length = x.shape[side] // 2, x.shape[side]
-            first = whole(x.narrow(side, 0, half + overlap), t, cond)
-            second = whole(x.narrow(side, half - overlap, length - half + overlap), t, cond)
-            return torch.cat(
-                [first.narrow(side, 0, half), second.narrow(side, overlap, length - half)], dim=side
-            )
+    def apply_model(x, t, cond):
+        side = 2 if x.shape[2] > x.shape[3] else 3
+        half, length = x.shape[side] // 2, x.shape[side]
+        first = whole(x.narrow(side, 0, half + overlap), t, cond).narrow(side, 0, half)
+        second = whole(x.narrow(side, half - overlap, length - half + overlap), t, cond)
+        return torch.cat([first, second.narrow(side, overlap, length - half)], dim=side)
 
-        monkeypatch.setattr(host.sd_model, "apply_model", apply_model)
-
-    return start
+    return apply_model
 
 
 @pytest.mark.parametrize(
@@ -166,9 +159,12 @@ def tile(host, monkeypatch):
         (33, 35, None, "33x35", "17x18"),
     ],
 )
-def test_a_map_of_one_tile_is_called_one(make, tile, width, height, overlap, level_1, level_2):
+def test_a_map_of_one_tile_is_called_one(
+    make, host, monkeypatch, width, height, overlap, level_1, level_2
+):
+    model = host.sd_model
     if overlap is not None:
-        tile(overlap)
+        monkeypatch.setattr(model, "apply_model", tiled(model.apply_model, overlap))
     maps = (with_map(1, layer, max_downsample=2) for layer in range(1, 5))
     lines = [line(make(tome, steps=1, width=width, height=height)) for tome in maps]
     assert Counter(map(grid_of, lines)) == {level_1: 3, level_2: 1}
@@ -181,16 +177,11 @@ def test_where_nothing_merges_there_is_no_map(make):
     assert "merge map" not in processed.comments
 
 
-def test_a_batch_that_was_skipped_before_it_merged_has_no_map(make):
-    from modules import script_callbacks, shared
+def test_a_batch_that_was_skipped_before_it_merged_has_no_map(make, on_denoised):
+    from modules import shared
 
-    def skip(params):
-        if shared.state.job_no == 1:
-            shared.state.skip()
-
-    script_callbacks.on_cfg_denoiser(skip)
+    on_denoised(lambda _: shared.state.skip() if shared.state.job_no == 1 else None)
     processed = make(with_map(schedule="step", ratio=0.0, late_ratio=0.5, switch_at=1.0), n_iter=2)
-    script_callbacks.remove_callbacks_for_function(skip)
     assert len(processed.images) == 1 + 2 + 1, "a grid, two pictures and one map"
     assert processed.infotexts[3] == processed.infotexts[1]
 
@@ -236,11 +227,8 @@ def test_a_p_that_is_used_again_has_new_maps(make_p, host, process):
     assert len(process(p).images) == 1
 
 
-def test_without_a_map_nothing_is_recorded(make, monkeypatch):
-    def never(*args, **kwargs):
-        raise AssertionError("called")
-
+def test_without_a_map_nothing_is_recorded(make, merged, monkeypatch):
     parts = {"sampling": "PictureRecorder", "maps": "draw", "host": "first_items"}
     for module, name in parts.items():
-        monkeypatch.setattr(running(f"webui.{module}"), name, never)
-    assert len(make([True, 0.5]).images) == 1
+        monkeypatch.setattr(running(f"webui.{module}"), name, fail)
+    assert pixels(make(HALVED)) == merged

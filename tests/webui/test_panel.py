@@ -41,10 +41,6 @@ def test_fields_in_the_order_that_programs_rely_on(controls):
     assert {"enabled", *PANEL_FIELDS, *MAP} == set(ORDER)
 
 
-def test_every_field_has_its_element(components):
-    assert {*ORDER, "preview", "refresh", "preset", "measure"} <= set(components)
-
-
 def test_ranges_and_defaults_are_the_field_lists(controls):
     assert controls["enabled"].value is False
     for name, setting in PANEL_FIELDS.items():
@@ -85,7 +81,8 @@ def test_ui_config_has_the_scripts_controls_only(components):
     assert saved == {"enabled-checkbox", *ORDER[1:]}
 
 
-def test_every_control_explains_itself(components):
+def test_every_control_has_its_element_and_explains_itself(components):
+    assert {"enabled", "preview", "refresh", "preset"} <= set(components)
     buttons = [f"preset_{name}" for name in ("save", "delete", "reload")] + ["measure"]
     assert all(" " in components[name].webui_tooltip for name in (*ORDER[1:], *buttons))
 

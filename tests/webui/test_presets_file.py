@@ -105,9 +105,7 @@ GOOD = '{"version": 1, "presets": {"ä": {"ratio": 0.2, "x": []}, "b": {"ratio":
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.integers(0, len(GOOD)), st.integers(0, 255) | st.none())
-def test_nothing_is_lost_of_a_file_with_one_byte_changed_or_its_end_cut(
-    presets_path, position, byte
-):
+def test_nothing_is_lost_of_a_file_with_one_byte_changed_or_cut(presets_path, position, byte):
     for file in presets_path.parent.iterdir():
         file.unlink()
     content = bytearray(GOOD)

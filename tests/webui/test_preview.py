@@ -11,9 +11,8 @@ from in_host import running
 )
 def test_the_line_shows_where_a_gpu_gains_little(host, device, side, is_little):
     settings = running("settings").MergeSettings(skip_unprofitable=False)
-    line = running("webui.preview").describe(
-        settings, running("webui.host").loaded_layers(), (side, side), device
-    )
+    layers = running("webui.host").loaded_layers()
+    line = running("webui.preview").describe(settings, layers, (side, side), device)
     assert ("little to gain" in line) == is_little and "→" in line
 
 

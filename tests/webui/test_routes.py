@@ -50,9 +50,13 @@ def test_without_a_login_they_are_open(start, has_page):
     assert answers(start(has_page=has_page)) == {200}
 
 
-@pytest.mark.parametrize("has_page", [True, False])
-def test_the_apis_credentials(start, has_page):
-    client = start(api_auth={"user": "secret", "second": "2"}, has_page=has_page)
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"gradio_auth": [("third", "2")]}, {"has_page": False}],
+    ids=["as for WebUI's own API", "before the page's login", "without a page"],
+)
+def test_the_apis_credentials(start, others):
+    client = start(api_auth={"user": "secret", "second": "2"}, **others)
     assert answers(client) == {401}
     assert answers(client, auth=("user", "wrong")) == answers(client, auth=("third", "2")) == {401}
     for right in (("user", "secret"), ("second", "2")):
@@ -68,12 +72,6 @@ def test_the_pages_login(start):
     assert answers(client) == {401}
     assert client.post("/login", data={"username": "second", "password": "2"}).status_code == 200
     assert answers(client) == {client.get("/config").status_code} == {200}
-
-
-def test_with_both_the_apis_credentials_as_for_webuis_own_api(start):
-    client = start(api_auth={"user": "secret"}, gradio_auth=[("second", "2")])
-    assert answers(client) == answers(client, auth=("second", "2")) == {401}
-    assert answers(client, auth=("user", "secret")) == {200}
 
 
 def test_their_answers(start, make):

@@ -34,13 +34,10 @@ def build_page(host):
 def links_of(page: gr.Blocks) -> dict[int, int]:
     """The number that each followed component writes to, on its change and on page load."""
     events = [d for d in page.dependencies if d["js"] and "toMeFollow('txt2img'" in d["js"]]
-    changes = [event for event in events if event["inputs"] == event["targets"]]
-    loads = [event for event in events if event["trigger"] == "load"]
-    links, on_load = (
-        {event["inputs"][0]: event["outputs"][0] for event in some} for some in (changes, loads)
-    )
-    assert links == on_load, "`ui-config.json` may have other defaults"
-    return links
+    on_change = {d["inputs"][0]: d["outputs"][0] for d in events if d["inputs"] == d["targets"]}
+    on_load = {d["inputs"][0]: d["outputs"][0] for d in events if d["trigger"] == "load"}
+    assert on_change == on_load, "`ui-config.json` may have other defaults"
+    return on_change
 
 
 @pytest.mark.parametrize("count", range(len(VALUES) + 1))
