@@ -7,7 +7,6 @@ import json
 import pytest
 from in_host import running
 
-TABS = "txt2img", "img2img"
 CHOSEN = {"Ratio": 0.5, "Late ratio": 0.25, "Schedule": "step", "Switch at": 0.25}
 CHOSEN |= {"Min tokens": 1024.0, "Apply to": "hires pass", "Max downsample": 4}
 CHOSEN |= {"Merge map: step": 3.0, "ToMe": True}
@@ -21,7 +20,7 @@ def written(highest, **values):
     """A file as WebUI wrote it with version 0.1.0, whose highest ratio was 0.75, or 1.0.0."""
     ranges = {"minimum": 0, "maximum": highest, "step": 0.01}
     content = {"txt2img/Steps/value": 20, "customscript/tome.py/txt2img/Ratio/visible": True}
-    for tab in TABS:
+    for tab in ("txt2img", "img2img"):
         content |= {key(label, "value", tab): value for label, value in values.items()}
         content |= {
             key(label, field, tab): value

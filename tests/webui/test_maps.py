@@ -123,8 +123,7 @@ def test_hires_fix_shows_the_last_pass_that_merged(make):
     for apply_to in ("both passes", "first pass", "hires pass"):
         processed = make(with_map(2, apply_to=apply_to), **HIRES)
         (picture,), (image,) = pictures_and_maps(processed)
-        assert picture.size == (36, 36)
-        assert image.size == (288, 288)
+        assert (picture.size, image.size) == ((36, 36), (288, 288))
         tokens[apply_to] = grid_of(line(processed))
     assert tokens == {"both passes": "36x36", "first pass": "32x32", "hires pass": "36x36"}
 

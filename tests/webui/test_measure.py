@@ -46,10 +46,8 @@ def test_it_repeats_the_schedule_while_its_spread_is_high(measure, rounds, atten
     assert (result.times_faster, result.spread) == (2.0, 0.05)
 
 
-def test_a_host_that_halves_every_other_step_changes_nothing(
-    measure, rounds, host, attention, monkeypatch
-):
-    """As WebUI's "Negative Guidance minimum sigma" does."""
+def test_halves_of_every_other_step_change_nothing(measure, rounds, host, attention, monkeypatch):
+    """WebUI's "Negative Guidance minimum sigma" skips the other halves."""
     clock = [0.0]
     monkeypatch.setattr(rounds, "now", lambda: clock[0])
 
@@ -80,14 +78,6 @@ def test_the_clock_waits_for_a_device_without_a_synchronize(measure, operations,
     with operations() as operations_run, pytest.raises(NotImplementedError, match="meta"):
         running("webui.clock").now()
     assert operations_run.names == ["zeros.default", "_to_copy.default"]
-
-
-def test_a_batch_runs_with_its_guidance(measure, host):
-    sizes = []
-    unet = host.sd_model.model.diffusion_model
-    with unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]))):
-        measure.measure({**ASKED, "batch_size": 3})
-    assert set(sizes) == {6}
 
 
 def test_with_hires_fix_its_size_is_measured_too(measure, attention):
@@ -206,15 +196,17 @@ def test_the_option_lets_webuis_own_merging_win(measure, attention):
     assert "WebUI's own token merging" in result.line and attention.tokens == []
 
 
-def test_the_progress_bar_counts_the_steps(measure, task, on_denoised):
+def test_each_step_is_counted_and_runs_the_batch_with_its_guidance(measure, task, on_denoised):
     from modules import progress, shared
 
     seen, state = [], shared.state
-    on_denoised(
-        lambda _: seen.append((progress.current_task, state.job_count, state.sampling_steps))
-    )
-    measure.measure(ASKED, task)
-    assert seen == [(task, 1, 11)] * 11
+
+    def look(params):
+        seen.append((len(params.x), progress.current_task, state.job_count, state.sampling_steps))
+
+    on_denoised(look)
+    measure.measure({**ASKED, "batch_size": 3}, task)
+    assert seen == [(6, task, 1, 11)] * 11
 
 
 def test_it_runs_in_the_hosts_main_thread_and_loses_no_exception(measure, task, monkeypatch):
