@@ -20,6 +20,7 @@ from tomesd_core.webui.arguments import read_arguments
         ([True, {"ratio": {}}], ["ratio", "{}"]),
         (arguments(apply_to="no pass"), ["apply_to", "'no pass'", "both passes, first pass"]),
         (["yes"], ["enabled", "'yes'", "true or false"]),
+        ([{"enabled": "yes"}], ["enabled", "'yes'", "true or false"]),
         ([{"stride": [2, 2]}], ["unknown", "'stride'", "late_ratio", "map_step", "map_layer"]),
         ([{"map_step": -1}], ["map_step", "-1", "[0, 150]"]),
         ([{"map_step": 1.5}], ["map_step", "1.5", "[0, 150]"]),

@@ -22,29 +22,26 @@ def axes(host):
     return {option.label.removeprefix("[ToMe] "): option for option in plot.axis_options}
 
 
-@pytest.fixture
-def plot(monkeypatch):
-    """Replace the plot's module, which is the first."""
+def replace_plot(monkeypatch, **modules):
+    """Put modules, by their files' names, in the place of the plot's, which is the first."""
     from modules import scripts
 
-    def put(*modules):
-        data = [
-            scripts.ScriptClassData(None, f"scripts/{file}", "", module) for file, module in modules
-        ]
-        monkeypatch.setattr(scripts, "scripts_data", [*data, *scripts.scripts_data[1:]])
-
-    return put
+    kind, others = scripts.ScriptClassData, scripts.scripts_data[1:]
+    new = [kind(None, f"scripts/{name}.py", "", module) for name, module in modules.items()]
+    monkeypatch.setattr(scripts, "scripts_data", [*new, *others])
 
 
 @pytest.mark.parametrize("name", ["xyz_grid.py", "scripts.xyz_grid"])
-def test_axes_are_there_once_whatever_webui_calls_the_plots_module(host, log_lines, plot, name):
+def test_axes_are_there_once_whatever_the_plots_module_is_called(
+    host, log_lines, monkeypatch, name
+):
     """WebUI 1.9.0 and 1.9.1 call it `scripts.xyz_grid`."""
     from modules import scripts
 
     module = ModuleType(name)
     module.AxisOption = scripts.AxisOption
     module.axis_options = [scripts.AxisOption("Steps", int, None)]
-    plot(("other.py", ModuleType("other.py")), ("xyz_grid.py", module))
+    replace_plot(monkeypatch, other=ModuleType("other.py"), xyz_grid=module)
     for _ in range(2):
         running("webui.axes").add_axes()
     labels = [option.label for option in module.axis_options]
@@ -52,12 +49,10 @@ def test_axes_are_there_once_whatever_webui_calls_the_plots_module(host, log_lin
     assert log_lines == []
 
 
-@pytest.mark.parametrize(
-    "modules", [[], [("xyz_grid.py", ModuleType("xyz_grid.py"))]], ids=["none", "another shape"]
-)
-def test_where_there_is_no_plot_this_is_logged(host, log_lines, plot, modules):
+@pytest.mark.parametrize("modules", [{}, {"xyz_grid": ModuleType("xyz_grid.py")}])
+def test_where_there_is_no_plot_this_is_logged(host, log_lines, monkeypatch, modules):
     """A fork may have a file of this name without axes."""
-    plot(*modules)
+    replace_plot(monkeypatch, **modules)
     running("webui.axes").add_axes()
     assert len(log_lines) == 1
     assert "xyz_grid.py" in log_lines[0]

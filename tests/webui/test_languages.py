@@ -103,10 +103,7 @@ def test_before_1_7_another_extensions_file_of_a_language_is_used(host, monkeypa
     theirs = "/webui/extensions/korean/localizations/ko_KR.json"
     files = [SimpleNamespace(path=path, filename="ko_KR.json") for path in (theirs, ours)]
     monkeypatch.setattr(scripts, "list_scripts", lambda folder, ending: files, raising=False)
-    others = {
-        "ja_JP": str(ROOT / "localizations" / "ja_JP.json"),
-        "de_DE": "/webui/de_DE.json",
-    }
+    others = {"ja_JP": str(ROOT / "localizations" / "ja_JP.json"), "de_DE": "/webui/de_DE.json"}
     module = SimpleNamespace(localizations={**others, "ko_KR": ours})
     monkeypatch.setitem(sys.modules, "modules.localization", module)
     leave()
