@@ -216,8 +216,8 @@ def test_a_detailers_postprocess_on_a_copy_takes_nothing_away(make, add_script, 
 
 
 def test_a_p_that_is_used_again_has_new_maps(make_p, host, process):
-    p = make_p(with_map(), n_iter=2)
-    with failing_unet(host, at=3), pytest.raises(ValueError, match="on purpose"):
+    p = make_p(with_map(), n_iter=3)
+    with failing_unet(host, at=5), pytest.raises(ValueError, match="on purpose"):
         process(p)
     p.n_iter = 1
     for _ in range(2):
