@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 PATIENCE_MS = 180_000
-sync_api.expect.set_options(timeout=PATIENCE_MS)
-expect = sync_api.expect
+"""Long, for busy machines."""
+expect.set_options(timeout=PATIENCE_MS)
 
-TABS = ["txt2img", "img2img"]
+URL = os.environ.get("WEBUI_URL", "").rstrip("/")
+TABS = ["txt2img", "img2img"] if URL else ["txt2img"]
+"""The tabs with a panel; the demo has one."""
 DEFAULTS = {
     "ratio": 0.8,
     "late_ratio": 0.75,
@@ -40,6 +45,20 @@ OTHERS = {
     "full_steps": 2,
 }
 """For every field, a value that isn't its default."""
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless browser."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("Chromium is not installed")
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic"]
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
 
 
 class Panel:
@@ -113,6 +132,13 @@ class Panel:
         self.preset.fill(name)
         self.preset.press("End")  # gradio reads the text on keyup
         self.preset.blur()
+
+
+def wait_for_panels(page: Any) -> None:
+    """Wait for the panel's script, which makes its title reachable by keyboard."""
+    for tab in TABS:
+        title = page.locator(f"#script_{tab}_tome_enabled .label-wrap[aria-expanded]")
+        title.wait_for(state="attached")
 
 
 def go_to(page: Any, tab: str) -> None:

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from on_page import PATIENCE_MS, choose, expect, set_tab
+from on_page import URL, choose, expect, set_tab
 
 pytestmark = pytest.mark.skipif(
-    bool(os.environ.get("WEBUI_URL")), reason="WEBUI_URL names a WebUI, and this is the demo's page"
+    bool(URL), reason="WEBUI_URL names a WebUI, and this is the demo's page"
 )
-
-
-@pytest.fixture
-def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page, which must ask no other server and report no error."""
-    page = browser.new_page(viewport={"width": 1200, "height": 1000})
-    page.set_default_timeout(PATIENCE_MS)
-    complaints = []
-    page.on(
-        "console",
-        lambda message: complaints.append(message.text) if message.type == "error" else None,
-    )
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on(
-        "request",
-        lambda r: (
-            None if r.url.startswith((address, "data:", "blob:")) else complaints.append(r.url)
-        ),
-    )
-    page.goto(address)
-    page.wait_for_selector("#script_txt2img_tome_enabled-visible-checkbox")
-    yield page
-    page.close()
-    assert complaints == []
 
 
 def value(page: Any, name: str) -> str:

@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from on_page import DEFAULTS, OTHERS, TABS, Panel, choose, expect, go_to, options_of, set_tab
+from on_page import (
+    DEFAULTS,
+    OTHERS,
+    TABS,
+    Panel,
+    choose,
+    expect,
+    go_to,
+    options_of,
+    set_tab,
+    wait_for_panels,
+)
 
 HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
 """Without hires fix `apply_to` isn't in the parameters."""
@@ -127,22 +138,7 @@ def test_the_settings_page_has_a_section(webui, page):
         listed = webui.get("/sdapi/v1/options").json()
         assert listed.get("tome_log_layers", not before) is not before
     finally:
-        webui.post("options", {"tome_log_layers": before})
-
-
-SHOWN = {
-    "Ratio": 0.5,
-    "Late ratio": 0.25,
-    "Schedule": "step",
-    "Switch at": 0.25,
-    "Max downsample": "4",
-    "Min tokens": 512,
-    "Apply to": "first pass",
-    "Reuse matching (steps)": 3,
-    "Method": "tokens",
-    "Steps for full ratio": 5,
-}
-"""A default for each of the panel's controls, by its label in ui-config.json."""
+        webui.post("/sdapi/v1/options", {"tome_log_layers": before})
 
 
 def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel):
@@ -169,16 +165,13 @@ def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel
     # In some hosts the fold is the switch.
     assert set(changes()) <= {"ToMe/value"}
     go_to(page, "txt2img")
-    names = {label: label.lower().replace(" ", "_") for label in SHOWN} | {
-        "Reuse matching (steps)": "reuse_steps",
-        "Steps for full ratio": "full_steps",
-    }
-    panel.set(**{names[label]: value for label, value in SHOWN.items()})
+    panel.set(**OTHERS)
     go_to(page, "Settings")
+    labels = {name: name.replace("_", " ").capitalize() for name in OTHERS}
+    labels |= {"reuse_steps": "Reuse matching (steps)", "full_steps": "Steps for full ratio"}
     after = changes()
-    assert {label: after.get(f"{label}/value") for label in SHOWN} == {
-        name: str(value) for name, value in SHOWN.items()
-    }
+    shown = {name: after.get(f"{label}/value") for name, label in labels.items()}
+    assert shown == {name: str(value) for name, value in OTHERS.items()}
 
 
 def test_axes_and_panels_are_there_once_also_after_reload_ui(webui, page):
@@ -190,10 +183,7 @@ def test_axes_and_panels_are_there_once_also_after_reload_ui(webui, page):
             page.wait_for_function(
                 "() => !window.isBeforeReload && document.querySelector('#tabs')"
             )
-            for tab in TABS:
-                page.locator(f"#script_{tab}_tome_enabled .label-wrap[aria-expanded]").wait_for(
-                    state="attached"
-                )
+            wait_for_panels(page)
         for tab in TABS:
             go_to(page, tab)
             ours = [label for label in options_of(xyz(page, tab)) if label.startswith("[ToMe]")]

@@ -9,12 +9,11 @@ import re
 from typing import Any
 
 import pytest
-from on_page import DEFAULTS, OTHERS, TABS, Panel, await_option, choose, expect, set_tab
+from on_page import DEFAULTS, OTHERS, Panel, await_option, choose, expect, set_tab, wait_for_panels
 
 
-@pytest.mark.parametrize("tab", TABS, indirect=True)
-def test_the_title_shows_the_settings_and_the_preview_their_effect(page, tab):
-    panel = Panel(page, tab).unfold()
+def test_the_title_shows_the_settings_and_the_preview_their_effect(panel_of_each_tab):
+    panel = panel_of_each_tab
     expect(panel.title).to_contain_text("ToMe: 80 % of keys, level 1")
     expect(panel.preview).to_contain_text("self-attention layers")
     panel.set(ratio=0.25)
@@ -60,9 +59,9 @@ def test_the_preset_field_shows_the_preset_of_the_current_values(panel):
     panel.press("delete", "built-in")
 
 
-@pytest.mark.parametrize("tab", TABS, indirect=True)
-def test_the_preview_follows_the_tabs_size_and_steps(side, page, tab, loaded_model):
-    panel = Panel(page, tab).unfold()
+def test_the_preview_follows_the_tabs_size_and_steps(side, loaded_model, panel_of_each_tab):
+    panel = panel_of_each_tab
+    page, tab = panel.page, panel.tab
     for steps in (7, 11):
         set_tab(page, tab, steps=steps)
         bars = panel.preview.locator("rect")
@@ -171,7 +170,7 @@ def test_a_preset_of_any_name_is_saved_found_again_and_deleted(
     assert name in names_of_presets()
 
     page.reload()
-    page.locator("#script_txt2img_tome_enabled .label-wrap[aria-expanded]").wait_for()
+    wait_for_panels(page)
     panel.unfold()
     panel.expect(DEFAULTS)
     await_option(panel.element("preset"), name)

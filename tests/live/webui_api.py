@@ -8,6 +8,9 @@ import io
 import json
 from typing import Any
 
+import requests
+from PIL import Image
+
 MAP_PLACE = 10
 """Index of the merge map's two arguments; `full_steps` follows them."""
 
@@ -16,8 +19,6 @@ class Picture:
     """An answer of the API: its pictures, and the first one's pixels and parameters."""
 
     def __init__(self, answer: dict[str, Any]) -> None:
-        from PIL import Image
-
         info = json.loads(answer["info"])
         self.infotext: str = info["infotexts"][0]
         self.parameters: dict[str, Any] = info["extra_generation_params"]
@@ -35,16 +36,9 @@ class WebUI:
         """Width and height of the pictures."""
 
     @functools.cached_property
-    def fields(self) -> set[str]:
-        """Fields of a request for a picture; hosts differ."""
-        answer = self.get("/openapi.json")
-        schemas = answer.json()["components"]["schemas"] if answer.ok else {}
-        return set(schemas.get("StableDiffusionProcessingTxt2Img", {}).get("properties", ()))
-
-    @property
     def is_forge(self) -> bool:
         """Whether it is Forge, whose hires fix may load other modules for the second pass."""
-        return "hr_additional_modules" in self.fields
+        return "hr_additional_modules" in self.get("/openapi.json").text
 
     @functools.cached_property
     def checks_for_nan(self) -> bool:
@@ -59,15 +53,11 @@ class WebUI:
         return next(iter(modes.json() if modes.ok else []), {"name": "None"})["name"]
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """POST to one of WebUI's own routes."""
-        import requests
-
-        return requests.post(f"{self.url}/sdapi/v1/{path}", json=body, timeout=1200)
+        """POST to any route."""
+        return requests.post(f"{self.url}{path}", json=body, timeout=1200)
 
     def get(self, path: str) -> Any:
         """GET from any route."""
-        import requests
-
         return requests.get(f"{self.url}{path}", timeout=60)
 
     def request(self, arguments: list[Any] | None = None, **settings: Any) -> dict[str, Any]:
@@ -97,6 +87,6 @@ class WebUI:
         self, arguments: list[Any] | None = None, path: str = "txt2img", **settings: Any
     ) -> Picture:
         """The picture of such a request."""
-        answer = self.post(path, self.request(arguments, **settings))
+        answer = self.post(f"/sdapi/v1/{path}", self.request(arguments, **settings))
         assert answer.status_code == 200, answer.text[:500]
         return Picture(answer.json())

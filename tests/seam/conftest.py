@@ -1,11 +1,10 @@
-"""The script on a page of gradio 3.41 or 4.40, with the few of `modules.*` that it names."""
+"""The script on a page of gradio 3.41 or 4.40, in the stand-in for WebUI but for its components."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,20 +13,11 @@ from typing import Any
 
 import gradio as gr
 import pytest
-import torch
+
+from tomesd_core.settings import PANEL_FIELDS
 
 ROOT = Path(__file__).parents[2]
-EXTENSION = ROOT / "scripts" / "tome.py"
-
-
-class Script:
-    """`modules.scripts.Script`, as far as the extension uses it."""
-
-    filename = str(EXTENSION)
-    is_img2img = False
-
-    def elem_id(self, name: str) -> str:
-        return f"script_{'img2img' if self.is_img2img else 'txt2img'}_tome_{name}"
+sys.path.append(str(ROOT / "tests" / "live"))  # For `on_page`.
 
 
 @contextlib.contextmanager
@@ -38,92 +28,7 @@ def input_accordion(value: bool, label: str, elem_id: str) -> Iterator[Any]:
         yield checkbox
 
 
-def host_modules() -> dict[str, ModuleType]:
-    """`modules` and what the extension imports of it."""
-    callbacks: dict[str, list[Callable]] = {}
-
-    def module(name: str, **names: Any) -> ModuleType:
-        new = ModuleType(name)
-        vars(new).update(names)
-        return new
-
-    def on(name: str) -> Callable[[Callable], None]:
-        return lambda callback: callbacks.setdefault(name, []).append(callback)
-
-    names = (
-        "on_before_ui",
-        "on_ui_settings",
-        "on_app_started",
-        "on_cfg_denoiser",
-        "on_script_unloaded",
-    )
-    runner = SimpleNamespace(scripts=[])
-    options = SimpleNamespace(
-        add_option=lambda key, info: None, onchange=lambda *args, **kwargs: None
-    )
-    parts = {
-        "scripts": {
-            "Script": Script,
-            "AlwaysVisible": object(),
-            "basedir": lambda: str(ROOT),
-            "scripts_data": [],
-            "scripts_txt2img": runner,
-            "scripts_img2img": runner,
-        },
-        "script_callbacks": {
-            **{name: on(name) for name in names},
-            "remove_current_script_callbacks": lambda: None,
-            "registered": callbacks,
-        },
-        "shared": {
-            "opts": options,
-            "OptionInfo": lambda *args, **kwargs: None,
-            "cmd_opts": SimpleNamespace(),
-            "data_path": "",
-        },
-        "ui_components": {
-            "FormRow": gr.Row,
-            "ToolButton": gr.Button,
-            "InputAccordion": input_accordion,
-        },
-        "sd_models": {"model_data": SimpleNamespace(sd_model=None)},
-        "sd_unet": {"current_unet": None},
-        "processing": {"opt_f": 8},
-        "call_queue": {"queue_lock": contextlib.nullcontext()},
-        "progress": {},
-        "sd_samplers_common": {
-            "InterruptedException": type("InterruptedException", (BaseException,), {})
-        },
-        "devices": {"device": torch.device("cpu")},
-    }
-    modules = {f"modules.{name}": module(f"modules.{name}", **parts[name]) for name in parts}
-    return {
-        "modules": module("modules", **{name: modules[f"modules.{name}"] for name in parts}),
-        **modules,
-    }
-
-
-@pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The host's modules, in place of another host's and of the extension's in it."""
-    others = {
-        name: module
-        for name, module in sys.modules.items()
-        if name.startswith(("modules", "tomesd_core_"))
-    }
-    for name in others:
-        del sys.modules[name]
-    new = host_modules()
-    sys.modules.update(new)
-    for kind in (gr.Slider, gr.Radio, gr.Button, gr.UploadButton, gr.Checkbox):
-        monkeypatch.setattr(kind, "__init__", _taking_tooltips(kind.__init__))
-    yield new["modules"]
-    for name in [name for name in sys.modules if name.startswith(("modules", "tomesd_core_"))]:
-        del sys.modules[name]
-    sys.modules.update(others)
-
-
-def _taking_tooltips(init: Callable) -> Callable:
+def taking_tooltips(init: Callable) -> Callable:
     """A component's `__init__` with a tooltip, as WebUI patches it."""
 
     @functools.wraps(init)
@@ -133,21 +38,58 @@ def _taking_tooltips(init: Callable) -> Callable:
     return __init__
 
 
-@pytest.fixture
-def load(modules: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Any]:
-    """Execute the script as WebUI does, with a presets' file of the test; return its module."""
-
-    def execute() -> Any:
-        spec = importlib.util.spec_from_file_location("tome.py", EXTENSION)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.panel.presets.PATH = tmp_path / "presets.json"
-        return module
-
-    return execute
+def imported() -> list[str]:
+    """Names of the imported modules of a host and of the extension in it."""
+    return [name for name in sys.modules if name.startswith(("modules", "tomesd_core_"))]
 
 
 @pytest.fixture
-def part_of() -> Callable[[Any, str], Any]:
-    """A module of the package that a script uses, by its name in `tomesd_core`."""
-    return lambda script, name: importlib.import_module(f"{script.PACKAGE}.{name}")
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The host's modules, in place of another host's and of the extension's in it."""
+    others = {name: sys.modules.pop(name) for name in imported()}
+    monkeypatch.syspath_prepend(ROOT / "lab" / "host")
+    new = importlib.import_module("modules")
+    # The stand-in's components are gradio 3's, and its UNet is ldm's.
+    new.ui_components = SimpleNamespace(
+        FormRow=gr.Row, ToolButton=gr.Button, InputAccordion=input_accordion
+    )
+    new.sd_unet = SimpleNamespace(current_unet=None)
+    for name in ("ui_components", "sd_unet"):
+        sys.modules[f"modules.{name}"] = getattr(new, name)
+    importlib.import_module("modules.processing")
+    new.scripts.folders.append(str(ROOT))
+    for kind in (gr.Slider, gr.Radio, gr.Button, gr.UploadButton, gr.Checkbox):
+        monkeypatch.setattr(kind, "__init__", taking_tooltips(kind.__init__))
+    yield new
+    for name in imported():
+        del sys.modules[name]
+    sys.modules.update(others)
+
+
+@pytest.fixture
+def script(modules: ModuleType, tmp_path: Path) -> ModuleType:
+    """The script's module once the host has executed it, with a presets' file of the test."""
+    modules.scripts.load_scripts()
+    module = modules.scripts.scripts_data[-1].module
+    module.panel.presets.PATH = tmp_path / "presets.json"
+    return module
+
+
+@pytest.fixture
+def make_page(modules: ModuleType, script: ModuleType) -> Callable[[], tuple[gr.Blocks, list]]:
+    """Make a page with both tabs' panels between two buttons; return each panel's controls too."""
+    runners = modules.scripts.scripts_txt2img, modules.scripts.scripts_img2img
+
+    def make() -> tuple[gr.Blocks, list]:
+        with gr.Blocks() as page:
+            gr.Button("before")
+            for runner in runners:
+                runner.setup_ui()
+                assert len(runner.infotext_fields) in (0, 1 + len(PANEL_FIELDS))
+            gr.Button("after")
+        assert page.get_config_file()["components"]
+        buttons = [child.value for child in page.children if isinstance(child, gr.Button)]
+        assert buttons == ["before", "after"]
+        return page, [runner.script("ToMe").controls for runner in runners]
+
+    return make

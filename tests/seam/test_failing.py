@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from operator import attrgetter
 
 import gradio as gr
 import pytest
@@ -17,9 +17,22 @@ def fail(*_, **__):
     raise LookupError("on purpose")
 
 
-def assert_logged_once(lines, what):
-    (line,) = [line for line in lines if what in line]
-    assert all(word in line for word in ("LookupError: on purpose", "Update WebUI", "report"))
+class Unusable:
+    """A part of the host that fails whatever is done with it."""
+
+    __call__ = __getattr__ = __iter__ = fail
+
+
+def replace(root, path, new=fail):
+    """Replace an attribute, by its path from a module."""
+    owner, _, name = path.rpartition(".")
+    setattr(attrgetter(owner)(root), name, new)
+
+
+def assert_logged_once(lines, *failures):
+    for line, failure in zip(lines, failures, strict=True):
+        assert f"{failure} failed (LookupError: on purpose)" in line
+        assert "Update WebUI" in line and "report" in line
 
 
 def components_of(block):
@@ -29,79 +42,41 @@ def components_of(block):
         yield from components_of(child)
 
 
-@pytest.fixture
-def make_page(load, part_of):
-    """Make a page with both tabs' panels, some of whose parts fail; return the controls too."""
-
-    def make(*broken):
-        script = load()
-        for name, attribute in broken:
-            setattr(part_of(script, name), attribute, fail)
-        controls = []
-        with gr.Blocks() as page:
-            gr.Button("before")
-            for is_img2img in (False, True):
-                instance = script.ToMe()
-                instance.is_img2img = is_img2img
-                controls.append(instance.ui(is_img2img))
-                assert len(instance.infotext_fields) in (0, 1 + len(PANEL_FIELDS))
-            gr.Button("after")
-        assert page.get_config_file()["components"]
-        buttons = [child.value for child in page.children if isinstance(child, gr.Button)]
-        assert buttons == ["before", "after"]
-        return script, page, controls
-
-    return make
+def ids_on(page):
+    """The ids of the panels' components."""
+    ids = [str(child.elem_id) for child in components_of(page)]
+    return [elem_id for elem_id in ids if "tome" in elem_id]
 
 
 @pytest.mark.parametrize(
     "broken",
     [
-        ("webui.panel", "MeasureRow"),
-        ("webui.presets", "read"),
-        ("webui.host", "listen"),
-        ("webui.panel", "PresetRow"),
-        ("webui.panel", "useful_fields"),
+        "panel.MeasureRow",
+        "panel.presets.read",
+        "panel.host.listen",
+        "panel.PresetRow",
+        "panel.useful_fields",
+        "panel.ui_components.InputAccordion",
     ],
-    ids=lambda part: part[1],
 )
-def test_without_a_part_the_panel_is_its_controls_alone(make_page, log_lines, broken):
-    _, page, given = make_page(broken)
-    names = [
-        "enabled",
-        *(name for name in PANEL_FIELDS if name != "full_steps"),
-        "map_step",
-        "map_layer",
-        "full_steps",
-    ]
-    for tab, controls in zip(("txt2img", "img2img"), given, strict=True):
-        ids = [f"script_{tab}_tome_{name}" for name in names]
-        assert [control.elem_id for control in controls] == ids
-        on_page = [
-            child.elem_id
-            for child in components_of(page)
-            if (child.elem_id or "").startswith(f"script_{tab}")
-        ]
-        assert on_page == ids, "nothing is left of the whole panel"
-        assert [control.value for control in controls[1:3]] == [0.8, 0.75]
-    assert_logged_once(log_lines, "making the panel failed")
-
-
-def test_a_host_without_an_accordion_or_tooltips_has_the_controls(make_page, modules, log_lines):
-    del modules.ui_components.InputAccordion
-    _, _, controls = make_page()
-    assert [len(names) for names in controls] == [len(PANEL_FIELDS) + 3] * 2
-    assert len(log_lines) == 1 and "making the panel failed (AttributeError" in log_lines[0]
+def test_without_a_part_the_panel_is_its_controls_alone(script, make_page, log_lines, broken):
+    replace(script, broken)
+    page, controls = make_page()
+    names = ["enabled", *PANEL_FIELDS, "map_step", "map_layer"]
+    names.append(names.pop(names.index("full_steps")))
+    ids = [f"script_{tab}_tome_{name}" for tab in ("txt2img", "img2img") for name in names]
+    assert [control.elem_id for panel in controls for control in panel] == ids
+    assert ids_on(page) == ids, "nothing is left of the whole panel"
+    assert [[control.value for control in panel[1:3]] for panel in controls] == [[0.8, 0.75]] * 2
+    assert_logged_once(log_lines, "making the panel")
 
 
 def test_without_any_control_there_is_no_panel(make_page, log_lines, monkeypatch):
     monkeypatch.setattr(gr, "Slider", fail)
-    _, page, controls = make_page()
-    assert controls == [[], []]
-    assert not [child for child in components_of(page) if "tome" in (child.elem_id or "")]
-    assert_logged_once(log_lines, "making the panel failed")
-    assert_logged_once(log_lines, "making a panel without preview and presets failed")
-    assert len(log_lines) == 2, "once for both tabs"
+    page, controls = make_page()
+    assert controls == [[], []] and ids_on(page) == []
+    # Once for both tabs.
+    assert_logged_once(log_lines, "making the panel", "making a panel without preview and presets")
 
 
 def answers(page, name):
@@ -109,142 +84,92 @@ def answers(page, name):
     functions = page.fns.values() if isinstance(page.fns, dict) else page.fns
     elem_id = f"script_txt2img_tome_{name}"
     element = next(number for number, block in page.blocks.items() if block.elem_id == elem_id)
-    for number, dependency in enumerate(page.get_config_file()["dependencies"]):
+    for event, function in zip(page.get_config_file()["dependencies"], functions, strict=True):
         targets = [
             target[0] if isinstance(target, (list, tuple)) else target
-            for target in dependency["targets"]
+            for target in event["targets"]
         ]
-        function = list(functions)[number].fn
-        if element in targets and function is not None:
-            answer = function(*[page.blocks[number].value for number in dependency["inputs"]])
-            outputs = len(dependency["outputs"])
+        if element in targets and function.fn is not None:
+            answer = function.fn(*[page.blocks[number].value for number in event["inputs"]])
+            outputs = len(event["outputs"])
             yield answer if outputs > 1 else [answer], outputs
 
 
 @pytest.mark.parametrize(
     ("broken", "name", "what"),
     [
-        (("webui.preset_row", "useful_fields"), "preset", "this button"),
-        (("webui.presets", "save"), "preset_save", "this button"),
-        (("webui.presets", "delete"), "preset_delete", "this button"),
-        (("webui.measure", "measure"), "measure_start", "measuring"),
+        ("panel.presets.get", "preset", "this button"),
+        ("panel.presets.save", "preset_save", "this button"),
+        ("panel.presets.delete", "preset_delete", "this button"),
+        ("routes.measure.measure", "measure_start", "measuring"),
+        ("panel.preview.title", "refresh", "part of the panel"),
+        ("panel.useful_fields", "schedule", "part of the panel"),
     ],
-    ids=lambda part: part if isinstance(part, str) else "",
 )
-def test_a_failing_button_changes_nothing(make_page, part_of, log_lines, broken, name, what):
-    script, page, _ = make_page()
-    module, attribute = broken
-    setattr(part_of(script, module), attribute, fail)
-    script.panel.presets.save(
-        "mine", script.generation.MergeSettings()
-    ) if attribute != "save" else None
-    preset = next(
-        block for block in page.blocks.values() if block.elem_id == "script_txt2img_tome_preset"
-    )
-    preset.value = "mine"
+def test_a_failing_event_changes_nothing_and_a_button_says_so(
+    script, make_page, log_lines, broken, name, what
+):
+    page, _ = make_page()
+    replace(script, broken)
     for _ in range(2):
         ((answer, outputs),) = answers(page, name)
-        assert len(answer) == outputs
-        assert f"{what} failed (LookupError: on purpose)" in answer[0]
-        assert list(answer[1:]) == [gr.update()] * (outputs - 1)
-    assert_logged_once(log_lines, f"{what} failed")
+        if what != "part of the panel":
+            assert f"{what} failed (LookupError: on purpose)" in answer[0]
+            answer = [gr.update(), *answer[1:]]
+        assert answer == [gr.update()] * outputs
+    assert_logged_once(log_lines, what)
 
 
 @pytest.mark.parametrize("error", ["SettingsError", "NoResultError"])
-def test_an_expected_error_is_shown_as_text_and_not_logged(make_page, part_of, log_lines, error):
-    script, page, _ = make_page()
-
+def test_an_expected_error_is_shown_as_text_and_not_logged(script, make_page, log_lines, error):
     def fail(*_):
         raise getattr(script.log, error)("ratio must be < 1")
 
-    part_of(script, "webui.measure").measure = fail
+    page, _ = make_page()
+    replace(script, "routes.measure.measure", fail)
     (((answer,), _),) = answers(page, "measure_start")
     assert answer == "ratio must be &lt; 1"
     assert log_lines == []
 
 
-@pytest.mark.parametrize(
-    ("broken", "name"),
-    [("preview", "refresh"), ("useful_fields", "schedule")],
-    ids=["preview", "schedule"],
-)
-def test_a_failing_preview_changes_nothing(make_page, log_lines, broken, name):
-    script, page, _ = make_page()
-    setattr(script.panel, broken, fail)
-    for _ in range(2):
-        ((answer, outputs),) = answers(page, name)
-        assert list(answer) == [gr.update()] * outputs
-    (line,) = log_lines
-    assert "panel failed" in line and "Update WebUI" in line
-
-
 @pytest.mark.parametrize("path", ["/tome/presets", "/tome/status"])
-def test_a_failing_route_is_an_error_of_its_own(load, modules, log_lines, path):
-    script, app = load(), FastAPI()
+def test_a_failing_route_is_an_error_of_its_own(script, modules, log_lines, path):
+    app = FastAPI()
     app.get("/others")(lambda: "fine")
-    (add_routes, _) = modules.script_callbacks.registered["on_app_started"]
+    modules.script_callbacks.app_started_callback(None, app)
     script.panel.presets.read = script.host.loaded_layers = fail
-    add_routes(None, app)
     client = TestClient(app)
     for _ in range(2):
         reply = client.get(path)
         assert reply.status_code == 500 and "LookupError" in reply.json()["detail"]
     assert client.get("/others").json() == "fine"
-    assert_logged_once(log_lines, f"GET {path} failed")
-
-
-class Lacking:
-    """A part of the host without any attribute."""
-
-    def __getattr__(self, name):
-        fail()
-
-
-def break_axes(modules):
-    grid = SimpleNamespace(AxisOption=fail, axis_options=[])
-    modules.scripts.scripts_data.append(SimpleNamespace(module=grid, path="xyz_grid.py"))
-
-
-def break_settings(modules):
-    modules.shared.OptionInfo = fail
-
-
-def break_routes(modules):
-    modules.shared.cmd_opts = Lacking()
-
-
-def break_titles(modules):
-    modules.scripts.scripts_txt2img = modules.scripts.scripts_img2img = Lacking()
+    assert_logged_once(log_lines, f"GET {path}")
 
 
 @pytest.mark.parametrize(
-    ("category", "number", "break_it", "what"),
+    ("event", "arguments", "broken", "what"),
     [
-        ("on_before_ui", 0, break_axes, "axes"),
-        ("on_ui_settings", 0, break_settings, "settings"),
-        ("on_app_started", 0, break_routes, "routes"),
-        ("on_app_started", 1, break_titles, "same title"),
+        ("before_ui", (), "scripts.scripts_data", "axes"),
+        ("ui_settings", (), "shared.OptionInfo", "settings"),
+        ("app_started", (None, FastAPI()), "shared.cmd_opts", "routes"),
+        ("app_started", (None, FastAPI()), "scripts.scripts_txt2img", "same title"),
     ],
-    ids=["axes", "settings", "routes", "titles"],
 )
-def test_a_failing_callback_is_logged_once(
-    load, modules, log_lines, category, number, break_it, what
-):
-    load()
-    break_it(modules)
+@pytest.mark.usefixtures("script")
+def test_a_failing_callback_is_logged_once(modules, log_lines, event, arguments, broken, what):
+    replace(modules, broken, Unusable())
     for _ in range(2):
-        modules.script_callbacks.registered[category][number](
-            *((None, FastAPI()) if "app" in category else ())
-        )
+        getattr(modules.script_callbacks, f"{event}_callback")(*arguments)
+    assert modules.errors.exceptions == []
     assert_logged_once(log_lines, what)
 
 
-def test_a_failing_import_is_printed_and_registers_nothing(load, modules, capsys):
+def test_a_failing_import_is_printed_and_registers_nothing(modules, capsys):
     """WebUI shows the error and runs the other scripts."""
     del modules.sd_models
-    del sys.modules["modules.sd_models"]
-    with pytest.raises(ImportError):
-        load()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert all(word in line for word in ("ToMe", "ImportError", "Update WebUI"))
-    assert modules.script_callbacks.registered == {}
+    sys.modules["modules.sd_models"] = None
+    modules.scripts.load_scripts()
+    (error,) = modules.errors.exceptions
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "ToMe" in line]
+    assert f"ModuleNotFoundError: {error}" in line and "Update WebUI" in line
+    assert not any(modules.script_callbacks.callback_map.values())

@@ -7,26 +7,15 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 import torch
+from single_block import Block, Projected
 from torch import nn
 
 from tomesd_core.token_map import TokenMap
 
 
 @pytest.fixture
-def host(load):
-    return load().host
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(4), nn.Linear(4, 4)
-
-
-def unet(layers=1):
-    model = nn.Module()
-    model.transformer_blocks = nn.ModuleList([Block() for _ in range(layers)])
-    return model
+def host(script):
+    return script.host
 
 
 def in_webui(inner):
@@ -41,7 +30,7 @@ def in_forge(inner):
 
 @pytest.mark.parametrize("place", [in_webui, in_forge], ids=["WebUI", "Forge"])
 def test_the_unet_is_found_where_a_host_has_it(host, modules, place):
-    inner = unet(2)
+    inner = nn.Sequential(Block(Projected(1, 4)), Block(Projected(1, 4)))
     modules.sd_models.model_data.sd_model = place(inner)
     assert host.loaded_unet() is inner
     assert len(host.loaded_layers()) == 2
@@ -73,97 +62,66 @@ def test_the_prompted_part_of_the_batch(host, parts, prompted):
     assert (None if items is None else list(items)) == prompted
 
 
-def test_a_map_is_of_the_prompted_part_whichever_half_comes_first(load):
-    sampling = load().sampling
+@pytest.mark.parametrize(
+    "passes",
+    [
+        [([1, 0], [2, 3, 0, 1])],
+        [([0, 1], [0, 1, 2, 3])],
+        [(None, [0, 1, 2, 3])],
+        [([0], [0, 1]), ([1], [2, 3])],
+    ],
+    ids=["Forge", "reversed", "unknown", "halves in separate passes"],
+)
+def test_a_map_is_of_the_prompted_part_of_the_batch(script, passes):
+    """First slots 0 and 1 are the prompted pictures', 2 and 3 the others."""
     options = {}
-    maps = {}
-    for parts in ([1, 0], [0, 1], None):
-        options.clear()
-        options.update({} if parts is None else {"cond_or_uncond": parts})
-        recorder = sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: ((2, 2), options))
-        # First slots 0 and 1 are the prompted pictures', 2 and 3 the others.
-        owners = [2, 3, 0, 1] if parts == [1, 0] else [0, 1, 2, 3]
+    recorder = script.sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: ((2, 2), options))
+    for parts, owners in passes:
+        if parts is not None:
+            options["cond_or_uncond"] = parts
         slots = torch.tensor([[owner, 0, 1, 2] for owner in owners])
         recorder("layer", 0, (2, 2), TokenMap(slots, 4))
-        maps[str(parts)] = [int(one.slots[0]) for one in recorder.maps(recorder.pictures)]
-    assert maps == {"[1, 0]": [0, 1], "[0, 1]": [0, 1], "None": [0, 1]}
-
-
-def test_halves_in_separate_passes(load):
-    options = {}
-    recorder = load().sampling.PictureRecorder((1, 1), [0, 1], (2, 2), lambda: ((2, 2), options))
-    for parts, owners in (([0], [0, 1]), ([1], [2, 3])):
-        options["cond_or_uncond"] = parts
-        recorder(
-            "layer", 0, (2, 2), TokenMap(torch.tensor([[owner, 0, 1, 2] for owner in owners]), 4)
-        )
     assert [int(one.slots[0]) for one in recorder.maps(recorder.pictures)] == [0, 1]
 
 
 def test_attention_of_another_extension_is_no_replaced_unet(host, modules):
-    assert host.reason_layers_did_not_run({}) is None
-    assert (
-        host.reason_layers_did_not_run(
-            {"patches_replace": {"attn2": {("input", 1): 1}, "attn1": {}}}
-        )
-        is None
-    )
+    for options in ({}, {"patches_replace": {"attn2": {("input", 1): print}, "attn1": {}}}):
+        assert host.reason_layers_did_not_run(options) is None
     patched = host.reason_layers_did_not_run({"patches_replace": {"attn1": {("input", 1): print}}})
     assert "another extension" in patched
     modules.sd_unet.current_unet = object()
     assert "UNet was replaced" in host.reason_layers_did_not_run({})
 
 
-def generation_without_a_model(script, p):
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(None, "no model"), (in_forge(nn.Linear(2, 2)), "no self-attention layers")],
+    ids=["no model", "no such layers"],
+)
+def test_an_unmergeable_model_is_reported_once_and_nothing_is_claimed(
+    script, modules, log_lines, model, reason
+):
+    modules.sd_models.model_data.sd_model = model
+    modules.shared.opts.token_merging_ratio = 0.3
+    p = modules.processing.StableDiffusionProcessing()
+    p.extra_generation_params["Size"] = "1x1"
     instance = script.ToMe()
     instance.before_process(p, True, 0.5)
     assert p.extra_generation_params["ToMe ratio"] == 0.5
-    instance.process_batch(p, True, 0.5)
-
-
-class Picture:
-    """A `p`."""
-
-    scripts, is_api, script_args = None, True, ()
-
-    def __init__(self):
-        self.extra_generation_params, self.comments = {"Size": "1x1"}, {}
-
-    def comment(self, line):
-        self.comments[line] = 1
-
-    def get_token_merging_ratio(self, for_hr=False):
-        return 0.3
-
-    def sample(self):
-        return "sampled"
-
-
-@pytest.mark.parametrize(
-    "model", [None, in_forge(nn.Linear(2, 2))], ids=["no model", "no such layers"]
-)
-def test_an_unmergeable_model_is_reported_once_and_nothing_is_claimed(
-    load, modules, log_lines, model
-):
-    modules.sd_models.model_data.sd_model = model
-    script, p = load(), Picture()
-    generation_without_a_model(script, p)
+    for batch in range(2):
+        instance.process_batch(p, True, 0.5, batch_number=batch)
     (line,) = log_lines
-    assert "nothing merged" in line
-    assert ("no model" if model is None else "no self-attention layers") in line
+    assert "nothing merged" in line and reason in line
     assert p.extra_generation_params == {"Size": "1x1"}
     assert list(p.comments) == [f"ToMe: {line}"]
     assert "sample" not in vars(p) and p.get_token_merging_ratio() == 0.3
-    script.ToMe().process_batch(p, True, 0.5, batch_number=1)
-    assert log_lines == [line], "once per generation"
 
 
-def test_events_are_those_of_this_gradio(load, part_of):
-    script = load()
+def test_events_are_those_of_this_gradio(script):
     with gr.Blocks() as page:
         controls = script.panel.build("txt2img", script.ToMe().elem_id)
-    assert list(controls) == list(part_of(script, "webui.arguments").CONTROLS)
-    scripts = [dependency["js"] for dependency in page.get_config_file()["dependencies"]]
-    codes = [code for code in scripts if code]
+    assert list(controls) == list(script.panel.CONTROLS)
+    events = page.get_config_file()["dependencies"]
+    codes = [event["js"] for event in events if event["js"]]
     assert len([code for code in codes if "toMeChanged('txt2img')" in code]) == 1 + len(controls)
     assert [code for code in codes if "toMeAnswered" in code]
