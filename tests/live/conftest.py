@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import requests
-from on_page import PATIENCE_MS, TABS, URL, Panel, chromium, go_to, wait_for_panels
+from on_page import PATIENCE_MS, URL, Panel, await_panels, chromium, go_to
 from webui_api import Picture, WebUI
 
 SIDE = int(os.environ.get("WEBUI_SIDE", "512")) if URL else 32
@@ -110,7 +110,7 @@ def open_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
         for event, record in seen.items():
             page.on(event, lambda each, record=record: record.append(each))
         page.goto(f"{address}/{query}")
-        wait_for_panels(page)
+        await_panels(page)
         return page
 
     yield open_it
@@ -144,17 +144,12 @@ def page(open_page: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def panel(page: Any) -> Panel:
-    """txt2img's panel, unfolded."""
-    return Panel(page).unfold()
-
-
-@pytest.fixture(params=TABS)
-def panel_of_each_tab(request: pytest.FixtureRequest, page: Any) -> Panel:
-    """A tab's panel, unfolded."""
-    if URL:
-        go_to(page, request.param)
-    return Panel(page, request.param).unfold()
+def panel(request: pytest.FixtureRequest, page: Any) -> Panel:
+    """txt2img's panel, or that of the tab in the test's parameters, unfolded."""
+    tab = getattr(request, "param", "txt2img")
+    if tab != "txt2img":
+        go_to(page, tab)
+    return Panel(page, tab).unfold()
 
 
 @pytest.fixture

@@ -127,6 +127,10 @@ class Panel:
         self.name_preset(name)
         return self.press("save", says)
 
+    def choose_preset(self, name: str) -> None:
+        """Choose a preset from the list."""
+        choose(self.element("preset"), name)
+
     def name_preset(self, name: str) -> None:
         """Type a name into the preset field."""
         self.preset.fill(name)
@@ -134,7 +138,7 @@ class Panel:
         self.preset.blur()
 
 
-def wait_for_panels(page: Any) -> None:
+def await_panels(page: Any) -> None:
     """Wait for the panel's script, which makes its title reachable by keyboard."""
     for tab in TABS:
         title = page.locator(f"#script_{tab}_tome_enabled .label-wrap[aria-expanded]")

@@ -7,8 +7,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
-
-HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
+from webui_api import HIRES
 
 
 @pytest.fixture(autouse=True)

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import base64
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from on_page import (
-    DEFAULTS,
-    OTHERS,
-    TABS,
-    Panel,
-    choose,
-    expect,
-    go_to,
-    options_of,
-    set_tab,
-    wait_for_panels,
-)
-
-HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
-"""Without hires fix `apply_to` isn't in the parameters."""
+from on_page import DEFAULTS, OTHERS, TABS, Panel, await_panels, choose, go_to, options_of, set_tab
+from playwright.sync_api import expect
+from webui_api import HIRES, Picture
 
 
 def generate(page: Any, side: int, steps: int = 2) -> Any:
@@ -38,7 +25,7 @@ def test_the_other_tabs_panel_finds_a_new_preset(webui, page, panel, own_name):
     go_to(page, "img2img")
     other = Panel(page, "img2img").unfold()
     other.element("preset_reload").click()
-    choose(other.element("preset"), own_name)
+    other.choose_preset(own_name)
     other.expect({"ratio": 0.33})
     go_to(page, "txt2img")
     panel.set(ratio=0.44)
@@ -57,35 +44,35 @@ def test_a_generation_shows_its_summary(webui, page, panel):
 
 
 @pytest.mark.parametrize("tab", TABS)
-def test_png_info_sends_every_field_and_switches_off_without_them(
-    webui, baseline, page, tab, tmp_path
-):
-    pictures = {"merged": webui.make([OTHERS], **HIRES), "plain": baseline}
-    panel = Panel(page, tab)
-    for name, picture in pictures.items():
-        file = Path(tmp_path, f"{name}.png")
-        file.write_bytes(base64.b64decode(picture.png))
+def test_png_info_sends_every_field_and_switches_off_without_them(webui, baseline, page, tab):
+    panel, pnginfo = Panel(page, tab), page.locator("#tab_pnginfo")
+
+    def send(picture: Picture) -> None:
         go_to(page, "PNG Info")
-        page.locator("#pnginfo_image input[type=file]").set_input_files(file)
-        pnginfo = page.locator("#tab_pnginfo")
+        png = base64.b64decode(picture.png)
+        file = {"name": "picture.png", "mimeType": "image/png", "buffer": png}
+        pnginfo.locator("#pnginfo_image input[type=file]").set_input_files(file)
         expect(pnginfo).to_contain_text("Sampler")
-        if name == "merged":
-            expect(pnginfo).to_contain_text("ToMe ratio")
-        else:
-            expect(pnginfo).not_to_contain_text("ToMe")
-        page.locator(f"#tab_pnginfo #{tab}_tab").click()
+        pnginfo.locator(f"#{tab}_tab").click()
         expect(page.locator(f"#{tab}_prompt textarea")).to_be_visible()
-        expect(panel.switch).to_be_checked(checked=name == "merged")
-        panel.expect(OTHERS if name == "merged" else DEFAULTS)
-        if name == "merged":
-            expect(panel.title).to_contain_text("ToMe: 40 % → 10 % of tokens, level 2")
-            go_to(page, "PNG Info")
-            image = page.locator("#pnginfo_image")
-            image.locator("[aria-label=Clear], [title=Clear], [title='Remove Image']").first.click()
-            # Gradio drops a change while it still answers the last one.
-            expect(pnginfo).not_to_contain_text("Sampler")
-        else:
-            expect(panel.title).not_to_contain_text("%")
+
+    # Without hires fix `apply_to` isn't in the parameters.
+    send(webui.make([OTHERS], **HIRES))
+    expect(pnginfo).to_contain_text("ToMe ratio")
+    expect(panel.switch).to_be_checked()
+    panel.expect(OTHERS)
+    expect(panel.title).to_contain_text("ToMe: 40 % → 10 % of tokens, level 2")
+
+    go_to(page, "PNG Info")
+    clear = "[aria-label=Clear], [title=Clear], [title='Remove Image']"
+    pnginfo.locator("#pnginfo_image").locator(clear).first.click()
+    # Gradio drops a change while it still answers the last one.
+    expect(pnginfo).not_to_contain_text("Sampler")
+    send(baseline)
+    expect(pnginfo).not_to_contain_text("ToMe")
+    expect(panel.switch).not_to_be_checked()
+    panel.expect(DEFAULTS)
+    expect(panel.title).not_to_contain_text("%")
 
 
 def xyz(page: Any, tab: str) -> Any:
@@ -155,10 +142,7 @@ def test_the_page_of_defaults_shows_each_control_as_it_stands(webui, page, panel
         page.locator("#ui_defaults_view").click()
         table = page.locator("#settings table", has_text="Path").last
         table.wait_for()
-        rows = [
-            [cell.inner_text() for cell in row.locator("td").all()]
-            for row in table.locator("tr").all()
-        ]
+        rows = [row.locator("td").all_inner_texts() for row in table.locator("tr").all()]
         ours = [row for row in rows if len(row) == 3 and "tome.py/txt2img/" in row[0]]
         return {path.split("tome.py/txt2img/")[1]: new for path, _, new in ours}
 
@@ -183,7 +167,7 @@ def test_axes_and_panels_are_there_once_also_after_reload_ui(webui, page):
             page.wait_for_function(
                 "() => !window.isBeforeReload && document.querySelector('#tabs')"
             )
-            wait_for_panels(page)
+            await_panels(page)
         for tab in TABS:
             go_to(page, tab)
             ours = [label for label in options_of(xyz(page, tab)) if label.startswith("[ToMe]")]

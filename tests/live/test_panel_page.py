@@ -9,11 +9,11 @@ import re
 from typing import Any
 
 import pytest
-from on_page import DEFAULTS, OTHERS, Panel, await_option, choose, expect, set_tab, wait_for_panels
+from on_page import DEFAULTS, OTHERS, TABS, Panel, await_option, await_panels, expect, set_tab
 
 
-def test_the_title_shows_the_settings_and_the_preview_their_effect(panel_of_each_tab):
-    panel = panel_of_each_tab
+@pytest.mark.parametrize("panel", TABS, indirect=True)
+def test_the_title_shows_the_settings_and_the_preview_their_effect(panel):
     expect(panel.title).to_contain_text("ToMe: 80 % of keys, level 1")
     expect(panel.preview).to_contain_text("self-attention layers")
     panel.set(ratio=0.25)
@@ -41,7 +41,7 @@ def test_the_late_ratio_follows_by_mouse_and_keyboard(panel):
 def test_the_preset_field_shows_the_preset_of_the_current_values(panel):
     expect(panel.preset).to_have_value("Balanced")
     expect(panel.preview).to_contain_text("good start")
-    choose(panel.element("preset"), "Fast")
+    panel.choose_preset("Fast")
     expect(panel.preview).to_contain_text("For drafts")
     expect(panel.preset).to_have_value("Fast")
     panel.set(min_tokens=512)
@@ -59,8 +59,8 @@ def test_the_preset_field_shows_the_preset_of_the_current_values(panel):
     panel.press("delete", "built-in")
 
 
-def test_the_preview_follows_the_tabs_size_and_steps(side, loaded_model, panel_of_each_tab):
-    panel = panel_of_each_tab
+@pytest.mark.parametrize("panel", TABS, indirect=True)
+def test_the_preview_follows_the_tabs_size_and_steps(side, loaded_model, panel):
     page, tab = panel.page, panel.tab
     for steps in (7, 11):
         set_tab(page, tab, steps=steps)
@@ -136,13 +136,13 @@ def test_choosing_a_preset_sets_the_fields_and_leaves_the_switch(panel, on):
         if not checkbox.count():
             pytest.skip("this WebUI's fold is its switch: unfolded is on")
         checkbox.click()
-    choose(panel.element("preset"), "Fast")
+    panel.choose_preset("Fast")
     panel.expect({"ratio": 0.9375, "schedule": "constant", "max_downsample": "2", "method": "keys"})
     expect(panel.preview).to_contain_text("For drafts")
     if on:
         expect(panel.title).to_contain_text("ToMe: 94 % of keys, level 2")
     expect(panel.switch).to_be_checked(checked=on)
-    choose(panel.element("preset"), "Hires only")
+    panel.choose_preset("Hires only")
     panel.expect({**DEFAULTS, "apply_to": "hires pass"})
     if on:
         expect(panel.preview).to_contain_text("hires pass only")
@@ -170,11 +170,11 @@ def test_a_preset_of_any_name_is_saved_found_again_and_deleted(
     assert name in names_of_presets()
 
     page.reload()
-    wait_for_panels(page)
+    await_panels(page)
     panel.unfold()
     panel.expect(DEFAULTS)
     await_option(panel.element("preset"), name)
-    choose(panel.element("preset"), name)
+    panel.choose_preset(name)
     panel.expect(OTHERS)
     expect(panel.preset).to_have_value(name)
 

@@ -11,6 +11,7 @@ from typing import Any
 import requests
 from PIL import Image
 
+HIRES = {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.6}
 MAP_PLACE = 10
 """Index of the merge map's two arguments; `full_steps` follows them."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from on_page import PATIENCE_MS, Panel, choose, chromium, expect
+from on_page import PATIENCE_MS, Panel, chromium, expect
 
 # One process can't drive two of Playwright's browsers.
 pytestmark = pytest.mark.skipif(
@@ -74,7 +74,7 @@ def test_presets_are_saved_and_chosen(script, panel):
     presets = script.panel.presets
     panel.save("mine", says="Saved as 'mine'")
     assert presets.get("mine") == presets.get("Balanced")
-    choose(panel.element("preset"), "Fast")
+    panel.choose_preset("Fast")
     expect(panel.preview).to_contain_text("For drafts")
     expect_ratios(panel, "0.94 to 0.94")
 
@@ -83,7 +83,7 @@ def test_a_late_preview_does_not_overwrite_a_chosen_preset(panel):
     held = []
     panel.page.route("**/run/predict*", lambda route: held.append(route))
     panel.element("refresh").evaluate("button => button.click()")
-    choose(panel.element("preset"), "Fast")
+    panel.choose_preset("Fast")
     panel.page.wait_for_timeout(300)
     panel.page.unroute("**/run/predict*")
     preview, *others = held
