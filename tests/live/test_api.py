@@ -37,6 +37,10 @@ def test_on_changes_the_picture_and_writes_its_parameters(webui, baseline):
     assert "ToMe late ratio" not in picture.infotext
 
 
+def test_equal_requests_give_equal_pictures(webui):
+    assert webui.make([True, 0.6]).pixels == webui.make([True, 0.6]).pixels
+
+
 def test_a_schedule_differs_from_both_its_ends(webui):
     linear = webui.make([True, 0.7, 0.1, "linear"])
     assert linear.parameters["ToMe late ratio"] == 0.1
