@@ -1,6 +1,6 @@
 // Updates the panel's preview and title after a change, but not while a slider is moving.
 // gradio calls these functions, each documented below.
-var toMeFollow, toMeChanged, toMeAnswered;
+var toMeFollow, toMeChanged, toMeAsking, toMeAnswered;
 var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
 
 (function() {
@@ -10,7 +10,7 @@ var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
     // gradio's update of nothing. It writes a returned value a moment later, when the user may have
     // entered another one.
     const UNCHANGED = {__type__: "update"};
-    const previews = {txt2img: {}, img2img: {}};
+    const previews = {txt2img: {values: {}}, img2img: {values: {}}};
     const tasks = {};
     const byId = id => gradioApp().querySelector("#" + id);
     const presetField = tab => byId(`script_${tab}_tome_preset input`);
@@ -19,11 +19,13 @@ var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
     const onChange = (element, listen) =>
         new MutationObserver(listen).observe(element, {childList: true, subtree: true});
 
-    // One of the tab's own components changed: pass its value to the panel's hidden number.
-    toMeFollow = (tab, value) => {
+    // One of the tab's own components changed: keep its value for the next request.
+    toMeFollow = (tab, name, value) => {
+        previews[tab].values[name] = value;
         previews[tab].refresh?.();
-        return value;
     };
+    // A preview is asked for: add the tab's values, and leave out the last preview.
+    toMeAsking = (tab, given) => [JSON.stringify(previews[tab].values), ...given.slice(1, -1)];
     // The page was loaded, or a control of the panel changed. Before the page is loaded gradio has
     // not connected its buttons.
     toMeChanged = tab => {
@@ -55,7 +57,8 @@ var toMeMeasure, toMeMeasuring, toMeMeasuredTask, toMeMeasured;
     };
     // A measurement starts: add its task and the final size of hires fix to the request.
     toMeMeasuring = function(tab, given) {
-        const asked = {task: `task(tome-${Math.random().toString(36).slice(2)})`};
+        const task = `task(tome-${Math.random().toString(36).slice(2)})`;
+        const asked = {...previews[tab].values, task};
         // The host shows the final size of hires fix.
         const hires = byId("txt2img_hr-checkbox")?.querySelector("input");
         const isHires = tab === "txt2img" && hires?.checked;

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from modules import script_callbacks, scripts
@@ -54,18 +54,16 @@ try:
     _import_package()
     PANEL_FIELDS = _module("settings").PANEL_FIELDS
     axes = _module("webui.axes")
+    arguments = _module("webui.arguments")
     defaults = _module("webui.defaults")
-    duplicate_scripts = _module("webui.duplicate_scripts")
     generation = _module("webui.generation")
     host = _module("webui.host")
-    infotext = _module("webui.infotext")
     log = _module("webui.log")
     maps = _module("webui.maps")
     options = _module("webui.options")
     panel = _module("webui.panel")
     routes = _module("webui.routes")
     sampling = _module("webui.sampling")
-    tab = _module("webui.tab")
     log.set_up()
     options.apply_log_level()
 except Exception as error:
@@ -81,13 +79,9 @@ except Exception as error:
 class ToMe(scripts.Script):
     """Token merging, an always-on script with its own switch."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._tab_values = tab.TabValues()
-
     def title(self) -> str:
         """The name on the page and in the API."""
-        return duplicate_scripts.TITLE
+        return host.TITLE
 
     def show(self, is_img2img: bool) -> Any:
         """Always on."""
@@ -95,20 +89,16 @@ class ToMe(scripts.Script):
 
     def after_component(self, component: Any, **kwargs: Any) -> None:
         """WebUI created a component: follow it if it is one of the tab's that the panel reads."""
-        self._tab_values.add(component, "img2img" if self.is_img2img else "txt2img")
+        panel.follow(component, "img2img" if self.is_img2img else "txt2img")
 
     def ui(self, is_img2img: bool) -> list[Any]:
         """Build the panel; return the controls whose values are the script's arguments."""
-        is_for_api = host.makes_api_defaults()
-        # The API's controls are on no page.
-        tab_values = None if is_for_api else self._tab_values
-        controls = panel.build("img2img" if is_img2img else "txt2img", self.elem_id, tab_values)
-        self.infotext_fields = infotext.paste_fields(controls)
-        self.paste_field_names = [setting.infotext for setting in PANEL_FIELDS.values()]
-        if is_for_api:
+        if host.makes_api_defaults():
             # None marks the positions that a request leaves out.
-            for control in controls.values():
-                control.value = None
+            return [SimpleNamespace(value=None)] * (self.args_to - self.args_from)
+        controls = panel.build("img2img" if is_img2img else "txt2img", self.elem_id)
+        self.infotext_fields = arguments.paste_fields(controls)
+        self.paste_field_names = [setting.infotext for setting in PANEL_FIELDS.values()]
         return list(controls.values())
 
     def before_process(self, p: Any, *args: Any) -> None:
@@ -136,7 +126,7 @@ script_callbacks.on_before_ui(log.guarded("updating ui-config.json", defaults.up
 script_callbacks.on_ui_settings(log.guarded("adding the settings", options.add_options))
 script_callbacks.on_app_started(log.guarded("adding the routes", routes.add_routes))
 script_callbacks.on_app_started(
-    log.guarded("looking for scripts of the same title", duplicate_scripts.log_duplicates)
+    log.guarded("looking for scripts of the same title", host.log_same_titles)
 )
 script_callbacks.on_cfg_denoiser(sampling.on_denoise)
 script_callbacks.on_script_unloaded(sampling.stop)

@@ -233,12 +233,6 @@ def attention(host) -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture(scope="module")
-def one_step(make, plain) -> list[bytes]:
-    """The picture of `REQUEST` in one step."""
-    return pixels(make(steps=1))
-
-
-@pytest.fixture(scope="module")
 def small(make, plain) -> list[bytes]:
     """The picture of `SMALL`, which follows every test."""
     return pixels(make(**SMALL))

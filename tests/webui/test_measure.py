@@ -49,7 +49,7 @@ def test_it_repeats_the_schedule_while_its_spread_is_high(measure, rounds, atten
 def test_halves_of_every_other_step_change_nothing(measure, rounds, host, attention, monkeypatch):
     """WebUI's "Negative Guidance minimum sigma" skips the other halves."""
     clock = [0.0]
-    monkeypatch.setattr(rounds, "now", lambda: clock[0])
+    monkeypatch.setattr(rounds.host, "now", lambda: clock[0])
 
     def advance(*_):
         seconds = 1.0 if attention.tokens[-1] == FULL else 0.5
@@ -76,7 +76,7 @@ def test_the_clock_waits_for_a_device_without_a_synchronize(measure, operations,
 
     monkeypatch.setattr(devices, "device", torch.device("meta"))
     with operations() as operations_run, pytest.raises(NotImplementedError, match="meta"):
-        running("webui.clock").now()
+        running("webui.host").now()
     assert operations_run.names == ["zeros.default", "_to_copy.default"]
 
 

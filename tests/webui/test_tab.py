@@ -1,63 +1,66 @@
-"""The panel's hidden numbers follow the tab's own components, in whichever order both are built."""
+"""The page's script follows the tab's components, built before the panel or after it."""
 
 from __future__ import annotations
 
+import re
+
 import gradio as gr
 import pytest
+from in_host import arguments
 
-VALUES = {"width": 640, "height": 768, "steps": 30, "batch_size": 2, "cfg_scale": 5}
+NAMES = ["width", "height", "steps", "batch_size", "cfg_scale"]
 
 
 @pytest.fixture
 def build_page(host):
-    """Build a page with the tab's components before or after the panel; return ids by element."""
+    """Build a page with components of the tab before and after the panel."""
 
-    def build(before: list[str], after: list[str]) -> dict[str, int]:
+    def build(before: list[str], after: list[str]) -> None:
         def create(names: list[str]) -> None:
             for name in names:
-                gr.Slider(0, 2048, value=VALUES[name], elem_id=f"txt2img_{name}")
+                gr.Slider(0, 2048, value=1, elem_id=f"txt2img_{name}")
 
         def page(runner) -> gr.Blocks:
             with gr.Blocks() as blocks:
-                create(before)
+                create([*before, "denoising_strength"])
                 runner.setup_ui()
                 create(after)
             return blocks
 
         host.load_page(page)
-        return {block.elem_id: number for number, block in host.demo.blocks.items()}
 
     yield build
     host.reload_ui()
 
 
-def links_of(page: gr.Blocks) -> dict[int, int]:
-    """The number that each followed component writes to, on its change and on page load."""
-    events = [d for d in page.dependencies if d["js"] and "toMeFollow('txt2img'" in d["js"]]
-    on_change = {d["inputs"][0]: d["outputs"][0] for d in events if d["inputs"] == d["targets"]}
-    on_load = {d["inputs"][0]: d["outputs"][0] for d in events if d["trigger"] == "load"}
+def followed(page: gr.Blocks) -> list[str]:
+    """The tab's components whose values the page's script takes on load and after a change."""
+    on_change, on_load = [], []
+    for event in page.dependencies:
+        if call := re.search(r"toMeFollow\('txt2img', '(\w+)', value\)", event["js"] or ""):
+            (component,) = event["inputs"]
+            assert page.blocks[component].elem_id == f"txt2img_{call[1]}"
+            on = on_load if event["trigger"] == "load" else on_change
+            assert on is on_load or event["targets"] == [component]
+            on.append(call[1])
     assert on_change == on_load, "`ui-config.json` may have other defaults"
-    return on_change
+    return on_load
 
 
-@pytest.mark.parametrize("count", range(len(VALUES) + 1))
-def test_numbers_follow_components_before_and_after_the_panel(host, build_page, count):
-    names = list(VALUES)
-    ids = build_page(names[:count], names[count:])
-    numbers = {name: ids[f"script_txt2img_tome_{name}"] for name in names}
-    assert links_of(host.demo) == {ids[f"txt2img_{name}"]: numbers[name] for name in names}
-    assert {name: host.demo.blocks[number].value for name, number in numbers.items()} == VALUES
-
-
-def test_a_missing_component_leaves_the_default(host, build_page):
-    ids = build_page(["width"], [])
-    values = [host.demo.blocks[ids[f"script_txt2img_tome_{name}"]].value for name in VALUES]
-    assert values == [VALUES["width"], 512, 20, 1, 7]
-    assert len(links_of(host.demo)) == 1
-
-
-def test_a_second_page_of_the_same_scripts_has_its_own_links(host, build_page):
+@pytest.mark.parametrize("count", range(len(NAMES) + 1))
+def test_components_before_and_after_the_panel_are_followed(host, build_page, count):
     for _ in range(2):
-        build_page(["width", "steps"], ["height"])
-        links = links_of(host.demo)
-        assert len(links) == 3 and {*links, *links.values()} <= set(host.demo.blocks)
+        build_page(NAMES[:count], NAMES[count:])
+        assert followed(host.demo) == NAMES
+
+
+def test_a_missing_component_has_a_default(host, build_page):
+    build_page(["width"], [])
+    assert followed(host.demo) == ["width"]
+    (preview,) = [
+        function.fn
+        for event, function in zip(host.demo.dependencies, host.demo.fns, strict=True)
+        if "toMeAsking('txt2img'" in (event["js"] or "")
+    ]
+    chart = preview('{"width": 1024}', *arguments())
+    assert "over 20 steps" in chart and "524288 → " in chart

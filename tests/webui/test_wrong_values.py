@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tomesd_core.settings import PANEL_FIELDS, SettingsError
-from tomesd_core.webui import infotext, presets
-from tomesd_core.webui.arguments import CONTROLS, from_text, read_arguments, shown
+from tomesd_core.webui import presets
+from tomesd_core.webui.arguments import CONTROLS, from_text, paste_fields, read_arguments, shown
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 ANYTHING = (
@@ -59,7 +59,7 @@ def test_arguments(args):
 )
 def test_parameters(log_lines, parameters):
     log_lines.clear()
-    for name, value_of in infotext.paste_fields({name: name for name in PANEL_FIELDS}):
+    for name, value_of in paste_fields({name: name for name in PANEL_FIELDS}):
         setting, logged = PANEL_FIELDS[name], len(log_lines)
         value = value_of(parameters)
         assert shown(name, setting.check(name, value)) == value

@@ -1,9 +1,10 @@
-"""From the arguments of a page, the API or a plot to settings."""
+"""From the arguments of a page, the API or a plot to settings, and from parameters to the panel."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..fields import refuse_unknown
@@ -12,9 +13,11 @@ from ..settings import (
     PANEL_FIELDS,
     MergeSettings,
     Setting,
+    SettingsError,
     late_ratio_for,
 )
 from . import presets
+from .log import log
 
 ENABLED = Setting(False, "flag", "ToMe", "Merge tokens in this generation.")
 
@@ -147,3 +150,30 @@ def useful_fields(
         "full_steps": full_steps == 1,
     }
     return {name for name in CONTROLS if not useless.get(name)}
+
+
+def paste_fields(
+    controls: Mapping[str, Any],
+) -> list[tuple[Any, Callable[[Mapping[str, Any]], Any]]]:
+    """Pairs of a control and a function of the parsed parameters, for `Script.infotext_fields`.
+
+    Functions, because a missing key must reset its field, and because WebUI's own conversion
+    follows the component's type and its errors aren't caught.
+    """
+    readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "enabled": lambda parameters: "ToMe ratio" in parameters
+    }
+    readers |= {name: partial(_read, name, setting) for name, setting in PANEL_FIELDS.items()}
+    return [(controls[name], reader) for name, reader in readers.items() if name in controls]
+
+
+def _read(name: str, setting: Setting, parameters: Mapping[str, Any]) -> Any:
+    key = str(setting.infotext)
+    missing = (
+        BEFORE_NAMED.get(name, setting.default) if "ToMe ratio" in parameters else setting.default
+    )
+    try:
+        return shown(name, setting.check(name, from_text(setting, parameters.get(key, missing))))
+    except SettingsError as error:
+        log.warning(f"{key} in the picture's parameters is ignored: {error}")
+        return shown(name, setting.default)

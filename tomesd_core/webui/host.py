@@ -11,22 +11,26 @@ import contextlib
 import html
 import inspect
 import sys
-import types
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import accumulate
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
-from modules import processing, scripts, sd_models, shared
+import torch
+from modules import devices, processing, scripts, sd_models, shared
 from torch import nn
 
 from ..unet import Layer, find_layers
-from .log import EXPECTED, guarded
+from .log import EXPECTED, guarded, log
 
 T = TypeVar("T")
+
+TITLE = "ToMe"
+"""The script's title; WebUI's names of scripts are titles in lower case."""
 
 EXTENSION = Path(__file__).resolve().parents[2]
 
@@ -36,20 +40,17 @@ LEFT_BEHIND = ("hypertile", "modules.sd_hijack_optimizations")
 
 PLOT = "xyz_grid.py"
 
-UNET_PLACES = ("model.diffusion_model", "forge_objects.unet.model.diffusion_model")
-"""The UNet's place in the loaded model; Forge keeps it in a patcher, shared by its clones."""
-
 
 def loaded_unet() -> nn.Module | None:
     """The loaded model's UNet, or None: Forge loads none before the first generation.
 
     `shared.sd_model` would load one.
     """
-    for place in UNET_PLACES:
-        try:
-            unet = attrgetter(place)(sd_models.model_data.sd_model)
-        except AttributeError:
-            continue
+    model = sd_models.model_data.sd_model
+    # Forge keeps it in a patcher, shared by its clones.
+    patcher = getattr(getattr(model, "forge_objects", None), "unet", None)
+    for owner in (model, patcher):
+        unet = getattr(getattr(owner, "model", None), "diffusion_model", None)
         if isinstance(unet, nn.Module):
             return unet
     return None
@@ -72,9 +73,24 @@ def needs_a_picture() -> bool:
     return getattr(loaded_unet(), "in_channels", 4) == 8
 
 
+def now() -> float:
+    """Wait until the model's device has finished its queued work, and read the clock."""
+    device = devices.device
+    synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if synchronize is None:
+        # DirectML, for example: a read comes after everything queued before it.
+        torch.zeros(1, device=device).cpu()
+    elif inspect.signature(synchronize).parameters:
+        # Without a device, CUDA and XPU use the current one, which --device-id doesn't change.
+        synchronize(device)
+    else:
+        synchronize()
+    return time.perf_counter()
+
+
 def makes_api_defaults() -> bool:
     """Whether the host is building a script's controls to learn the API's default arguments."""
-    return any(frame.f_code.co_name == "init_default_script_args" for frame in _callers())
+    return any(True for _ in _calls_of("init_default_script_args"))
 
 
 def p_in(function: str, otherwise: Any) -> Any:
@@ -83,8 +99,7 @@ def p_in(function: str, otherwise: Any) -> Any:
     `copy(p)` copies instance attributes, so a bound method on `p` can't tell which copy it serves,
     and other extensions generate pictures from such copies; the caller's frame can tell.
     """
-    frame = next((frame for frame in _callers() if frame.f_code.co_name == function), None)
-    return otherwise if frame is None else frame.f_locals.get("p", otherwise)
+    return next(_calls_of(function), {}).get("p", otherwise)
 
 
 def denoiser_of(params: Any) -> Any:
@@ -92,18 +107,15 @@ def denoiser_of(params: Any) -> Any:
     if hasattr(params, "denoiser"):
         return params.denoiser
     # WebUI before 1.8 doesn't pass it.
-    callers = (
-        frame.f_locals.get("self") for frame in _callers() if frame.f_code.co_name == "forward"
-    )
+    callers = (variables.get("self") for variables in _calls_of("forward"))
     return next((caller for caller in callers if hasattr(caller, "total_steps")), None)
 
 
-def _callers() -> Iterator[types.FrameType]:
-    """This thread's frames, innermost first."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def _calls_of(function: str) -> Iterator[dict[str, Any]]:
+    """The variables of this thread's running calls of a function, innermost first."""
+    for frame, _ in traceback.walk_stack(sys._getframe()):
+        if frame.f_code.co_name == function:
+            yield frame.f_locals
 
 
 def hypertile_of(attention: nn.Module) -> str | None:
@@ -215,19 +227,27 @@ def last_parameters_kept() -> Iterator[None]:
             shared.total_tqdm.clear()
 
 
+def log_same_titles(demo: Any, app: Any) -> None:
+    """Log other scripts of the same title; WebUI's API silently reaches only the first."""
+    for files in {
+        tuple(script.filename for script in tab.scripts if script.name == TITLE.lower())
+        for tab in (scripts.scripts_txt2img, scripts.scripts_img2img)
+    }:
+        if len(files) > 1:
+            log.warning(
+                f"more than one script is titled {TITLE!r}, and the API reaches only the first: "
+                f"{', '.join(files)}"
+            )
+
+
 def leave_languages_to_others() -> None:
     """Prefer other extensions' localizations in WebUI before 1.7, which loads one file per
     language."""
     languages = getattr(sys.modules.get("modules.localization"), "localizations", {})
-    for language, path in languages.items():
-        if isinstance(path, str) and Path(path).resolve().is_relative_to(EXTENSION):
-            files = scripts.list_scripts("localizations", ".json")
-            others = [
-                file.path
-                for file in files
-                if Path(file.filename).stem == language and file.path != path
-            ]
-            languages[language] = others[-1] if others else path
+    for file in scripts.list_scripts("localizations", ".json") if languages else ():
+        language, path = Path(file.filename).stem, Path(file.path).resolve()
+        if isinstance(languages.get(language), str) and not path.is_relative_to(EXTENSION):
+            languages[language] = file.path
 
 
 def listen(

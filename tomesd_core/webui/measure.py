@@ -18,7 +18,7 @@ from . import generation, host
 from .arguments import read_arguments
 from .log import NoResultError, failed
 from .rounds import STEPS, Rounds
-from .sampling import merges_in, running
+from .sampling import merges_in
 from .times_faster import Result
 
 FIELDS = {
@@ -122,7 +122,7 @@ def _sample(p: Any, rounds: Rounds, name: str) -> None:
     sample = p.sample
 
     def sample_and_end(*args: Any, **kwargs: Any) -> None:
-        with running(rounds):
+        with rounds:
             sample(*args, **kwargs)
         raise _SampledError
 

@@ -13,7 +13,7 @@ from modules import ui_components
 
 from ..settings import PANEL_FIELDS, MergeSettings
 from . import host, presets
-from .arguments import shown, useful_fields
+from .arguments import shown
 
 BUTTONS = {
     "save": ("💾", "Save the settings under the name in the preset field"),
@@ -22,47 +22,36 @@ BUTTONS = {
 }
 
 
-class PresetRow:
-    """The row's components; `connect` ties them to the panel's fields."""
-
-    def __init__(self, elem_id: Callable[[str], str]) -> None:
-        with ui_components.FormRow(elem_classes=["tome-presets"]):
-            self.preset = gr.Dropdown(
-                choices=list(presets.read()[0]),
-                label="Preset",
-                value=presets.named(MergeSettings()),
-                allow_custom_value=True,
-                elem_id=elem_id("preset"),
-            )
-            self._buttons = {
-                name: ui_components.ToolButton(sign, elem_id=elem_id(f"preset_{name}"), tooltip=tip)
-                for name, (sign, tip) in BUTTONS.items()
-            }
-        self._message = gr.HTML(elem_id=elem_id("preset_message"), elem_classes=["tome-message"])
-        for component in (self.preset, *self._buttons.values(), self._message):
-            component.do_not_save_to_config = True
-
-    def connect(self, fields: Sequence[Any]) -> None:
-        """Let the row set and save `fields`, the panel's fields."""
-        preset, outputs = self.preset, [self._message, self.preset]
-        click = {name: button.click for name, button in self._buttons.items()}
-        connect = partial(host.listen, what="this button")
-        connect(preset.select, _choose, [preset], [self._message, *fields])
-        connect(click["save"], _save, [preset, *fields], outputs)
-        connect(click["delete"], _delete, [preset], outputs)
-        # The page lists the presets of the time it was built.
-        connect(click["reload"], _reload, [], outputs)
-        connect(Context.root_block.load, _load, [], outputs)
+def build(elem_id: Callable[[str], str], fields: Sequence[Any]) -> Any:
+    """Build the row, which sets and saves `fields`, the panel's fields; return its dropdown."""
+    with ui_components.FormRow(elem_classes=["tome-presets"]):
+        preset = gr.Dropdown(
+            choices=list(presets.read()[0]),
+            label="Preset",
+            value=presets.named(MergeSettings()),
+            allow_custom_value=True,
+            elem_id=elem_id("preset"),
+        )
+        buttons = {
+            name: ui_components.ToolButton(sign, elem_id=elem_id(f"preset_{name}"), tooltip=tip)
+            for name, (sign, tip) in BUTTONS.items()
+        }
+    message = gr.HTML(elem_id=elem_id("preset_message"), elem_classes=["tome-message"])
+    for component in (preset, *buttons.values(), message):
+        component.do_not_save_to_config = True
+    connect, outputs = partial(host.listen, what="this button"), [message, preset]
+    connect(preset.select, _choose, [preset], [message, *fields])
+    connect(buttons["save"].click, _save, [preset, *fields], outputs)
+    connect(buttons["delete"].click, _delete, [preset], outputs)
+    # The page lists the presets of the time it was built.
+    connect(buttons["reload"].click, _reload, [], outputs)
+    connect(Context.root_block.load, _load, [], outputs)
+    return preset
 
 
 def _choose(name: str) -> list[Any]:
-    settings = presets.get(name)
-    useful = useful_fields(settings.schedule)
-    values = settings.panel_values.items()
-    return [
-        "",
-        *(gr.update(value=shown(field, value), visible=field in useful) for field, value in values),
-    ]
+    values = presets.get(name).panel_values.items()
+    return ["", *(shown(field, value) for field, value in values)]
 
 
 def _save(name: str, *values: Any) -> list[Any]:

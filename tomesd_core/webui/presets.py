@@ -48,11 +48,7 @@ BUILT_IN: dict[str, tuple[dict[str, Any], str]] = {
 """The read-only presets by name: their differences from the defaults, and a description."""
 
 
-class PresetError(SettingsError):
-    """A preset, its name or the file is unusable. The message is for users."""
-
-
-class _DamagedError(PresetError):
+class _DamagedError(SettingsError):
     """The file holds no presets, not even a newer version's."""
 
 
@@ -61,7 +57,7 @@ def read() -> tuple[dict[str, MergeSettings], list[str]]:
     presets = {name: MergeSettings(**fields) for name, (fields, _) in BUILT_IN.items()}
     try:
         own = _load()["presets"]
-    except PresetError as error:
+    except SettingsError as error:
         return presets, [str(error)]
     messages = []
     for name, entry in own.items():
@@ -74,11 +70,11 @@ def read() -> tuple[dict[str, MergeSettings], list[str]]:
 
 
 def get(name: Any) -> MergeSettings:
-    """The preset's settings; built-in names match in any case. Raises `PresetError` if unknown."""
+    """The preset's settings, built-in names in any case. Raises `SettingsError` if unknown."""
     presets, messages = read()
     key = _built_in(name) or str(name)
     if key not in presets:
-        raise PresetError(
+        raise SettingsError(
             "; ".join([f"preset must be one of {', '.join(presets)}, got {name!r}", *messages])
         )
     return presets[key]
@@ -102,16 +98,16 @@ def delete(name: str) -> None:
     """Delete one of the user's presets, usable or not."""
     with _changing() as own:
         if name not in own and (built_in := _built_in(name)):
-            raise PresetError(f"{built_in!r} is a built-in preset, which can't be deleted")
+            raise SettingsError(f"{built_in!r} is a built-in preset, which can't be deleted")
         if name not in own:
-            raise PresetError(f"there is no preset {name!r} of yours")
+            raise SettingsError(f"there is no preset {name!r} of yours")
         del own[name]
 
 
 def clean_name(name: Any) -> Any:
-    """The name as stored: stripped, Unicode NFC. Raises `PresetError` if unusable or built in."""
+    """The name as stored: stripped, Unicode NFC. Raises `SettingsError` if unusable or built in."""
     if built_in := _built_in(name):
-        raise PresetError(
+        raise SettingsError(
             f"{built_in!r} is a built-in preset, which can't be changed: choose another name"
         )
     name = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
@@ -119,7 +115,7 @@ def clean_name(name: Any) -> Any:
     # A name of the first two kinds alone can't be seen; the others are control characters and line
     # breaks.
     if kinds <= {"Cf", "Zs"} or kinds & {"Cc", "Cs", "Zl", "Zp"} or len(name) > MAX_NAME:
-        raise PresetError(
+        raise SettingsError(
             f"a preset's name must have 1 to {MAX_NAME} characters in one line, got {brief(name)}"
         )
     return name
@@ -134,7 +130,7 @@ def _built_in(name: Any) -> str | None:
 def _settings(entry: Any) -> MergeSettings:
     """A preset's settings, with defaults for missing fields."""
     if not isinstance(entry, dict):
-        raise PresetError(f"a preset must be an object of settings, got {brief(entry)}")
+        raise SettingsError(f"a preset must be an object of settings, got {brief(entry)}")
     fields = {name: entry[name] for name in PANEL_FIELDS if name in entry}
     return MergeSettings(**{**BEFORE_NAMED, **fields} if "ratio" in fields else fields)
 
@@ -146,12 +142,12 @@ def _load() -> dict[str, Any]:
     except FileNotFoundError:
         return {"version": VERSION, "presets": {}}
     except OSError as error:
-        raise PresetError(f"{PATH} can't be read: {error}") from error
+        raise SettingsError(f"{PATH} can't be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise _DamagedError(f"{PATH} is damaged: it is not JSON in UTF-8 ({error})") from error
     version = document.get("version") if isinstance(document, dict) else None
     if isinstance(version, (int, float)) and version > VERSION:
-        raise PresetError(
+        raise SettingsError(
             f"{PATH} is from a newer version of the extension and stays as is: update it"
         )
     if version != VERSION or version is True or not isinstance(document.get("presets"), dict):
@@ -193,4 +189,4 @@ def _changing() -> Iterator[dict[str, Any]]:
                 os.fsync(file.fileno())
             os.replace(new, path)
     except (OSError, RecursionError) as error:
-        raise PresetError(f"{PATH} can't be written: {error}") from error
+        raise SettingsError(f"{PATH} can't be written: {error}") from error

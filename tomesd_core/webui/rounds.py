@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,13 +11,11 @@ import torch
 from modules import devices, shared
 from modules.sd_samplers_common import InterruptedException
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..reasons import NO_LAYERS
 from ..settings import MergeSettings
 from ..unet import Layer
 from . import host
-from .clock import now
 from .generation import Generation
 from .log import NoResultError
 from .sampling import Sampling
@@ -49,16 +48,19 @@ class Rounds(Sampling):
         """Time of the UNet's passes in each step."""
         self._peaks: list[int] = []
         """Peak memory of each step, in bytes."""
-        self._attention = 0.0
-        self._turns = min(settings.reuse_steps, MOST_REUSED) + 1
-        """Steps per round."""
+        self._attention: list[float] = []
+        """Time of each self-attention in the step that times them."""
+        merged = range(min(settings.reuse_steps, MOST_REUSED))
+        self._turns = [-1, *merged, *merged, -1]
+        """The steps of a pair of rounds: their numbers among those that share a matching; -1 for
+        unmerged ones."""
         self._pairs = FEWEST_PAIRS
         """Pairs of rounds per walk."""
-        self._clocks: list[RemovableHandle] = []
+        self._clocks = contextlib.ExitStack()
 
     def end(self, error: BaseException | None) -> None:
         """The sampling ended."""
-        self._stop_clocks()
+        self._clocks.close()
         super().end(error)
 
     def follow(self, params: Any) -> None:
@@ -83,30 +85,25 @@ class Rounds(Sampling):
         """
         step = len(self._seconds)
         if 0 < step <= WARM_UP:
-            pair_seconds = 2 * self._turns * max(self._seconds[-1], 1e-6)
+            pair_seconds = len(self._turns) * max(self._seconds[-1], 1e-6)
             # Three walks fit into the sampling.
-            most_pairs = (STEPS - WARM_UP) // (6 * self._turns)
+            most_pairs = (STEPS - WARM_UP) // (3 * len(self._turns))
             self._pairs = max(FEWEST_PAIRS, min(int(SECONDS / pair_seconds), most_pairs))
-        walk_steps = self._pairs * 2 * self._turns
+        walk_steps = self._pairs * len(self._turns)
         walk, place = divmod(max(step - WARM_UP, 0), walk_steps)
         if walk and not place and self._is_enough():
             raise InterruptedException
         shared.state.sampling_steps = WARM_UP + (walk + 1) * walk_steps
-        number, turn = divmod(place, self._turns)
-        merged = self._merged_turn(number, turn) if step >= WARM_UP else step % 2 - 1
-        return None if merged < 0 else number // 2 * every + merged
-
-    def _merged_turn(self, number: int, turn: int) -> int:
-        """The index of a turn among the merged steps of its round; -1 for the unmerged step."""
-        backwards = number % 2
-        return -1 if turn == (self._turns - 1) * backwards else turn - 1 + backwards
+        pair, turn = divmod(place, len(self._turns))
+        merged = self._turns[turn] if step >= WARM_UP else step % 2 - 1
+        return None if merged < 0 else pair * every + merged
 
     def _start_clocks(self, unet: nn.Module, layers: Sequence[Layer]) -> None:
-        self._stop_clocks()
+        self._clocks.close()
         self._time(unet, self._add_pass)
         if len(self._seconds) == WARM_UP - 1:
             for layer in layers:
-                self._time(layer.block.attn1, self._add_attention)
+                self._time(layer.block.attn1, self._attention.append)
         self._seconds.append(0.0)
         self._peaks.append(0)
         if devices.device.type == "cuda":
@@ -114,33 +111,21 @@ class Rounds(Sampling):
 
     def _time(self, module: nn.Module, add: Callable[[float], None]) -> None:
         began: list[float] = []
-        self._clocks += [
-            module.register_forward_pre_hook(lambda *_: began.append(now())),
-            module.register_forward_hook(lambda *_: add(now() - began.pop())),
-        ]
-
-    def _stop_clocks(self) -> None:
-        for clock in self._clocks:
-            clock.remove()
-        self._clocks.clear()
+        keep = self._clocks.enter_context
+        keep(module.register_forward_pre_hook(lambda *_: began.append(host.now())))
+        keep(module.register_forward_hook(lambda *_: add(host.now() - began.pop())))
 
     def _add_pass(self, seconds: float) -> None:
         self._seconds[-1] += seconds
         if devices.device.type == "cuda":
             self._peaks[-1] = torch.cuda.max_memory_allocated(devices.device)
 
-    def _add_attention(self, seconds: float) -> None:
-        self._attention += seconds
-
     def _by_pair(self, values: Sequence[float]) -> Iterator[tuple[list[float], list[float]]]:
         """The values of the unmerged and of the merged steps, for each pair of rounds."""
-        size = 2 * self._turns
-        for first in range(WARM_UP, len(values) - size + 1, size):
-            pair: tuple[list[float], list[float]] = [], []
-            for place in range(size):
-                is_merged = self._merged_turn(*divmod(place, self._turns)) >= 0
-                pair[is_merged].append(values[first + place])
-            yield pair
+        size = len(self._turns)
+        for place in range(WARM_UP, len(values) - size + 1, size):
+            first, *merged, last = values[place : place + size]
+            yield [first, last], merged
 
     def _measured(self) -> tuple[float, float]:
         return times_faster(list(self._by_pair(self._seconds)))
@@ -155,7 +140,7 @@ class Rounds(Sampling):
         if not any(report.merged_layers for report in self.reports):
             return Result(f"no faster at {size}: {next(iter(self._summaries), NO_LAYERS)}")
         times, spread = self._measured()
-        share = self._attention / self._seconds[WARM_UP - 1]
+        share = sum(self._attention) / self._seconds[WARM_UP - 1]
         peaks = [max(map(max, kind)) for kind in zip(*self._by_pair(self._peaks), strict=True)]
         saving = 1 - peaks[1] / peaks[0] if peaks[0] else None
         return Result(line_of(size, times, spread, share, saving), times, spread, share, saving)

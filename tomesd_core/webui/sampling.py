@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from modules import shared
@@ -20,7 +18,6 @@ from ..reasons import NO_LAYERS, in_a_line, is_out_of_memory
 from ..report import Report
 from ..settings import MergeSettings
 from . import generation, host, options
-from .clock import now
 from .generation import Generation
 from .log import guarded, log
 from .maps import PictureRecorder, UNetInput
@@ -96,13 +93,12 @@ class _MergedSample:
         self._was_called = True
         sampling = Sampling(self._p, self._generation)
         try:
-            with running(sampling):
-                samples = self._before(*args, **kwargs)
+            with sampling:
+                return self._before(*args, **kwargs)
         finally:
             unbind(self._p)
             # The picture is worth more than its summary.
             guarded("the summary", self._report)(sampling)
-        return samples
 
     def _report(self, sampling: Sampling) -> None:
         """Report what was merged: in the parameters, under the picture and in the log."""
@@ -132,24 +128,11 @@ class _MergedSample:
         return self.own or types.MethodType(type(p).sample, p)
 
 
-@contextlib.contextmanager
-def running(sampling: Sampling) -> Iterator[None]:
-    """Let the denoiser's callback drive `sampling`; leave no hook on any model at the end."""
-    global _running
-    outer, _running = _running, sampling
-    error: BaseException | None = None
-    try:
-        yield
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
-        _running = outer
-        guarded("the end of merging", sampling.end)(error)
-
-
 class Sampling:
-    """Merging in one `p.sample`, through its first pass, hires pass and refiner."""
+    """Merging in one `p.sample`, through its first pass, hires pass and refiner.
+
+    As a context manager it lets the denoiser's callback drive it; at the end no hook is left.
+    """
 
     def __init__(self, p: Any, prepared: Generation) -> None:
         self.settings = prepared.settings
@@ -173,6 +156,15 @@ class Sampling:
         self._unet_input: UNetInput = ((), {})
         self._began: float | None = None
 
+    def __enter__(self) -> None:
+        global _running
+        self._outer, _running = _running, self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        global _running
+        _running = self._outer
+        guarded("the end of merging", self.end)(error)
+
     def end(self, error: BaseException | None) -> None:
         """The sampling ended, with `error` if it raised."""
         merging = self._merging
@@ -184,7 +176,7 @@ class Sampling:
         self.unhook()
         is_cut_short = shared.state.interrupted or shared.state.skipped
         if error is None and self._began is not None and not is_cut_short:
-            self.seconds = now() - self._began
+            self.seconds = host.now() - self._began
 
     def stop(self, reason: str) -> None:
         """Stop merging, from any thread and at any time."""
@@ -200,7 +192,7 @@ class Sampling:
         # own sampler.
         is_own = denoiser is not None and denoiser.p is self._p
         if is_own and self._began is None:
-            self._began = now()
+            self._began = host.now()
         unet, settings = host.loaded_unet(), self.settings  # `stop` may clear the settings.
         if settings is None or not is_own or unet is None or not merges_in(settings, is_hires):
             self.unhook()
