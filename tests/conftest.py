@@ -54,7 +54,7 @@ def make_unet() -> Callable[..., nn.Module]:
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     def make(seed: int = 0, **options: object) -> nn.Module:
-        config: dict[str, object] = {
+        config = {
             "image_size": 32,
             "in_channels": 4,
             "out_channels": 4,
@@ -67,10 +67,11 @@ def make_unet() -> Callable[..., nn.Module]:
             "context_dim": 8,
             "legacy": False,
             "use_checkpoint": False,
+            **options,
         }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            unet = UNetModel(**{**config, **options})
+            unet = UNetModel(**config)
             # ldm zeroes the last layer of each block: a merged pass would equal an unmerged one.
             for parameter in unet.parameters():
                 if parameter.ndim > 1:
@@ -97,8 +98,19 @@ def make_inputs() -> Callable[..., Inputs]:
 
 
 @pytest.fixture
+def inputs(make_inputs: Callable[..., Inputs]) -> Inputs:
+    return make_inputs()
+
+
+@pytest.fixture
 def unet(make_unet: Callable[..., nn.Module]) -> nn.Module:
     return make_unet()
+
+
+@pytest.fixture
+def unmerged(unet: nn.Module, inputs: Inputs) -> Tensor:
+    """The output of a pass without merging."""
+    return unet(*inputs)
 
 
 @pytest.fixture(params=tome.settings.METHODS)
@@ -123,13 +135,7 @@ def odd_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
             h = nn.functional.interpolate(h, skip.shape[-2:], mode="nearest")
         return torch.cat([h, skip], *args, **options)
 
-    class Torch(types.ModuleType):
-        def __getattr__(self, name: str) -> object:
-            return getattr(torch, name)
-
-    proxy = Torch("th")
-    proxy.cat = cat
-    monkeypatch.setattr(openaimodel, "th", proxy)
+    monkeypatch.setattr(openaimodel, "th", types.SimpleNamespace(**{**vars(torch), "cat": cat}))
 
 
 @pytest.fixture(scope="session")
@@ -146,20 +152,15 @@ def watch(blocks_of: Callable) -> Callable[..., contextlib.AbstractContextManage
 
     @contextlib.contextmanager
     def watching(unet: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-        inputs: dict[str, list[Tensor]] = {}
-        handles = []
-        for name, block in blocks_of(unet).items():
-            record = inputs.setdefault(name, [])
-            handles.append(
-                block.attn1.to_q.register_forward_pre_hook(
-                    lambda _, args, to=record: to.append(args[0])
+        inputs: dict[str, list[Tensor]] = {name: [] for name in blocks_of(unet)}
+        with contextlib.ExitStack() as handles:
+            for name, block in blocks_of(unet).items():
+                handles.enter_context(
+                    block.attn1.to_q.register_forward_pre_hook(
+                        lambda _, args, name=name: inputs[name].append(args[0])
+                    )
                 )
-            )
-        try:
             yield inputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
     return watching
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import tomesd_core as tome
 from tomesd_core.foreign_hooks import Hook
 from tomesd_core.matching import match
 from tomesd_core.partition import make_partition
+from tomesd_core.unet import Layer, find_layers
 
 FIRST = "input_blocks.1.1.transformer_blocks.0"
 """Name of a UNet's first block, at level 1."""
@@ -29,29 +31,23 @@ def recorded(unet: nn.Module) -> Iterator[dict[str, Any]]:
     and attention's output. The last hook is marked as the extension's own, since a layer with a
     foreign hook on its output isn't merged.
     """
-    calls, handles = {}, []
+    calls = {}
 
-    def tap(call: Any, name: str, block: Any) -> list[Any]:
-        transformer = unet.get_submodule(name.rsplit(".transformer_blocks", 1)[0])
-        note = vars(call).update
+    def tap(layer: Layer) -> list[Any]:
+        transformer, norm1, attn1 = layer.transformer, layer.block.norm1, layer.block.attn1
+        calls[layer.name] = types.SimpleNamespace(attn=attn1)
+        note = vars(calls[layer.name]).update
         return [
-            transformer.register_forward_pre_hook(
-                lambda _, args: note(grid=tuple(args[0].shape[-2:]))
-            ),
-            block.norm1.register_forward_hook(lambda _, args, y: note(x=args[0], y=y)),
-            block.attn1.to_q.register_forward_pre_hook(lambda _, args: note(q=args[0])),
-            block.attn1.register_forward_hook(Hook(lambda _, args, output: note(output=output))),
+            transformer.register_forward_pre_hook(lambda _, args: note(grid=args[0].shape[2:])),
+            norm1.register_forward_hook(lambda _, args, y: note(x=args[0], y=y)),
+            attn1.to_q.register_forward_pre_hook(lambda _, args: note(q=args[0])),
+            attn1.register_forward_hook(Hook(lambda _, args, output: note(output=output))),
         ]
 
-    for name, block in unet.named_modules():
-        if hasattr(block, "attn1"):
-            calls[name] = types.SimpleNamespace(attn=block.attn1)
-            handles += tap(calls[name], name, block)
-    try:
+    with contextlib.ExitStack() as handles:
+        for handle in itertools.chain(*map(tap, find_layers(unet))):
+            handles.enter_context(handle)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def assert_merged(call: Any, settings: tome.MergeSettings, step: int = 0) -> None:
@@ -84,11 +80,10 @@ def assert_merged_alone(
     attention: nn.Module,
     y: Tensor,
     of: Tensor | None = None,
-    grid: tuple[int, int] = (16, 12),
     **options: Any,
 ) -> None:
     """`output` is that of one call of attention on `y`, merged by the similarity of `of` or `y`."""
-    the_map = tome.match_tokens(y if of is None else of, grid, 0.5, window=None)
+    the_map = tome.match_tokens(y if of is None else of, (16, 12), 0.5, window=None)
     expected = the_map.unmerge(attention.forward(the_map.merge(y), **options))
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ldm.modules.attention import CrossAttention
 from torch import Tensor, nn
 
 
@@ -40,6 +41,11 @@ def block_around(attention: nn.Module, dtype: torch.dtype = torch.float32) -> Bl
     for projection in (attention.to_q, attention.to_k):
         nn.init.normal_(projection.weight, std=1.5 * projection.in_features**-0.5)
     return Block(attention).to(dtype).requires_grad_(False)
+
+
+def ldm_block(kind: type[CrossAttention] = CrossAttention) -> Block:
+    """A block around ldm's attention, or a class derived from it."""
+    return block_around(kind(32, heads=2, dim_head=16))
 
 
 def skip_without_half() -> None:

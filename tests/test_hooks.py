@@ -8,28 +8,20 @@ import weakref
 
 import pytest
 import torch
-import torch.utils.checkpoint
-from layer_calls import FIRST
+from layer_calls import FIRST, layer_named
 
 import tomesd_core as tome
 from tomesd_core.foreign_hooks import Hook
 
 
 def identities(model):
-    """Ids of each module's class, attributes, parameters and children, without its hooks."""
+    """Ids of each module with its class, attributes, parameters and buffers, without its hooks."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return [
-        [
-            {name: id(value) for name, value in part.items() if "hooks" not in name}
-            for part in (
-                {"itself": module, "class": type(module), **vars(module)},
-                vars(type(module)),
-                dict(module.named_parameters(recurse=False)),
-                dict(module.named_children()),
-                dict(module.named_buffers(recurse=False)),
-            )
-        ]
+        {name: id(value) for name, value in part.items() if "hooks" not in name}
         for module in model.modules()
-    ]
+        for part in ({"itself": module, "class": type(module)}, vars(module), vars(type(module)))
+    ] + [{name: id(value) for name, value in tensors.items()}]
 
 
 def add_foreign_hooks(unet, blocks_of):
@@ -45,22 +37,22 @@ def add_foreign_hooks(unet, blocks_of):
     return calls
 
 
-def test_attaching_changes_no_class_forward_or_attribute(unet, whole, make_inputs):
+def test_attaching_changes_no_class_forward_or_attribute(unet, whole, inputs):
     before = identities(unet)
     with tome.attach(unet, whole(max_downsample=2)):
         assert identities(unet) == before
-        unet(*make_inputs())
+        unet(*inputs)
         assert identities(unet) == before
     assert identities(unet) == before
 
 
-def test_detaching_keeps_the_hooks_of_others(unet, whole, make_inputs, hook_dicts, blocks_of):
+def test_detaching_keeps_the_hooks_of_others(unet, whole, inputs, hook_dicts, blocks_of):
     foreign = add_foreign_hooks(unet, blocks_of)
     before = hook_dicts(unet)
     merging = tome.attach(unet, whole())
     assert hook_dicts(unet) != before
     later = unet.middle_block.register_forward_hook(lambda *_: None)
-    unet(*make_inputs())
+    unet(*inputs)
     assert {"attn1", "to_q", "norm1 out", "unet"} == set(foreign)
     merging.detach()
     assert hook_dicts(unet) != before
@@ -69,10 +61,9 @@ def test_detaching_keeps_the_hooks_of_others(unet, whole, make_inputs, hook_dict
 
 
 def test_detaching_restores_every_bit_and_detaching_twice_is_harmless(
-    unet, whole, make_inputs, hook_dicts
+    unet, whole, inputs, unmerged, hook_dicts
 ):
-    before, inputs = hook_dicts(unet), make_inputs()
-    unmerged = unet(*inputs)
+    before = hook_dicts(unet)
     tome.remove_patch(unet)
     assert hook_dicts(unet) == before
     with tome.attach(unet, whole()) as merging:
@@ -88,21 +79,22 @@ def test_detaching_restores_every_bit_and_detaching_twice_is_harmless(
     "where", ["attn1", "attn1.to_q", "attn1.to_v", "attn1.to_out", "norm1", "attn2", "ff"]
 )
 def test_after_an_exception_in_the_unet_the_next_pass_is_right_and_nothing_stays(
-    unet, whole, make_inputs, hook_dicts, blocks_of, where, method
+    unet, whole, inputs, unmerged, make_inputs, hook_dicts, blocks_of, where, method
 ):
-    inputs, other = make_inputs(), make_inputs((12, 20), batch=1, seed=5)
-    unmerged = unet(*inputs)
+    other = make_inputs((12, 20), batch=1, seed=5)
     add_foreign_hooks(unet, blocks_of)
     before, part = hook_dicts(unet), blocks_of(unet)[FIRST].get_submodule(where)
     with pytest.raises(ZeroDivisionError), tome.attach(unet, whole(method=method)) as merging:
         merging.set_step(0)
         right, right_other = unet(*inputs), unet(*other)
-        blow = part.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        assert not merging.has_unfinished_call
+        with part.register_forward_pre_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
             unet(*inputs)
-        blow.remove()
+        assert merging.has_unfinished_call == where.startswith("attn1")
+        assert layer_named(merging.report()).merged_calls == 2 + (where in ("attn2", "ff"))
         assert torch.equal(unet(*other), right_other)
         assert torch.equal(unet(*inputs), right)
+        assert not merging.has_unfinished_call
         blow = part.register_forward_pre_hook(lambda *_: 1 / 0)
         unet(*inputs)
     blow.remove()
@@ -110,8 +102,8 @@ def test_after_an_exception_in_the_unet_the_next_pass_is_right_and_nothing_stays
     assert torch.equal(unet(*inputs), unmerged)
 
 
-def test_a_second_attach_replaces_the_first(unet, whole, make_inputs, hook_dicts):
-    before, inputs = hook_dicts(unet), make_inputs()
+def test_a_second_attach_replaces_the_first(unet, whole, inputs, hook_dicts):
+    before = hook_dicts(unet)
     wrapper = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=unet))
     first = tome.attach(unet, whole(ratio=0.3))
     once = {name: len(held) for name, held in hook_dicts(unet).items()}
@@ -128,8 +120,8 @@ def test_a_second_attach_replaces_the_first(unet, whole, make_inputs, hook_dicts
     assert hook_dicts(unet) == before
 
 
-def test_two_unets_merge_side_by_side(make_unet, whole, make_inputs):
-    one, other, inputs = make_unet(1), make_unet(2), make_inputs()
+def test_two_unets_merge_side_by_side(make_unet, whole, inputs):
+    one, other = make_unet(1), make_unet(2)
     with (
         tome.attach(one, whole(ratio=0.3)) as first,
         tome.attach(other, whole(ratio=0.6)) as second,
@@ -141,56 +133,61 @@ def test_two_unets_merge_side_by_side(make_unet, whole, make_inputs):
     assert {layer.merged_tokens for layer in second.report().merged_layers} == {256 - 153}
 
 
-def test_the_handle_keeps_no_model_and_no_activations_alive(
-    make_unet, whole, make_inputs, blocks_of
-):
-    unet, refs = make_unet(), []
+def activations(blocks):
+    """Weak references to what parts of the blocks get and return from now on."""
+    refs = []
+
+    def keep(*tensors):
+        refs.extend(map(weakref.ref, tensors))
+
+    for block in blocks:
+        block.norm1.register_forward_hook(lambda _, args, y: keep(args[0], y))
+        block.attn1.to_q.register_forward_pre_hook(lambda _, args: keep(args[0]))
+        block.attn1.register_forward_hook(Hook(lambda _, args, output: keep(output)))
+    return refs
+
+
+def test_the_handle_keeps_no_model_and_no_activations_alive(make_unet, whole, inputs, blocks_of):
+    unet = make_unet()
     merging = tome.attach(unet, whole(max_downsample=2))
-    for block in blocks_of(unet).values():
-        block.norm1.register_forward_hook(
-            lambda _, args, y: refs.extend([weakref.ref(args[0]), weakref.ref(y)])
-        )
-        block.attn1.to_q.register_forward_pre_hook(
-            lambda _, args: refs.append(weakref.ref(args[0]))
-        )
-        block.attn1.register_forward_hook(
-            Hook(lambda _, args, output: refs.append(weakref.ref(output)))
-        )
-    unet(*make_inputs())
+    refs = activations(blocks_of(unet).values())
+    unet(*inputs)
     gc.collect()
     assert len(refs) == 7 * 4
     assert not any(ref() is not None for ref in refs)
     gone = weakref.ref(unet)
-    del unet, block
+    del unet
     gc.collect()
     assert gone() is None
     assert len(merging.report().merged_layers) == 7
     merging.detach()
 
 
-def test_a_pass_that_failed_keeps_no_activations_alive(unet, whole, make_inputs, blocks_of):
-    refs = []
+def test_a_pass_that_failed_keeps_no_activations_alive(unet, whole, inputs, blocks_of):
     block = blocks_of(unet)[FIRST]
-    block.attn1.to_q.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
-    block.norm1.register_forward_hook(
-        lambda _, args, y: refs.extend([weakref.ref(args[0]), weakref.ref(y)])
-    )
+    refs = activations([block])
     block.attn1.to_out.register_forward_pre_hook(lambda *_: 1 / 0)
     with tome.attach(unet, whole()):
         with contextlib.suppress(ZeroDivisionError):
-            unet(*make_inputs())
+            unet(*inputs)
         gc.collect()
         assert len(refs) == 3
         assert not any(ref() is not None for ref in refs)
 
 
-def test_a_copy_of_a_merging_model_does_not_merge_and_can_be_cleaned(
-    unet, small_settings, make_inputs, hook_dicts, method
+def test_a_copy_made_during_a_pass_does_not_merge_and_can_be_cleaned(
+    unet, small_settings, inputs, unmerged, hook_dicts, blocks_of, method
 ):
-    before, inputs = hook_dicts(unet), make_inputs()
-    unmerged = unet(*inputs)
+    before, copies = hook_dicts(unet), []
+
+    def copy_unet(*_):
+        handle.remove()
+        copies.append(copy.deepcopy(unet))
+
     with tome.attach(unet, small_settings(method=method)):
-        theirs = copy.deepcopy(unet)
+        handle = blocks_of(unet)[FIRST].attn1.to_out.register_forward_pre_hook(copy_unet)
+        unet(*inputs)
+        (theirs,) = copies
         assert torch.equal(theirs(*inputs), unmerged)
         tome.remove_patch(theirs)
         assert {name for name, held in hook_dicts(theirs).items() if held} == set()

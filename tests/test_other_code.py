@@ -4,78 +4,86 @@ import functools
 
 import pytest
 import torch
-import torch.utils.checkpoint
-from layer_calls import FIRST, layer_named
+from ldm.modules.attention import CrossAttention
+from single_block import ldm_block
+from torch import nn
 
 import tomesd_core as tome
 
 
-@pytest.mark.parametrize(
-    "where", ["attn1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out", "attn1.to_out.0"]
-)
-def test_a_layer_with_a_foreign_hook_in_its_attention_is_not_merged(
-    unet, small_settings, make_inputs, blocks_of, where, method
-):
-    inputs, calls = make_inputs(), []
-    part = blocks_of(unet)[FIRST].get_submodule(where)
-    handle = part.register_forward_hook(
-        lambda module, args, output: calls.append((args[0], output))
+def hook(where):
+    return lambda attention: (
+        attention.get_submodule(where).register_forward_hook(lambda *_: None).remove
     )
-    unet(*inputs)
-    with tome.attach(unet, small_settings(method=method)) as merging:
-        unet(*inputs)
-        layer = layer_named(merging.report())
-        assert __name__ in layer.reason and "hooks" in layer.reason
-        assert layer.conflict in merging.report().summary
-        assert all(torch.equal(a, b) for a, b in zip(*calls, strict=True))
-        handle.remove()
-        unet(*inputs)
-        assert layer_named(merging.report()).merged_calls == 1
 
 
-def foreign_forward(inner, x, *args, **kwargs):
-    return inner(x, *args, **kwargs)
+def replace_forward(make):
+    """Restoring a method leaves it on the instance."""
+
+    def replace(attention):
+        before, attention.forward = attention.forward, make(attention.forward)
+        return lambda: setattr(attention, "forward", before)
+
+    return replace
+
+
+def foreign_forward(inner, x):
+    return inner(x)
 
 
 @pytest.mark.parametrize(
-    "replace",
+    ("intrude", "what"),
     [
-        lambda inner: functools.partial(foreign_forward, inner),
-        lambda inner: functools.wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs)),
+        *(
+            pytest.param(hook(where), "hooks", id=f"hook on attn1.{where}")
+            for where in ["", "to_q", "to_k", "to_v", "to_out", "to_out.0"]
+        ),
+        (replace_forward(lambda inner: functools.partial(foreign_forward, inner)), "forward"),
+        (replace_forward(lambda inner: functools.wraps(inner)(lambda x: inner(x))), "forward"),
     ],
-    ids=["partial", "wrapped"],
 )
-def test_a_layer_with_a_foreign_forward_is_not_merged_until_it_is_restored(
-    unet, small_settings, make_inputs, blocks_of, method, replace
+def test_a_layer_with_foreign_code_in_its_attention_is_not_merged_until_it_is_gone(
+    small_settings, method, intrude, what
 ):
-    attention = blocks_of(unet)[FIRST].attn1
-    before, attention.forward = attention.forward, replace(attention.forward)
-    with tome.attach(unet, small_settings(method=method)) as merging:
-        unet(*make_inputs())
-        reason = layer_named(merging.report()).reason
-        assert __name__ in reason and "forward" in reason
-        assert "2 of 7" in merging.report().summary and __name__ in merging.report().summary
-        attention.forward = before
-        unet(*make_inputs())
-    assert layer_named(merging.report()).merged_calls == 1
+    model, x = ldm_block(), torch.randn(2, 32, 8, 8)
+    unmerged, remove = model(x), intrude(model.transformer_blocks[0].attn1)
+    with tome.attach(model, small_settings(method=method)) as merging:
+        assert torch.equal(model(x), unmerged)
+        (layer,) = merging.report().layers
+        assert __name__ in layer.reason and what in layer.reason
+        assert layer.conflict in merging.report().summary
+        remove()
+        model(x)
+    assert merging.report().layers[0].merged_calls == 1
+
+
+class Foreign(nn.Identity):
+    """Another extension's module in place of attn1, without its projections."""
+
+    heads = 2
+
+
+def test_a_layer_with_a_foreign_module_as_attention_is_not_merged(small_settings, method):
+    model, x = ldm_block(), torch.randn(2, 32, 8, 8)
+    model.transformer_blocks[0].attn1 = Foreign()
+    unmerged = model(x)
+    with tome.attach(model, small_settings(method=method)) as merging:
+        assert torch.equal(model(x), unmerged)
+    assert __name__ in merging.report().summary and "attn1" in merging.report().summary
 
 
 @pytest.mark.parametrize("is_whole", [False, True], ids=["fewer", "whole"])
-def test_an_attention_with_an_unexpected_output_costs_no_picture(
-    unet, small_settings, make_inputs, blocks_of, monkeypatch, is_whole, method
-):
-    kind, inputs, unmerged = type(blocks_of(unet)[FIRST].attn1), make_inputs(), unet(*make_inputs())
-    usual = kind.forward
+def test_an_attention_with_an_unexpected_output_costs_no_picture(small_settings, method, is_whole):
+    class Odd(CrossAttention):
+        def forward(self, x, context=None, mask=None):
+            is_merged = (x if context is None else context).shape[1] == 32
+            output = super().forward(x, context, mask)
+            return output.new_zeros(2, 64 if is_whole else 7, 32) if is_merged else output
 
-    def odd(self, x, context=None, mask=None):
-        output = usual(self, x, context, mask)
-        is_merged = 128 in (x.shape[1], -1 if context is None else context.shape[1])
-        return output if not is_merged else output.new_zeros(2, 256 if is_whole else 7, 32)
-
-    monkeypatch.setattr(kind, "forward", odd)
-    with tome.attach(unet, small_settings(method=method)) as merging:
-        first, second = unet(*inputs), unet(*inputs)
-    assert torch.equal(first, unmerged) == (not is_whole)
-    assert torch.equal(second, unmerged) == (not is_whole)
-    for layer in (layer for layer in merging.report().layers if layer.level == 1):
-        assert layer.reason is None if is_whole else "shape" in layer.reason
+    model, x = ldm_block(Odd), torch.randn(2, 32, 8, 8)
+    unmerged = model(x)
+    with tome.attach(model, small_settings(method=method)) as merging:
+        for _ in range(2):
+            assert torch.equal(model(x), unmerged) == (not is_whole)
+    (layer,) = merging.report().layers
+    assert layer.reason is None if is_whole else "shape" in layer.reason
