@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import torch.utils.checkpoint
 from layer_calls import FIRST, SD1, assert_merged, assert_unmerged, recorded
 from torch import nn
+from torch.nn import functional as F
 
 import tomesd_core as tome
 
@@ -13,16 +13,11 @@ import tomesd_core as tome
     "options",
     [
         {},
-        {"ratio": 0.75},
-        {"ratio": 0.1},
         {"stride": (2, 4)},
-        {"stride": (3, 1)},
         {"partition": "corner"},
-        {"partition": "uniform"},
         {"partition": "alternating"},
         {"shared_draw": False},
         {"window": 4},
-        {"window": 4, "partition": "uniform", "shared_draw": False},
     ],
     ids=str,
 )
@@ -39,24 +34,20 @@ def test_attention_sees_tokens_merged_by_the_similarity_of_the_blocks_input(
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 @pytest.mark.parametrize(
-    ("options", "channels"),
+    "options",
     [
-        ({}, 4),
-        ({"use_linear_in_transformer": True}, 4),
-        ({"in_channels": 9}, 9),
-        ({"transformer_depth": 2, "context_dim": [8, 8]}, 4),
+        {},
+        {"use_linear_in_transformer": True},
+        {"in_channels": 9},
+        {"transformer_depth": 2, "context_dim": [8, 8]},
     ],
     ids=["sd1", "sd2", "inpainting", "two blocks"],
 )
-def test_any_unet_and_any_batch(make_unet, whole, make_inputs, options, channels, batch):
+def test_any_unet_and_any_batch(make_unet, whole, make_inputs, options, batch):
     unet, settings = make_unet(**options), whole()
-    if "transformer_depth" in options:
-        latent, timesteps, context = make_inputs(batch=batch)
-        inputs = latent, timesteps, [context, context]
-    else:
-        inputs = make_inputs(batch=batch, channels=channels)
+    latent, timesteps, context = make_inputs(batch=batch, channels=options.get("in_channels", 4))
     with tome.attach(unet, settings) as merging, recorded(unet) as calls:
-        output = unet(*inputs)
+        output = unet(latent, timesteps, [context, context])
     assert output.shape == (batch, 4, 16, 16)
     assert output.isfinite().all()
     merged = {layer.name for layer in merging.report().merged_layers}
@@ -94,10 +85,10 @@ def test_layers_merge_up_to_max_downsample_at_any_size(
             assert f"max downsample {max_downsample}" in layer.reason or min(grid) == 1
 
 
-def test_layers_with_fewer_than_min_tokens_are_not_merged(unet, whole, make_inputs):
+def test_layers_with_fewer_than_min_tokens_are_not_merged(unet, whole, inputs):
     for least, merged in ((64, 7), (65, 3), (256, 3), (257, 0)):
         with tome.attach(unet, whole(max_downsample=2, min_tokens=least)) as merging:
-            unet(*make_inputs())
+            unet(*inputs)
         layers = merging.report().layers
         assert sum(layer.merged_calls > 0 for layer in layers) == merged
         for layer in layers:
@@ -112,85 +103,61 @@ class Resized(nn.Module):
         self.inner, self.size = inner, size
 
     def forward(self, h, emb, context):
-        whole = h.shape[-2:]
-        if self.size is None:
-            return self.inner(h, emb, context)
-        return nn.functional.interpolate(
-            self.inner(nn.functional.interpolate(h, self.size), emb, context), whole, mode="nearest"
-        )
+        return F.interpolate(self.inner(F.interpolate(h, self.size), emb, context), h.shape[-2:])
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("size", [(8, 8), (8, 10), (7, 9)])
-def test_a_resized_layer_is_merged_on_the_grid_that_it_sees(unet, whole, make_inputs, size, when):
-    settings, wrapped = whole(max_downsample=2), None
+def test_a_resized_layer_is_merged_on_the_grid_that_it_sees(unet, whole, inputs, size, when):
+    settings, resized = whole(max_downsample=2), Resized(unet.input_blocks[1], size)
     if when == "before":
-        wrapped = unet.input_blocks[1] = Resized(unet.input_blocks[1], size)
+        unet.input_blocks[1] = resized
     with tome.attach(unet, settings) as merging:
-        if when == "after":
-            wrapped = unet.input_blocks[1] = Resized(unet.input_blocks[1], size)
-        with recorded(unet) as calls:
-            unet(*make_inputs())
-        (call,) = (call for name, call in calls.items() if name.startswith("input_blocks.1."))
-        assert call.grid == size
-        for each in calls.values():
-            assert_merged(each, settings)
-        assert [layer.level for layer in merging.report().layers] == [2, 2, 2, 2, 2, 1, 1]
-        wrapped.size = None
-        with recorded(unet) as calls:
-            unet(*make_inputs())
-        for each in calls.values():
-            assert_merged(each, settings, step=1)
-        assert [layer.level for layer in merging.report().layers] == [1, 2, 2, 2, 2, 1, 1]
+        unet.input_blocks[1] = resized
+        for step, (grid, level) in enumerate([(size, 2), ((16, 16), 1)]):
+            resized.size = grid
+            with recorded(unet) as calls:
+                unet(*inputs)
+            (call,) = (call for name, call in calls.items() if name.startswith("input_blocks.1."))
+            assert call.grid == grid
+            for each in calls.values():
+                assert_merged(each, settings, step)
+            assert [layer.level for layer in merging.report().layers] == [level, 2, 2, 2, 2, 1, 1]
 
 
-def test_a_unet_without_attention_at_max_downsample_merges_at_its_finest_level(
-    make_unet, whole, make_inputs
+@pytest.mark.parametrize(
+    "options",
+    [{"attention_resolutions": [2, 4]}, {"disable_self_attentions": [True, False, False]}],
+    ids=["no attention", "no self-attention"],
+)
+@pytest.mark.parametrize(("max_downsample", "merged"), [(1, {2}), (4, {2, 4})])
+def test_without_self_attention_at_max_downsample_the_finest_level_with_it_merges(
+    make_unet, whole, inputs, options, max_downsample, merged
 ):
-    unet = make_unet(attention_resolutions=[2, 4], channel_mult=(1, 1, 1))
-    with tome.attach(unet, whole()) as merging:
-        unet(*make_inputs())
+    unet = make_unet(**{"attention_resolutions": [1, 2, 4], "channel_mult": (1, 1, 1), **options})
+    settings = whole(max_downsample=max_downsample)
+    with tome.attach(unet, settings) as merging, recorded(unet) as calls:
+        unet(*inputs)
     report = merging.report()
-    assert {layer.level for layer in report.merged_layers} == {2}
-    assert {layer.level for layer in report.layers} == {2, 4}
-    (note,) = report.notes
-    assert "level 1" in note and "2" in note and note in str(report)
-    with tome.attach(unet, whole(max_downsample=4)) as merging:
-        unet(*make_inputs())
-    assert {layer.level for layer in merging.report().merged_layers} == {2, 4}
-    assert merging.report().notes == []
-
-
-def test_blocks_without_self_attention_are_not_merged_and_no_attention_level(
-    make_unet, whole, make_inputs
-):
-    unet = make_unet(disable_self_attentions=[True, False])
-    for max_downsample in (1, 2):
-        with (
-            tome.attach(unet, whole(max_downsample=max_downsample)) as merging,
-            recorded(unet) as calls,
-        ):
-            unet(*make_inputs())
-        assert bool(merging.report().notes) == (max_downsample == 1)
-        for layer in merging.report().layers:
-            if layer.level == 1:
-                assert_unmerged(calls[layer.name])
-                assert "disable_self_attn" in layer.reason
-            else:
-                assert_merged(calls[layer.name], merging.settings)
+    for layer in report.layers:
+        if layer.level in merged:
+            assert_merged(calls[layer.name], settings)
+        else:
+            assert_unmerged(calls[layer.name])
+            assert ("disable_self_attn" in layer.reason) == (layer.level == 1)
+    assert {layer.level for layer in report.merged_layers} == merged
+    if max_downsample == 1:
+        (note,) = report.notes
+        assert "level 1" in note and "2" in note and note in str(report)
+    else:
+        assert report.notes == []
 
 
 @pytest.mark.filterwarnings("ignore:.*autocast.*")
-@pytest.mark.parametrize("has_blocks", [False, True], ids=["convolution", "unet without attention"])
 def test_a_model_without_mergeable_layers_runs_and_the_report_has_the_reason(
-    make_unet, whole, make_inputs, hook_dicts, has_blocks
+    make_unet, whole, inputs, hook_dicts
 ):
-    model = (
-        make_unet(use_spatial_transformer=False, context_dim=None)
-        if has_blocks
-        else nn.Conv2d(4, 4, 3)
-    )
-    inputs = make_inputs()[: 2 if has_blocks else 1]
+    model, inputs = make_unet(use_spatial_transformer=False, context_dim=None), inputs[:2]
     unmerged, before = model(*inputs), hook_dicts(model)
     with tome.attach(model, whole()) as merging:
         merging.set_step(0, 2)
@@ -203,21 +170,19 @@ def test_a_model_without_mergeable_layers_runs_and_the_report_has_the_reason(
 
 
 def test_a_unet_whose_blocks_never_run_works_and_the_report_has_the_reason(
-    unet, whole, make_inputs, monkeypatch
+    unet, whole, inputs, monkeypatch
 ):
     monkeypatch.setattr(unet, "forward", lambda x, timesteps, context: x + 1)
-    inputs = make_inputs()
     with tome.attach(unet, whole()) as merging:
         assert torch.equal(unet(*inputs), inputs[0] + 1)
     (note,) = merging.report().notes
     assert "did not run" in note
 
 
-def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, make_inputs, blocks_of):
-    chosen = blocks_of(unet)[FIRST].attn1
-    leave_out = {chosen: "another extension tiles it"}.get
+def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, inputs, blocks_of):
+    leave_out = {blocks_of(unet)[FIRST].attn1: "another extension tiles it"}.get
     with tome.attach(unet, whole(), leave_out) as merging, recorded(unet) as calls:
-        unet(*make_inputs())
+        unet(*inputs)
     layers = {layer.name: layer for layer in merging.report().layers}
     assert layers[FIRST].reason == layers[FIRST].conflict == "another extension tiles it"
     assert [layer.name for layer in layers.values() if layer.conflict] == [FIRST]
@@ -226,17 +191,15 @@ def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, make_in
     assert len(merging.report().merged_layers) == 2
 
 
-def test_a_ratio_that_removes_nothing_changes_no_bit(unet, whole, make_inputs):
-    inputs = make_inputs()
-    unmerged = unet(*inputs)
+def test_a_ratio_that_removes_nothing_changes_no_bit(unet, whole, inputs, unmerged):
     with tome.attach(unet, whole(ratio=0)) as merging:
         assert torch.equal(unet(*inputs), unmerged)
     assert "ratio 0" in merging.report().layers[0].reason
     assert merging.report().summary.startswith("nothing merged: ")
 
 
-def test_any_way_to_call_the_unet_merges_the_same(unet, whole, make_inputs):
-    latent, timesteps, context = make_inputs()
+def test_any_way_to_call_the_unet_merges_the_same(unet, whole, inputs):
+    latent, timesteps, context = inputs
     ways = [
         lambda: unet(latent, timesteps, context),
         lambda: unet(x=latent, timesteps=timesteps, context=context),

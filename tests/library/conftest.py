@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import tomesd_core as tome
+
 warnings.filterwarnings("ignore", category=FutureWarning)
 diffusers = pytest.importorskip("diffusers", reason="nox -s diffusers_pins installs it")
 
@@ -32,6 +34,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
+def settings() -> Callable[..., tome.MergeSettings]:
+    """Make settings that merge small layers too, by default at one ratio."""
+
+    def make(method: str = "keys", ratio: float = 0.5, **values: Any) -> tome.MergeSettings:
+        values = {"schedule": "constant", "full_steps": 1, **values}
+        return tome.MergeSettings(method=method, ratio=ratio, skip_unprofitable=False, **values)
+
+    return make
+
+
+@pytest.fixture
 def make_unet() -> Callable[..., Any]:
     """Make the UNet of a model family."""
 
@@ -48,11 +61,8 @@ def make_unet() -> Callable[..., Any]:
             "norm_num_groups": 8,
         }
         torch.manual_seed(0)
-        return (
-            diffusers.UNet2DConditionModel(**{**config, **SHAPES[shape], **changes})
-            .eval()
-            .requires_grad_(False)
-        )
+        unet = diffusers.UNet2DConditionModel(**{**config, **SHAPES[shape], **changes})
+        return unet.eval().requires_grad_(False)
 
     return make
 
@@ -61,20 +71,17 @@ def make_unet() -> Callable[..., Any]:
 def run() -> Callable[..., Tensor]:
     """Run one pass with batch 2; with `equal` all tokens of the latent are equal."""
 
-    def run(unet: Any, size: tuple[int, int] = (32, 32), equal: bool = False) -> Tensor:
+    def run(
+        unet: Any, size: tuple[int, int] = (32, 32), equal: bool = False, **conditions: Tensor
+    ) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         latent = torch.randn(2, unet.config.in_channels, *size, generator=generator)
         if equal:
             latent = latent.mean((2, 3), keepdim=True).expand_as(latent)
         context = torch.randn(2, 7, CONTEXT, generator=generator)
-        more = {}
-        if unet.config.addition_embed_type:
-            more["added_cond_kwargs"] = {
-                "text_embeds": context[:, 0],
-                "time_ids": torch.zeros(2, 6),
-            }
+        conditions |= {"text_embeds": context[:, 0], "time_ids": torch.zeros(2, 6)}
         with torch.no_grad():
-            return unet(latent, torch.tensor(5), encoder_hidden_states=context, **more).sample
+            return unet(latent, torch.tensor(5), context, added_cond_kwargs=conditions).sample
 
     return run
 
@@ -95,22 +102,18 @@ def make_pipeline(make_unet) -> Callable[..., Any]:
         scheduler = diffusers.DDIMScheduler(
             num_train_timesteps=100, clip_sample=False, steps_offset=1
         )
-        text = {"text_encoder": None, "tokenizer": None}
-        if "XL" in kind:
-            text |= {"text_encoder_2": None, "tokenizer_2": None}
-        else:
-            parts |= {
-                "safety_checker": None,
-                "feature_extractor": None,
-                "requires_safety_checker": False,
-            }
         unet = make_unet(shape)
         if "ControlNet" in kind:
             parts["controlnet"] = diffusers.ControlNetModel.from_unet(
                 unet, conditioning_embedding_out_channels=(8, 8)
             )
+        absent = ["text_encoder", "tokenizer"]
+        if "XL" in kind:
+            absent += ["text_encoder_2", "tokenizer_2"]
+        else:
+            absent += ["safety_checker", "feature_extractor"]
         pipeline = getattr(diffusers, kind)(
-            vae=vae, unet=unet, scheduler=scheduler, **text, **parts
+            vae=vae, unet=unet, scheduler=scheduler, **parts, **dict.fromkeys(absent)
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

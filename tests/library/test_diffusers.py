@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import accelerate
+import diffusers
 import pytest
+import tomesd
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-pytest.importorskip("diffusers", reason="nox -s diffusers_pins installs it")
-
-import diffusers
-import tomesd
 from diffusers.models import attention_processor
 from diffusers.models.attention_processor import (
     AttnProcessor,
@@ -20,6 +17,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
+from torch import nn
 
 import tomesd_core as tome
 from tomesd_core.settings import METHODS
@@ -32,14 +30,6 @@ PROCESSORS = {
     "xFormers": XFormersAttnProcessor,
 }
 SHAPES = ("sd15", "sd2", "sdxl", "inpainting")
-
-
-def settings(method="keys", ratio=0.5, **values):
-    return tome.MergeSettings(
-        **{"schedule": "constant", "full_steps": 1, "skip_unprofitable": False, **values},
-        method=method,
-        ratio=ratio,
-    )
 
 
 def memory_efficient_attention(q, k, v, attn_bias=None, op=None, scale=None):
@@ -56,18 +46,21 @@ def processor(request, monkeypatch):
     return PROCESSORS[request.param]()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_layer_is_found_with_its_level_and_heads(make_unet, shape):
-    layers = {(layer.level, layer.heads, layer.channels) for layer in find_layers(make_unet(shape))}
-    heads = {"sd15": (4, 4), "inpainting": (4, 4)}.get(shape, (4, 8))
-    finest = {(1, heads[0], 32)} if shape != "sdxl" else set()
-    assert layers == {*finest, (2, heads[1], 64)}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_layers_come_in_the_order_in_which_they_run(make_unet, run, shape):
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("sd15", {(1, 4, 32), (2, 4, 64)}),
+        ("sd2", {(1, 4, 32), (2, 8, 64)}),
+        ("sdxl", {(2, 8, 64)}),
+        ("inpainting", {(1, 4, 32), (2, 4, 64)}),
+    ],
+)
+def test_layers_have_level_heads_and_channels_and_come_in_the_order_in_which_they_run(
+    make_unet, run, shape, expected
+):
     unet, ran = make_unet(shape), []
     layers = find_layers(unet)
+    assert {(layer.level, layer.heads, layer.channels) for layer in layers} == expected
     for layer in layers:
         layer.block.attn1.register_forward_pre_hook(lambda *_, name=layer.name: ran.append(name))
     run(unet)
@@ -77,7 +70,7 @@ def test_layers_come_in_the_order_in_which_they_run(make_unet, run, shape):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_off_and_after_detach_outputs_are_bitwise_the_same(
-    make_unet, run, processor, method, shape
+    make_unet, run, settings, processor, method, shape
 ):
     unet = make_unet(shape)
     unet.set_attn_processor(processor)
@@ -92,7 +85,7 @@ def test_off_and_after_detach_outputs_are_bitwise_the_same(
 
 @pytest.mark.parametrize("method", ["keys", "tokens"])
 @pytest.mark.parametrize("size", [(32, 32), (34, 30)], ids=str)
-def test_equal_tokens_merge_exactly(make_unet, run, processor, method, size):
+def test_equal_tokens_merge_exactly(make_unet, run, settings, processor, method, size):
     unet = make_unet(norm_num_groups=1)
     for module in unet.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
@@ -132,7 +125,9 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_merges_and_makes_the_same_picture_afterwards(make_pipeline, picture, name):
+def test_a_pipeline_merges_and_makes_the_same_picture_afterwards(
+    make_pipeline, picture, settings, name
+):
     kind, shape = PIPELINES[name]
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     inputs = {"height": 64, "width": 64}
@@ -144,9 +139,8 @@ def test_a_pipeline_merges_and_makes_the_same_picture_afterwards(make_pipeline, 
     elif name == "ControlNet":
         inputs = {"image": image}
     off = picture(pipeline, **inputs)
-    with tome.attach(
-        pipeline, settings("keys", 0.9375, late_ratio=0.5, schedule="linear")
-    ) as merging:
+    linear = settings("keys", 0.9375, late_ratio=0.5, schedule="linear")
+    with tome.attach(pipeline, linear) as merging:
         on = picture(pipeline, callback_on_step_end=merging.on_step_end, **inputs)
     report = merging.report()
     assert report.merged_steps == report.steps == 4 and not torch.equal(on, off)
@@ -155,41 +149,21 @@ def test_a_pipeline_merges_and_makes_the_same_picture_afterwards(make_pipeline, 
     assert torch.equal(picture(pipeline, **inputs), off)
 
 
-def test_a_pipeline_of_few_steps_keeps_more_tokens(make_pipeline, picture):
+def test_a_pipeline_of_few_steps_keeps_more_tokens(make_pipeline, picture, settings):
     pipeline = make_pipeline()
     with tome.attach(pipeline, settings("keys", 0.9375, full_steps=20)) as merging:
         merging.set_step(0, 4)
         picture(pipeline, callback_on_step_end=merging.on_step_end)
     change = merging.report().merged_layers[0]
-    assert (
-        change.fewest_tokens
-        == change.most_tokens
-        == pytest.approx(change.tokens / 16 * 5 ** (2 / 3), abs=16)
-    )
+    assert change.fewest_tokens == change.most_tokens
+    assert change.most_tokens == pytest.approx(change.tokens / 16 * 5 ** (2 / 3), abs=16)
 
 
-def test_the_next_picture_of_a_pipeline_starts_at_the_first_step(make_pipeline, picture):
-    pipeline = make_pipeline()
-    with tome.attach(
-        pipeline, settings("keys", 0.75, late_ratio=0.0, schedule="linear")
-    ) as merging:
+def test_the_next_picture_of_a_pipeline_starts_at_the_first_step(make_pipeline, picture, settings):
+    pipeline, linear = make_pipeline(), settings("keys", 0.75, late_ratio=0.0, schedule="linear")
+    with tome.attach(pipeline, linear) as merging:
         pictures = [picture(pipeline, callback_on_step_end=merging.on_step_end) for _ in range(2)]
     assert torch.equal(*pictures)
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda model: model, lambda model: Pipeline(model)], ids=["model", "pipeline"]
-)
-def test_a_transformer_model_is_refused(wrap):
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        caption_projection_dim=16,
-    )
-    with pytest.raises(TypeError, match="no UNet"):
-        tome.attach(wrap(model))
 
 
 class Pipeline(diffusers.DiffusionPipeline):
@@ -198,36 +172,44 @@ class Pipeline(diffusers.DiffusionPipeline):
         self.register_modules(transformer=transformer)
 
 
+def test_a_transformer_model_and_its_pipeline_are_refused():
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        caption_projection_dim=16,
+    )
+    for each in (model, Pipeline(model)):
+        with pytest.raises(TypeError, match="no UNet"):
+            tome.attach(each)
+
+
+CPU = torch.device("cpu")
+OFFLOAD = {
+    "all": lambda unet: accelerate.cpu_offload(unet, CPU, offload_buffers=True),
+    "blocks": lambda unet: unet.enable_group_offload(CPU, CPU, "block_level", 1),
+    "leaves": lambda unet: unet.enable_group_offload(CPU, CPU, "leaf_level"),
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_offload_hooks_stay_and_merging_works_next_to_them(make_unet, run, method):
-    accelerate = pytest.importorskip("accelerate")
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_offload_hooks_stay_and_merging_works_next_to_them(make_unet, run, settings, method, how):
+    if how != "all" and not hasattr(diffusers.ModelMixin, "enable_group_offload"):
+        pytest.skip("this diffusers has no group offload")
     unet = make_unet()
     off = run(unet)
     with tome.attach(unet, settings(method)):
         on = run(unet)
-    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"), offload_buffers=True)
+    OFFLOAD[how](unet)
     assert torch.equal(run(unet), off)
     with tome.attach(unet, settings(method)) as merging:
         torch.testing.assert_close(run(unet), on, rtol=0, atol=1e-6)
     assert len(merging.report().merged_layers) == 3 and torch.equal(run(unet), off)
 
 
-@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
-def test_group_offload(make_unet, run, kind):
-    if not hasattr(diffusers.ModelMixin, "enable_group_offload"):
-        pytest.skip("this diffusers has no group offload")
-    unet = make_unet()
-    with tome.attach(unet, settings()):
-        expected = run(unet)
-    more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), kind, **more)
-    off = run(unet)
-    with tome.attach(unet, settings()) as merging:
-        torch.testing.assert_close(run(unet), expected, rtol=0, atol=1e-6)
-    assert len(merging.report().merged_layers) == 3 and torch.equal(run(unet), off)
-
-
-def test_a_compiled_unet_and_compiled_blocks_are_not_merged(make_unet, run):
+def test_a_compiled_unet_and_compiled_blocks_are_not_merged(make_unet, run, settings):
     unet = make_unet()
     with tome.attach(torch.compile(unet, backend="eager")) as merging:
         pass

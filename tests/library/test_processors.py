@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import diffusers
+import peft
 import pytest
 import torch
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
 )
 from torch import nn
 
@@ -16,23 +17,11 @@ from tomesd_core.probe import PROBE_TOKENS, forget_heads
 from tomesd_core.settings import METHODS
 from tomesd_core.unet import find_layers
 
-pytest.importorskip("diffusers", reason="nox -s diffusers_pins installs it")
-
-
-def settings(method="keys", ratio=0.5, **values):
-    return tome.MergeSettings(
-        **{"schedule": "constant", "full_steps": 1, "skip_unprofitable": False, **values},
-        method=method,
-        ratio=ratio,
-    )
-
 
 class Twice:
     """A processor that attends to the keys of both items of the batch."""
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
-    ):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **others):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         k, v = (torch.cat([one, one.flip(0)], dim=1) for one in (k, v))
@@ -44,13 +33,11 @@ class Twice:
 class NoProjections:
     """A processor whose output doesn't depend on the projections."""
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
-    ):
+    def __call__(self, attn, hidden_states, **others):
         return hidden_states
 
 
-def test_each_processor_type_is_probed_once(make_unet, run, monkeypatch):
+def test_each_processor_type_is_probed_once(make_unet, run, settings, monkeypatch):
     unet, lengths = make_unet(), []
     for kind in (AttnProcessor2_0, AttnProcessor):
 
@@ -61,15 +48,14 @@ def test_each_processor_type_is_probed_once(make_unet, run, monkeypatch):
         monkeypatch.setattr(kind, "__call__", call)
     forget_heads()
     for make in (AttnProcessor2_0, AttnProcessor, AttnProcessor2_0):
-        for layer in find_layers(unet):
-            layer.block.attn1.set_processor(make())
+        unet.set_attn_processor(make())
         with tome.attach(unet, settings()):
             run(unet)
             run(unet)
     assert lengths.count(PROBE_TOKENS) == 2
 
 
-def test_a_processor_that_is_changed_while_attached(make_unet, run):
+def test_a_processor_that_is_changed_while_attached(make_unet, run, settings):
     unet = make_unet()
     with tome.attach(unet, settings()) as merging:
         first = run(unet)
@@ -80,54 +66,42 @@ def test_a_processor_that_is_changed_while_attached(make_unet, run):
 
 
 @pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_an_unknown_processor_that_uses_the_projections_is_merged(make_unet, run, method):
+def test_an_unknown_processor_that_uses_the_projections_is_merged(make_unet, run, settings, method):
     unet = make_unet()
-    for layer in find_layers(unet):
-        layer.block.attn1.set_processor(Twice())
+    unet.set_attn_processor(Twice())
     off = run(unet)
-    with tome.attach(unet, settings(method, 0.5)) as merging:
+    with tome.attach(unet, settings(method)) as merging:
         on = run(unet)
     assert len(merging.report().merged_layers) == 3 and (on - off).norm() < 0.2 * off.norm()
 
 
-def test_a_processor_without_projections_is_not_merged(make_unet, run):
+def test_a_processor_without_projections_is_not_merged(make_unet, run, settings):
     unet = make_unet()
-    for layer in find_layers(unet):
-        layer.block.attn1.set_processor(NoProjections())
+    unet.set_attn_processor(NoProjections())
     off = run(unet)
     with tome.attach(unet, settings()) as merging:
         assert torch.equal(run(unet), off)
     assert "nothing merged" in merging.report().summary and "scale" in merging.report().summary
 
 
-def test_an_ip_adapters_cross_attention_is_not_merged(make_unet, run):
-    unet = make_unet()
-    kinds = diffusers.models.attention_processor
-    for name, module in unet.named_modules():
-        if name.endswith("attn2"):
-            module.set_processor(
-                kinds.IPAdapterAttnProcessor2_0(module.to_q.out_features, 24, num_tokens=(4,))
-            )
+def test_an_ip_adapters_cross_attention_is_not_merged(make_unet, run, settings):
+    unet, image = make_unet(), torch.ones(2, 1, 4, 24)
+    for layer in find_layers(unet):
+        adapter = IPAdapterAttnProcessor2_0(layer.channels, 24, num_tokens=(4,))
+        layer.block.attn2.set_processor(adapter)
     unet.encoder_hid_proj = nn.Module()
     unet.encoder_hid_proj.forward = lambda image: [image]
     unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
 
-    def with_image():
-        x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
-        context, image = torch.ones(2, 7, 24), [torch.ones(2, 1, 4, 24)]
-        with torch.no_grad():
-            return unet(
-                x, torch.tensor(5), context, added_cond_kwargs={"image_embeds": image[0]}
-            ).sample
-
-    off = with_image()
+    off = run(unet, image_embeds=image)
     with tome.attach(unet, settings()) as merging:
-        assert not torch.equal(with_image(), off)
-    assert len(merging.report().merged_layers) == 3 and torch.equal(with_image(), off)
+        assert not torch.equal(run(unet, image_embeds=image), off)
+    assert len(merging.report().merged_layers) == 3
+    assert torch.equal(run(unet, image_embeds=image), off)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fused_projections_merge_with_the_method_paper_only(make_unet, run, method):
+def test_fused_projections_merge_with_the_method_paper_only(make_unet, run, settings, method):
     unet = make_unet()
     unet.fuse_qkv_projections()
     off = run(unet)
@@ -140,8 +114,9 @@ def test_fused_projections_merge_with_the_method_paper_only(make_unet, run, meth
 
 @pytest.mark.parametrize("attached_first", [False, True])
 @pytest.mark.parametrize("method", ["keys", "tokens"])
-def test_lora_of_peft_before_and_after_a_merged_pass(make_unet, run, method, attached_first):
-    peft = pytest.importorskip("peft")
+def test_lora_of_peft_before_and_after_a_merged_pass(
+    make_unet, run, settings, method, attached_first
+):
     config = peft.LoraConfig(
         r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian"
     )
