@@ -202,20 +202,16 @@ def operations() -> type[Operations]:
     return Operations
 
 
-class Crossings(TorchDispatchMode):
-    """Names of the operations that mix or cross devices while it is open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+class Crossings(Operations):
+    """Only those operations that mix or cross devices."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        results = func(*args, **(kwargs or {}))
+        results = super().__torch_dispatch__(func, types, args, kwargs)
         tensors = [each for each in [*args, results] if isinstance(each, Tensor) and each.ndim]
-        if len({tensor.device.type for tensor in tensors}) > 1:
-            self.names.append(func._schema.name.split("::")[-1])
+        if len({tensor.device.type for tensor in tensors}) < 2:
+            self.names.pop()
         return results
 
 

@@ -11,12 +11,17 @@ import tomesd_core as tome
 
 @pytest.fixture
 def drive(whole):
-    """Merge in a model whose forward is `body(block, x)`, and report on its layer."""
+    """Merge in a model whose forward is `body(block, x, norm1(x))`, and return the report."""
 
     def driving(body, kind=CrossAttention, batch=2, steps=1, **values):
         model = ldm_block(kind)
         (block,) = model.transformer_blocks
-        model.forward = lambda x: body(block, x.flatten(2).transpose(1, 2))
+
+        def forward(image):
+            x = image.flatten(2).transpose(1, 2)
+            body(block, x, block.norm1(x))
+
+        model.forward = forward
         with tome.attach(model, whole(**values)) as merging:
             for step in range(steps):
                 merging.set_step(step, steps)
@@ -32,8 +37,8 @@ def drive(whole):
 def test_a_context_from_elsewhere_is_not_merged_and_keeps_its_mask(
     drive, length, keyword, is_masked
 ):
-    def body(block, x):
-        y, other = block.norm1(x), torch.randn(2, length, 32)
+    def body(block, x, y):
+        other = torch.randn(2, length, 32)
         mask = torch.arange(length).expand(2, -1) < 7 if is_masked else None
         given = {"context": other, "mask": mask}
         output = block.attn1(y, **given) if keyword else block.attn1(y, *given.values())
@@ -45,8 +50,7 @@ def test_a_context_from_elsewhere_is_not_merged_and_keeps_its_mask(
 def test_each_of_several_calls_in_a_block_gives_its_own_output(drive):
     """As with a reference picture: a longer context, and calls on a part of the batch."""
 
-    def body(block, x):
-        y = block.norm1(x)
+    def body(block, x, y):
         usual = block.attn1(y)
         longer = torch.cat([y, 2 * y], dim=1)
         assert_merged_alone(usual, block.attn1, y, x)
@@ -68,10 +72,11 @@ def test_each_of_several_calls_in_a_block_gives_its_own_output(drive):
 
 
 def test_a_block_that_runs_twice_in_a_pass_is_matched_twice(drive):
-    def body(block, x):
-        for each in (x, x.flip(1)):
-            y = block.norm1(each)
-            assert_merged_alone(block.attn1(y), block.attn1, y, each)
+    def body(block, x, y):
+        assert_merged_alone(block.attn1(y), block.attn1, y, x)
+        other = x.flip(1)
+        y = block.norm1(other)
+        assert_merged_alone(block.attn1(y), block.attn1, y, other)
 
     assert drive(body).layers[0].merged_calls == 2
 
@@ -79,8 +84,8 @@ def test_a_block_that_runs_twice_in_a_pass_is_matched_twice(drive):
 def test_a_call_within_a_call_gives_its_own_output(drive):
     """Another extension's hook may run attention again in the middle of a call."""
 
-    def body(block, x):
-        y, inner = block.norm1(x), []
+    def body(block, x, y):
+        inner = []
 
         def once_more(*_):
             handle.remove()
@@ -97,8 +102,7 @@ def test_a_call_within_a_call_gives_its_own_output(drive):
 def test_a_call_with_another_token_count_than_the_grids_is_not_merged(drive):
     """The batch's tokens in one row, and a part of the picture."""
 
-    def body(block, x):
-        y = block.norm1(x)
+    def body(block, x, y):
         for other in (y.reshape(1, -1, 32), y[:, :100]):
             assert torch.equal(block.attn1(other), block.attn1.forward(other))
 
@@ -108,8 +112,8 @@ def test_a_call_with_another_token_count_than_the_grids_is_not_merged(drive):
 
 
 def test_attention_with_a_mask_per_token_is_not_merged(drive):
-    def body(block, x):
-        y, mask = block.norm1(x), torch.rand(x.shape[:2]) < 0.5
+    def body(block, x, y):
+        mask = torch.rand(x.shape[:2]) < 0.5
         for output in (
             block.attn1(y, mask=mask),
             block.attn1(y, None, mask),
@@ -132,8 +136,7 @@ def test_unknown_arguments_pass_through(drive, method):
             calls.append((x, context, more, named))
             return super().forward(x, context)
 
-    def body(block, x):
-        y = block.norm1(x)
+    def body(block, x, y):
         block.attn1(y, None, None, extra, 5, scale=extra)
         block.attn1(y, context=y, mask=None, shared=y, scale=7)
         block.attn1(y, context=None, additional_tokens=None, n_times_crossframe_attn_in_self=0)
@@ -149,8 +152,7 @@ def test_unknown_arguments_pass_through(drive, method):
 
 
 def test_calls_of_a_merged_layer_that_are_not_merged_are_counted(drive):
-    def body(block, x):
-        y = block.norm1(x)
+    def body(block, x, y):
         block.attn1(y, context=torch.cat([y, y], dim=1))
         block.attn1(y)
 

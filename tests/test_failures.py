@@ -1,8 +1,8 @@
 """Failures of merging, and detaching in the middle of a pass: the picture is made all the same."""
 
 import itertools
-import sys
 import threading
+import traceback
 
 import pytest
 import torch
@@ -33,13 +33,11 @@ class Failing(TorchDispatchMode):
 
 def is_of_merging():
     """Whether merging's code runs, and not an attention called by it."""
-    frame = sys._getframe(2)
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(None):
         if "tomesd_core" in frame.f_code.co_filename:
             return True
         if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("self"), nn.Module):
             return False
-        frame = frame.f_back
     return False
 
 
@@ -142,16 +140,16 @@ def in_a_thread(function):
     thread.join()
 
 
-DETACH = {
-    "here": lambda unet, merging: merging.detach(),
-    "in a thread": lambda unet, merging: in_a_thread(merging.detach),
-    "remove_patch": lambda unet, merging: in_a_thread(lambda: tome.remove_patch(unet)),
-}
-
-
-@pytest.fixture(params=DETACH)
+@pytest.fixture(
+    params=[
+        lambda unet, merging: merging.detach(),
+        lambda unet, merging: in_a_thread(merging.detach),
+        lambda unet, merging: in_a_thread(lambda: tome.remove_patch(unet)),
+    ],
+    ids=["here", "in a thread", "remove_patch"],
+)
 def detach(request):
-    return DETACH[request.param]
+    return request.param
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ CUT = [*PREPARED, "denoiser"]
 """A batch that ends at its first step."""
 DECODED = ["post_sample", "postprocess_batch", "postprocess_batch_list"]
 AFTER = [*DECODED, "postprocess_image", "postprocess"]
+HIRES = "before_hr"
 REQUEST = {"prompt": "cat", "steps": 2, "width": 16, "height": 16, "seed": 1}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +47,7 @@ def host() -> Iterator[Host]:
 
 
 @pytest.fixture
-def record(host: Host) -> Iterator[SimpleNamespace]:
+def record(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Callbacks of scripts, the denoiser's calls, and actions to run in a callback."""
     from modules import script_callbacks, scripts, sd_models, shared
 
@@ -65,18 +66,13 @@ def record(host: Host) -> Iterator[SimpleNamespace]:
         notes.models.append(sd_models.model_data.sd_model)
         note("denoiser", params)
 
-    script = SimpleNamespace(filename="recorder.py", args_from=0, args_to=0)
-    vars(script).update(
-        {name: functools.partial(note, name) for name in {*BEFORE, *BATCH, *AFTER, "before_hr"}}
-    )
-    runners = scripts.scripts_txt2img, scripts.scripts_img2img
-    for runner in runners:
-        runner.alwayson_scripts.append(script)
+    callbacks = {name: functools.partial(note, name) for name in [*BEFORE, *BATCH, *AFTER, HIRES]}
+    script = SimpleNamespace(filename="recorder.py", args_from=0, args_to=0, **callbacks)
+    for runner in (scripts.scripts_txt2img, scripts.scripts_img2img):
+        monkeypatch.setattr(runner, "alwayson_scripts", [*runner.alwayson_scripts, script])
     script_callbacks.on_cfg_denoiser(denoiser)
     yield notes
     script_callbacks.remove_callbacks_for_function(denoiser)
-    for runner in runners:
-        runner.alwayson_scripts.remove(script)
 
 
 @pytest.fixture
@@ -94,13 +90,6 @@ def generate(host: Host, record: SimpleNamespace) -> Callable[..., Any]:
 
 def fail(*_: Any, **__: Any) -> None:
     raise ValueError("on purpose")
-
-
-def end(how: str) -> Callable[..., None]:
-    """Presses Interrupt or Skip."""
-    from modules import shared
-
-    return lambda *_: getattr(shared.state, how)()
 
 
 def test_one_picture(generate, record):
@@ -121,7 +110,7 @@ def test_batches(generate, record):
 
 def test_hires_fix(generate, record):
     processed = generate(enable_hr=True, hr_second_pass_steps=3, denoising_strength=0.5)
-    second = ["before_hr", "process_before_every_sampling", *["denoiser"] * 3]
+    second = [HIRES, "process_before_every_sampling", *["denoiser"] * 3]
     assert record.events == BEFORE + BATCH + second + AFTER
     assert [step[:2] for step in record.steps] == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
     assert record.sizes == [(16, 16)] * 2 + [(32, 32)] * 3
@@ -154,9 +143,8 @@ def test_the_denoiser_counts_evaluations_and_the_state_lags(
 
 
 def test_a_scripts_exception_is_reported_and_the_picture_made(generate, record, capsys):
-    record.actions.update(
-        {name: fail for name in ("process", "process_batch", "denoiser", "postprocess")}
-    )
+    for name in ("process", "process_batch", "denoiser", "postprocess"):
+        record.actions[name] = fail
     assert generate().images
     assert record.events == BEFORE + BATCH + AFTER
     assert capsys.readouterr().err.count("ValueError: on purpose") == 5
@@ -186,15 +174,17 @@ def test_nans_end_it(host, generate, record):
 
 
 def test_interrupted_and_skipped(generate, record):
-    record.actions["denoiser"] = end("interrupt")
+    from modules import shared
+
+    record.actions["denoiser"] = lambda _: shared.state.interrupt()
     assert len(generate(n_iter=2, enable_hr=True).images) == 1
     assert record.events == BEFORE + CUT + AFTER
-    record.actions["denoiser"] = end("skip")
+    record.actions["denoiser"] = lambda _: shared.state.skip()
     assert len(generate(n_iter=2).images) == 3
     assert record.events == BEFORE + 2 * (CUT + AFTER[:-1]) + ["postprocess"]
     generate(enable_hr=True)
-    between = ["before_hr", "process_before_every_sampling"]
-    assert record.events == BEFORE + CUT + between + AFTER, "the second pass ends at once"
+    second = [HIRES, "process_before_every_sampling"]
+    assert record.events == BEFORE + CUT + second + AFTER, "the second pass ends at once"
 
 
 def test_copies_of_p_share_its_dicts_and_have_no_setup(host, record):
