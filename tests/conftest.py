@@ -1,13 +1,9 @@
 """Small ldm UNets with random weights, and the fixtures of the core's tests."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import signal
 import types
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -19,11 +15,9 @@ import tomesd_core as tome
 # A background process may inherit an ignored SIGINT, and so would the servers that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-Inputs = tuple[Tensor, Tensor, Tensor]
-
 
 @pytest.fixture(scope="session")
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Small tensors are slower on many threads, and on a busy machine much slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -32,10 +26,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_settings() -> Callable[..., tome.MergeSettings]:
+def small_settings():
     """Make settings that merge small layers too; by default one ratio, matched in every step."""
 
-    def make(**values: object) -> tome.MergeSettings:
+    def make(**values):
         simple = {
             "ratio": 0.5,
             "schedule": "constant",
@@ -49,11 +43,11 @@ def small_settings() -> Callable[..., tome.MergeSettings]:
 
 
 @pytest.fixture(scope="session")
-def make_unet() -> Callable[..., nn.Module]:
+def make_unet():
     """Build an ldm UNet: by default two levels, with 3 layers at level 1 and 4 at level 2."""
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    def make(seed: int = 0, **options: object) -> nn.Module:
+    def make(seed=0, **options):
         config = {
             "image_size": 32,
             "in_channels": 4,
@@ -84,12 +78,10 @@ def make_unet() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def make_inputs() -> Callable[..., Inputs]:
+def make_inputs():
     """Make the arguments of one pass: latent, timesteps and context."""
 
-    def make(
-        size: tuple[int, int] = (16, 16), batch: int = 2, channels: int = 4, seed: int = 1
-    ) -> Inputs:
+    def make(size=(16, 16), batch=2, channels=4, seed=1):
         generator = torch.Generator().manual_seed(seed)
         latent = torch.randn(batch, channels, *size, generator=generator)
         return latent, torch.full((batch,), 500), torch.randn(batch, 5, 8, generator=generator)
@@ -98,38 +90,38 @@ def make_inputs() -> Callable[..., Inputs]:
 
 
 @pytest.fixture
-def inputs(make_inputs: Callable[..., Inputs]) -> Inputs:
+def inputs(make_inputs):
     return make_inputs()
 
 
 @pytest.fixture
-def unet(make_unet: Callable[..., nn.Module]) -> nn.Module:
+def unet(make_unet):
     return make_unet()
 
 
 @pytest.fixture
-def unmerged(unet: nn.Module, inputs: Inputs) -> Tensor:
+def unmerged(unet, inputs):
     """The output of a pass without merging."""
     return unet(*inputs)
 
 
 @pytest.fixture(params=tome.settings.METHODS)
-def method(request: pytest.FixtureRequest) -> str:
+def method(request):
     return request.param
 
 
 @pytest.fixture
-def whole(small_settings: Callable[..., tome.MergeSettings]) -> Callable[..., tome.MergeSettings]:
+def whole(small_settings):
     """Make settings that match over the whole image, in the tokens' own precision."""
     return lambda **values: small_settings(window=None, **values)
 
 
 @pytest.fixture
-def odd_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def odd_sizes(monkeypatch):
     """Let ldm UNets take odd latents as WebUI does, by resizing to the skip connection."""
     from ldm.modules.diffusionmodules import openaimodel
 
-    def cat(tensors: list[Tensor], *args: object, **options: object) -> Tensor:
+    def cat(tensors, *args, **options):
         h, skip = tensors
         if h.shape[-2:] != skip.shape[-2:]:
             h = nn.functional.interpolate(h, skip.shape[-2:], mode="nearest")
@@ -139,7 +131,7 @@ def odd_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def blocks_of() -> Callable[[nn.Module], dict[str, nn.Module]]:
+def blocks_of():
     """Transformer blocks of a UNet, by name."""
     return lambda unet: {
         name: module for name, module in unet.named_modules() if hasattr(module, "attn1")
@@ -147,12 +139,12 @@ def blocks_of() -> Callable[[nn.Module], dict[str, nn.Module]]:
 
 
 @pytest.fixture(scope="session")
-def watch(blocks_of: Callable) -> Callable[..., contextlib.AbstractContextManager]:
+def watch(blocks_of):
     """Record the inputs of each block's `to_q` while open, by block name."""
 
     @contextlib.contextmanager
-    def watching(unet: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-        inputs: dict[str, list[Tensor]] = {name: [] for name in blocks_of(unet)}
+    def watching(unet):
+        inputs = {name: [] for name in blocks_of(unet)}
         with contextlib.ExitStack() as handles:
             for name, block in blocks_of(unet).items():
                 handles.enter_context(
@@ -166,7 +158,7 @@ def watch(blocks_of: Callable) -> Callable[..., contextlib.AbstractContextManage
 
 
 @pytest.fixture(scope="session")
-def hook_dicts() -> Callable[[nn.Module], dict[str, dict]]:
+def hook_dicts():
     """Copy every hook dictionary of every module."""
     return lambda model: {
         f"{name}.{key}": dict(value)
@@ -179,14 +171,12 @@ def hook_dicts() -> Callable[[nn.Module], dict[str, dict]]:
 class Operations(TorchDispatchMode):
     """Names of the operations that run while it is open, and bytes of the largest output."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.names: list[str] = []
+        self.names = []
         self.largest = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func).removeprefix("aten."))
         if func is torch.ops.aten.bitwise_xor.Tensor and isinstance(args[1], int):
             func = torch.ops.aten.bitwise_xor.Scalar  # torch 2.1 dispatches the wrong overload.
@@ -198,16 +188,14 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.fixture(scope="session")
-def operations() -> type[Operations]:
+def operations():
     return Operations
 
 
 class Crossings(Operations):
     """Only those operations that mix or cross devices."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = super().__torch_dispatch__(func, types, args, kwargs)
         tensors = [each for each in [*args, results] if isinstance(each, Tensor) and each.ndim]
         if len({tensor.device.type for tensor in tensors}) < 2:
@@ -216,12 +204,12 @@ class Crossings(Operations):
 
 
 @pytest.fixture
-def crossings(monkeypatch: pytest.MonkeyPatch) -> type[Crossings]:
+def crossings(monkeypatch):
     """`Crossings` for a UNet on the meta device, with probes answered without a value."""
     from tomesd_core import layer_hooks
     from tomesd_core.proportional import Heads
 
-    def known(attention: Any, x: Tensor, *_: Any) -> Heads:
+    def known(attention, x, *_):
         size = x.shape[-1] // attention.heads
         return Heads(attention.heads, size, size + 8, (size + 8) ** -0.5)
 
@@ -230,9 +218,9 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> type[Crossings]:
 
 
 @pytest.fixture
-def log_lines() -> Iterator[list[str]]:
+def log_lines():
     """Messages that the extension logs."""
-    lines: list[str] = []
+    lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     log = logging.getLogger("ToMe")

@@ -32,8 +32,12 @@ class Block(nn.Module):
         self.transformer_blocks = nn.ModuleList([inner])
 
     def forward(self, x: Tensor) -> Tensor:
-        block = self.transformer_blocks[0]
-        return block.attn1(block.norm1(x.flatten(2).transpose(1, 2)))
+        block, x = self.transformer_blocks[0], x.flatten(2).transpose(1, 2)
+        return self.attend(block, x, block.norm1(x))
+
+    def attend(self, block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Attend to `y`, the normed `x`; may be replaced."""
+        return block.attn1(y)
 
 
 def block_around(attention: nn.Module, dtype: torch.dtype = torch.float32) -> Block:

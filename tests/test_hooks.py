@@ -1,6 +1,5 @@
 """`attach` and its handle: what is on the model while merging, and that nothing stays."""
 
-import contextlib
 import copy
 import gc
 import types
@@ -9,6 +8,7 @@ import weakref
 import pytest
 import torch
 from layer_calls import FIRST, layer_named
+from single_block import ldm_block
 
 import tomesd_core as tome
 from tomesd_core.foreign_hooks import Hook
@@ -24,13 +24,19 @@ def identities(model):
     ] + [{name: id(value) for name, value in tensors.items()}]
 
 
-def test_attaching_changes_no_class_forward_or_attribute(unet, whole, inputs):
-    before = identities(unet)
-    with tome.attach(unet, whole(max_downsample=2)):
+def test_attaching_changes_hooks_alone_and_detaching_restores_every_bit(
+    unet, whole, inputs, unmerged, hook_dicts
+):
+    before, hooks = identities(unet), hook_dicts(unet)
+    tome.remove_patch(unet)
+    with tome.attach(unet, whole(max_downsample=2)) as merging:
+        assert not torch.equal(unet(*inputs), unmerged)
         assert identities(unet) == before
-        unet(*inputs)
-        assert identities(unet) == before
-    assert identities(unet) == before
+        for _ in range(2):
+            merging.detach()
+            assert hook_dicts(unet) == hooks
+    assert identities(unet) == before and hook_dicts(unet) == hooks
+    assert torch.equal(unet(*inputs), unmerged)
 
 
 def test_detaching_keeps_the_hooks_of_others(unet, whole, inputs, hook_dicts, blocks_of):
@@ -50,21 +56,6 @@ def test_detaching_keeps_the_hooks_of_others(unet, whole, inputs, hook_dicts, bl
     assert hook_dicts(unet) != before
     later.remove()
     assert hook_dicts(unet) == before
-
-
-def test_detaching_restores_every_bit_and_detaching_twice_is_harmless(
-    unet, whole, inputs, unmerged, hook_dicts
-):
-    before = hook_dicts(unet)
-    tome.remove_patch(unet)
-    assert hook_dicts(unet) == before
-    with tome.attach(unet, whole()) as merging:
-        assert not torch.equal(unet(*inputs), unmerged)
-        merging.detach()
-        assert hook_dicts(unet) == before
-        merging.detach()
-    assert hook_dicts(unet) == before
-    assert torch.equal(unet(*inputs), unmerged)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +102,14 @@ def test_a_second_attach_replaces_the_first(unet, whole, inputs, hook_dicts):
     assert hook_dicts(unet) == before
 
 
-def test_two_unets_merge_side_by_side(make_unet, whole, inputs):
-    one, other = make_unet(1), make_unet(2)
-    with (
-        tome.attach(one, whole(ratio=0.3)) as first,
-        tome.attach(other, whole(ratio=0.6)) as second,
-    ):
-        one(*inputs)
-        other(*inputs)
-    assert (first.report().ratio, second.report().ratio) == (0.3, 0.6)
-    assert {layer.merged_tokens for layer in first.report().merged_layers} == {256 - 76}
-    assert {layer.merged_tokens for layer in second.report().merged_layers} == {256 - 153}
+def test_two_models_merge_side_by_side(whole):
+    one, other = ldm_block(), ldm_block()
+    first, second = tome.attach(one, whole(ratio=0.3)), tome.attach(other, whole(ratio=0.6))
+    for block in (one, other):
+        block(torch.randn(2, 32, 8, 8))
+    for merging, ratio, tokens in ((first, 0.3, 64 - 19), (second, 0.6, 64 - 38)):
+        assert merging.report().ratio == ratio
+        assert merging.report().layers[0].merged_tokens == tokens
 
 
 def activations(blocks):
@@ -142,28 +130,21 @@ def test_the_handle_keeps_no_model_and_no_activations_alive(make_unet, whole, in
     unet = make_unet()
     merging = tome.attach(unet, whole(max_downsample=2))
     refs = activations(blocks_of(unet).values())
+    blow = blocks_of(unet)[FIRST].attn1.to_out.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        unet(*inputs)
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+    blow.remove()
     unet(*inputs)
     gc.collect()
-    assert len(refs) == 7 * 4
-    assert not any(ref() is not None for ref in refs)
+    assert [ref() for ref in refs] == [None] * (3 + 7 * 4)
     gone = weakref.ref(unet)
     del unet
     gc.collect()
     assert gone() is None
     assert len(merging.report().merged_layers) == 7
     merging.detach()
-
-
-def test_a_pass_that_failed_keeps_no_activations_alive(unet, whole, inputs, blocks_of):
-    block = blocks_of(unet)[FIRST]
-    refs = activations([block])
-    block.attn1.to_out.register_forward_pre_hook(lambda *_: 1 / 0)
-    with tome.attach(unet, whole()):
-        with contextlib.suppress(ZeroDivisionError):
-            unet(*inputs)
-        gc.collect()
-        assert len(refs) == 3
-        assert not any(ref() is not None for ref in refs)
 
 
 def test_a_copy_made_during_a_pass_does_not_merge_and_can_be_cleaned(

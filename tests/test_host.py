@@ -1,14 +1,10 @@
 """The stand-in for WebUI: the order of callbacks, also where one fails, and each step's model."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
 from copy import copy
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
@@ -29,13 +25,13 @@ REQUEST = {"prompt": "cat", "steps": 2, "width": 16, "height": 16, "seed": 1}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def small_model(seed: int = 0, **shape: Any) -> TinyModel:
+def small_model(seed=0, **shape):
     """Two levels with attention."""
     return TinyModel.random(seed, model_channels=32, channel_mult=[1, 1], **shape)
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
+def host():
     """The host without extensions, with two checkpoints of one shape and one of another."""
     checkpoints = {
         "base": small_model,
@@ -47,19 +43,19 @@ def host() -> Iterator[Host]:
 
 
 @pytest.fixture
-def record(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def record(host, monkeypatch):
     """Callbacks of scripts, the denoiser's calls, and actions to run in a callback."""
     from modules import script_callbacks, scripts, sd_models, shared
 
     shared.opts.reset()
     notes = SimpleNamespace(events=[], steps=[], sizes=[], models=[], actions={})
 
-    def note(name: str, *args: Any, **_: Any) -> None:
+    def note(name, *args, **_):
         notes.events.append(name)
         if name in notes.actions:
             notes.actions[name](*args)
 
-    def denoiser(params: Any) -> None:
+    def denoiser(params):
         count = params.denoiser
         notes.steps.append((count.step, count.total_steps, params.sampling_step))
         notes.sizes.append(tuple(params.x.shape[2:]))
@@ -76,11 +72,11 @@ def record(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamesp
 
 
 @pytest.fixture
-def generate(host: Host, record: SimpleNamespace) -> Callable[..., Any]:
+def generate(host, record):
     """Make a small picture; earlier notes are cleared."""
     from modules import processing
 
-    def run(tab: str = "txt2img", **fields: Any) -> Any:
+    def run(tab="txt2img", **fields):
         for notes in (record.events, record.steps, record.sizes, record.models):
             notes.clear()
         return processing.process_images(host.make_p(None, tab, **{**REQUEST, **fields}))
@@ -88,7 +84,7 @@ def generate(host: Host, record: SimpleNamespace) -> Callable[..., Any]:
     return run
 
 
-def fail(*_: Any, **__: Any) -> None:
+def fail(*_, **__):
     raise ValueError("on purpose")
 
 

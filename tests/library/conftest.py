@@ -1,14 +1,9 @@
 """Small UNets and pipelines of diffusers with random weights."""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import tomesd_core as tome
 
@@ -16,7 +11,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 diffusers = pytest.importorskip("diffusers", reason="nox -s diffusers_pins installs it")
 
 CONTEXT = 24
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES = {
     "sd15": {"attention_head_dim": 4},
     "sd2": {"attention_head_dim": [4, 8], "use_linear_projection": True},
     "sdxl": {
@@ -34,10 +29,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def settings() -> Callable[..., tome.MergeSettings]:
+def settings():
     """Make settings that merge small layers too, by default at one ratio."""
 
-    def make(method: str = "keys", ratio: float = 0.5, **values: Any) -> tome.MergeSettings:
+    def make(method="keys", ratio=0.5, **values):
         values = {"schedule": "constant", "full_steps": 1, **values}
         return tome.MergeSettings(method=method, ratio=ratio, skip_unprofitable=False, **values)
 
@@ -45,10 +40,10 @@ def settings() -> Callable[..., tome.MergeSettings]:
 
 
 @pytest.fixture
-def make_unet() -> Callable[..., Any]:
+def make_unet():
     """Make the UNet of a model family."""
 
-    def make(shape: str = "sd15", **changes: Any) -> Any:
+    def make(shape="sd15", **changes):
         config = {
             "sample_size": 32,
             "in_channels": 4,
@@ -68,12 +63,10 @@ def make_unet() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def run() -> Callable[..., Tensor]:
+def run():
     """Run one pass with batch 2; with `equal` all tokens of the latent are equal."""
 
-    def run(
-        unet: Any, size: tuple[int, int] = (32, 32), equal: bool = False, **conditions: Tensor
-    ) -> Tensor:
+    def run(unet, size=(32, 32), equal=False, **conditions):
         generator = torch.Generator().manual_seed(1)
         latent = torch.randn(2, unet.config.in_channels, *size, generator=generator)
         if equal:
@@ -87,11 +80,11 @@ def run() -> Callable[..., Tensor]:
 
 
 @pytest.fixture
-def make_pipeline(make_unet) -> Callable[..., Any]:
+def make_pipeline(make_unet):
     """Make a pipeline around such a UNet, for prompt embeddings."""
 
-    def make(kind: str = "StableDiffusionPipeline", shape: str = "sd15") -> Any:
-        parts: dict[str, Any] = {}
+    def make(kind="StableDiffusionPipeline", shape="sd15"):
+        parts = {}
         torch.manual_seed(0)
         vae = diffusers.AutoencoderKL(
             block_out_channels=(8, 8),
@@ -122,10 +115,10 @@ def make_pipeline(make_unet) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def picture() -> Callable[..., Tensor]:
+def picture():
     """Make the picture of a fixed seed."""
 
-    def picture(pipeline: Any, **inputs: Any) -> Tensor:
+    def picture(pipeline, **inputs):
         generator = torch.Generator().manual_seed(1)
         embeds = torch.randn(2, 7, CONTEXT, generator=generator)
         given = {

@@ -5,11 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from diffusers.models.attention_processor import (
-    AttnProcessor,
-    AttnProcessor2_0,
-    IPAdapterAttnProcessor2_0,
-)
+from diffusers.models import attention_processor
 from torch import nn
 
 import tomesd_core as tome
@@ -39,7 +35,8 @@ class NoProjections:
 
 def test_each_processor_type_is_probed_once(make_unet, run, settings, monkeypatch):
     unet, lengths = make_unet(), []
-    for kind in (AttnProcessor2_0, AttnProcessor):
+    kinds = attention_processor.AttnProcessor2_0, attention_processor.AttnProcessor
+    for kind in kinds:
 
         def call(self, attn, hidden_states, *args, usual=kind.__call__, **kwargs):
             lengths.append(hidden_states.shape[1])
@@ -47,7 +44,7 @@ def test_each_processor_type_is_probed_once(make_unet, run, settings, monkeypatc
 
         monkeypatch.setattr(kind, "__call__", call)
     forget_heads()
-    for make in (AttnProcessor2_0, AttnProcessor, AttnProcessor2_0):
+    for make in (*kinds, kinds[0]):
         unet.set_attn_processor(make())
         with tome.attach(unet, settings()):
             run(unet)
@@ -59,7 +56,7 @@ def test_a_processor_that_is_changed_while_attached(make_unet, run, settings):
     unet = make_unet()
     with tome.attach(unet, settings()) as merging:
         first = run(unet)
-        unet.set_attn_processor(AttnProcessor())
+        unet.set_attn_processor(attention_processor.AttnProcessor())
         second = run(unet)
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
     assert merging.report().merged_steps == 2
@@ -87,8 +84,9 @@ def test_a_processor_without_projections_is_not_merged(make_unet, run, settings)
 def test_an_ip_adapters_cross_attention_is_not_merged(make_unet, run, settings):
     unet, image = make_unet(), torch.ones(2, 1, 4, 24)
     for layer in find_layers(unet):
-        adapter = IPAdapterAttnProcessor2_0(layer.channels, 24, num_tokens=(4,))
-        layer.block.attn2.set_processor(adapter)
+        layer.block.attn2.set_processor(
+            attention_processor.IPAdapterAttnProcessor2_0(layer.channels, 24, num_tokens=(4,))
+        )
     unet.encoder_hid_proj = nn.Module()
     unet.encoder_hid_proj.forward = lambda image: [image]
     unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
