@@ -75,8 +75,3 @@ def assert_merged_alone(output, attention, y, of=None, **options):
     the_map = tome.match_tokens(y if of is None else of, (16, 12), 0.5, window=None)
     expected = the_map.unmerge(attention.forward(the_map.merge(y), **options))
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
-
-
-def layer_named(report, name=FIRST):
-    """One layer's report."""
-    return next(layer for layer in report.layers if layer.name == name)

@@ -46,17 +46,11 @@ def settings(small_settings, method):
     return small_settings(method=method)
 
 
-@pytest.fixture
-def image():
-    """The input of a single block."""
-    return torch.randn(2, 32, 8, 8)
-
-
 @pytest.mark.parametrize(
     "message", ["CUDA out of memory. Tried to allocate 960.00 MiB", "not implemented"]
 )
-def test_each_operation_of_a_merged_layer_may_fail(settings, image, message):
-    block = ldm_block()
+def test_each_operation_of_a_merged_layer_may_fail(settings, message):
+    block, image = ldm_block(), torch.randn(2, 32, 8, 8)
     unmerged = block(image)
     for at in itertools.count(1):
         with (
@@ -78,8 +72,8 @@ def test_each_operation_of_a_merged_layer_may_fail(settings, image, message):
     assert "1 of 1 self" in summary
 
 
-def test_a_failing_map_recorder_costs_no_picture(settings, image):
-    block = ldm_block()
+def test_a_failing_map_recorder_costs_no_picture(settings):
+    block, image = ldm_block(), torch.randn(2, 32, 8, 8)
     unmerged = block(image)
     with tome.attach(block, settings, on_map=lambda *_: [][0]) as merging:
         assert torch.equal(block(image), unmerged)
@@ -87,7 +81,7 @@ def test_a_failing_map_recorder_costs_no_picture(settings, image):
     assert merging.report().merged_steps == 0
 
 
-def test_a_probe_that_ran_out_of_memory_is_repeated(small_settings, image):
+def test_a_probe_that_ran_out_of_memory_is_repeated(small_settings):
     class Attention(CrossAttention):
         is_memory_full = True
 
@@ -96,7 +90,7 @@ def test_a_probe_that_ran_out_of_memory_is_repeated(small_settings, image):
                 raise MemoryError
             return super().forward(x, context, mask)
 
-    block = ldm_block(Attention)
+    block, image = ldm_block(Attention), torch.randn(2, 32, 8, 8)
     with tome.attach(block, small_settings(method="keys")) as merging:
         block(image)
     assert "MemoryError" in merging.report().summary
@@ -153,12 +147,6 @@ def detach(request):
 
 
 @pytest.fixture
-def second(unet, blocks_of):
-    """The second block of the UNet."""
-    return list(blocks_of(unet).values())[1]
-
-
-@pytest.fixture
 def merged(unet, inputs, settings):
     """The output of a merged pass."""
     with tome.attach(unet, settings):
@@ -167,11 +155,11 @@ def merged(unet, inputs, settings):
 
 @pytest.mark.parametrize("where", ["attn1.to_q", "attn1.to_out", "attn2"])
 def test_a_pass_during_which_merging_is_detached_ends_as_it_began(
-    unet, settings, inputs, unmerged, merged, hook_dicts, second, where, detach
+    unet, settings, inputs, unmerged, merged, hook_dicts, where, detach
 ):
     before = hook_dicts(unet)
     with tome.attach(unet, settings) as merging:
-        part = second.get_submodule(where)
+        part = unet.get_submodule(f"{FIRST}.{where}")
         with part.register_forward_pre_hook(lambda *_: detach(unet, merging)):
             assert torch.equal(unet(*inputs), merged)
         assert hook_dicts(unet) == before
@@ -181,18 +169,16 @@ def test_a_pass_during_which_merging_is_detached_ends_as_it_began(
 
 @pytest.mark.parametrize("then", ["a pass", "the handle"])
 def test_nothing_stays_after_a_detached_pass_that_raised(
-    unet, settings, inputs, unmerged, hook_dicts, blocks_of, detach, then
+    unet, settings, inputs, unmerged, hook_dicts, detach, then
 ):
-    before, merging = hook_dicts(unet), tome.attach(unet, settings)
+    before, part = hook_dicts(unet), unet.get_submodule(FIRST).attn1.to_out
+    merging = tome.attach(unet, settings)
 
     def blow(*_):
         detach(unet, merging)
         raise ZeroDivisionError
 
-    with (
-        blocks_of(unet)[FIRST].attn1.to_out.register_forward_pre_hook(blow),
-        pytest.raises(ZeroDivisionError),
-    ):
+    with part.register_forward_pre_hook(blow), pytest.raises(ZeroDivisionError):
         unet(*inputs)
     if then == "a pass":
         assert torch.equal(unet(*inputs), unmerged)
@@ -202,13 +188,11 @@ def test_nothing_stays_after_a_detached_pass_that_raised(
 
 
 def test_another_attach_during_a_pass_merges_nothing_twice(
-    unet, settings, inputs, merged, hook_dicts, second
+    unet, settings, inputs, merged, hook_dicts
 ):
-    before = hook_dicts(unet)
+    before, part = hook_dicts(unet), unet.get_submodule(FIRST).attn1.to_out
     tome.attach(unet, settings)
-    with second.attn1.to_out.register_forward_pre_hook(
-        lambda *_: tome.attach(unet, settings) and None
-    ):
+    with part.register_forward_pre_hook(lambda *_: tome.attach(unet, settings) and None):
         assert torch.equal(unet(*inputs), merged)
     assert torch.equal(unet(*inputs), merged)
     tome.remove_patch(unet)

@@ -88,19 +88,16 @@ def fail(*_, **__):
     raise ValueError("on purpose")
 
 
-def test_one_picture(generate, record):
-    processed = generate()
+def test_one_picture_and_batches(generate, record):
+    alone = generate(seed=4)
     assert record.events == BEFORE + BATCH + AFTER
-    assert processed.images[0].size == (16, 16)
-    assert processed.images[0].info["parameters"] == processed.infotexts[0]
-
-
-def test_batches(generate, record):
+    assert alone.images[0].size == (16, 16)
+    assert alone.images[0].info["parameters"] == alone.infotexts[0]
     processed = generate(n_iter=2, batch_size=2)
     batches = 2 * (BATCH + DECODED + 2 * ["postprocess_image"])
     assert record.events == BEFORE + batches + ["postprocess"]
     assert [text.split("Seed: ")[1][0] for text in processed.infotexts[1:]] == list("1234")
-    difference = ImageChops.difference(generate(seed=4).images[0], processed.images[4])
+    difference = ImageChops.difference(alone.images[0], processed.images[4])
     assert all(largest <= 1 for _, largest in difference.getextrema())
 
 

@@ -47,9 +47,7 @@ def test_any_unet_and_any_batch(make_unet, whole, make_inputs, options, batch):
     unet, settings = make_unet(**options), whole()
     latent, timesteps, context = make_inputs(batch=batch, channels=options.get("in_channels", 4))
     with tome.attach(unet, settings) as merging, recorded(unet) as calls:
-        output = unet(latent, timesteps, [context, context])
-    assert output.shape == (batch, 4, 16, 16)
-    assert output.isfinite().all()
+        unet(latent, timesteps, [context, context])
     merged = {layer.name for layer in merging.report().merged_layers}
     assert merged == {layer.name for layer in merging.report().layers if layer.level == 1}
     for name, call in calls.items():
@@ -68,9 +66,7 @@ def test_layers_merge_up_to_max_downsample_at_any_size(
     unet = make_unet(**SD1, num_heads=1)
     settings = small_settings(ratio=0.7, max_downsample=max_downsample)
     with tome.attach(unet, settings) as merging, recorded(unet) as calls:
-        output = unet(*make_inputs(latent, batch))
-    assert output.shape == (batch, 4, *latent)
-    assert output.isfinite().all()
+        unet(*make_inputs(latent, batch))
     report = merging.report()
     assert [layer.level for layer in report.layers] == [1, 2, 4, 8, 4, 4, 2, 2, 1, 1]
     for layer in report.layers:
@@ -179,8 +175,8 @@ def test_a_unet_whose_blocks_never_run_works_and_the_report_has_the_reason(
     assert "did not run" in note
 
 
-def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, inputs, blocks_of):
-    leave_out = {blocks_of(unet)[FIRST].attn1: "another extension tiles it"}.get
+def test_a_reason_given_by_leave_out_keeps_a_layer_unmerged(unet, whole, inputs):
+    leave_out = {unet.get_submodule(FIRST).attn1: "another extension tiles it"}.get
     with tome.attach(unet, whole(), leave_out) as merging, recorded(unet) as calls:
         unet(*inputs)
     layers = {layer.name: layer for layer in merging.report().layers}
