@@ -101,12 +101,10 @@ def test_a_call_with_another_token_count_than_the_grids_is_not_merged(drive):
 def test_attention_with_a_mask_per_token_is_not_merged(drive):
     def body(block, x, y):
         mask = torch.rand(x.shape[:2]) < 0.5
-        for output in (
-            block.attn1(y, mask=mask),
-            block.attn1(y, None, mask),
-            block.attn1(y, y, mask),
-        ):
-            assert torch.equal(output, block.attn1.forward(y, mask=mask))
+        right = block.attn1.forward(y, mask=mask)
+        assert torch.equal(block.attn1(y, mask=mask), right)
+        for context in (None, y):
+            assert torch.equal(block.attn1(y, context, mask), right)
 
     (layer,) = drive(body).layers
     assert layer.merged_calls == 0
@@ -145,4 +143,6 @@ def test_calls_of_a_merged_layer_that_are_not_merged_are_counted(drive):
 
     report = drive(body, steps=2, method="keys", late_ratio=0.0, schedule="linear")
     # Calls that aren't merged because of the step's ratio don't count.
-    assert "2 of 4 calls not merged" in report.summary
+    assert (
+        report.summary.count("not merged") == report.summary.count("2 of 4 calls not merged") == 1
+    )

@@ -131,9 +131,8 @@ def test_a_pipeline_merges_and_makes_the_same_picture_afterwards(
     off = picture(pipeline, **inputs)
     linear = settings("keys", 0.9375, late_ratio=0.5, schedule="linear")
     with tome.attach(pipeline, linear) as merging:
-        first, second = (
-            picture(pipeline, callback_on_step_end=merging.on_step_end, **inputs) for _ in range(2)
-        )
+        merged = {**inputs, "callback_on_step_end": merging.on_step_end}
+        first, second = picture(pipeline, **merged), picture(pipeline, **merged)
     report = merging.report()
     assert report.merged_steps == report.steps == 8 and not torch.equal(first, off)
     assert torch.equal(first, second), "the second picture starts at the first step too"
