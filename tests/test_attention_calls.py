@@ -141,8 +141,6 @@ def test_calls_of_a_merged_layer_that_are_not_merged_are_counted(drive):
         block.attn1(y, context=torch.cat([y, y], dim=1))
         block.attn1(y)
 
-    report = drive(body, steps=2, method="keys", late_ratio=0.0, schedule="linear")
+    summary = drive(body, steps=2, method="keys", late_ratio=0.0, schedule="linear").summary
     # Calls that aren't merged because of the step's ratio don't count.
-    assert (
-        report.summary.count("not merged") == report.summary.count("2 of 4 calls not merged") == 1
-    )
+    assert "2 of 4 calls not merged" in summary and summary.count("not merged") == 1
