@@ -1,15 +1,19 @@
-"""Helpers of the benchmark's tests."""
+"""Helpers of the benchmark's tests, which need every package that it measures or uses."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 
 from lab.bench.contenders import Contender, available
 from lab.bench.pictures import UNTRAINED, Pipeline
 from tomesd_core.settings import MergeSettings
+
+for package in ("ldm", "matplotlib", "safetensors", "skimage", "tomesd", "tqdm"):
+    pytest.importorskip(package)
 
 CPU = torch.device("cpu")
 TINY_PIPELINE = Pipeline(
@@ -18,10 +22,10 @@ TINY_PIPELINE = Pipeline(
 """A pipeline with a small untrained model."""
 
 
-def one_contender(name: str, ratio: float, tokens: int = 256) -> Contender:
+def one_contender(name: str, ratio: float) -> Contender:
     """A contender that merges layers of any size."""
     settings = MergeSettings(schedule="constant", skip_unprofitable=False)
-    (contender,), _ = available([name], ratio, tokens, torch.float32, settings)
+    (contender,), _ = available([name], ratio, 256, torch.float32, settings)
     return contender
 
 

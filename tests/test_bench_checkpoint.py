@@ -7,25 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from on_bench import CPU, rows_of
+from safetensors.torch import save_file
 
 from lab.bench import models
 from lab.bench.__main__ import main
-from lab.bench.contenders import (
-    UNMERGED,
-)
+from lab.bench.contenders import UNMERGED
+from lab.bench.models import PREFIX
 
 
 def test_a_checkpoint_is_read_and_timed(
     tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-    pytest.importorskip("matplotlib")
     monkeypatch.setitem(models.BY_CONTEXT, 768, models.TINY)
     tiny = models.build_unet(models.TINY, CPU, torch.float32)
-    weights = {models.PREFIX + name: tensor for name, tensor in tiny.state_dict().items()}
+    weights = {PREFIX + name: tensor for name, tensor in tiny.state_dict().items()}
     other = {"first_stage_model.encoder.conv_in.bias": torch.zeros(2)}
     path = tmp_path / "sd1.safetensors"
-    safetensors.save_file({**weights, **other}, path)
+    save_file({**weights, **other}, path)
 
     config, weights_of_file = models.read_checkpoint(path)
     assert config == models.TINY
@@ -42,31 +40,29 @@ def test_a_checkpoint_is_read_and_timed(
 
     # A missing tensor is an error, not a random weight.
     weights.popitem()
-    safetensors.save_file(weights, path)
-    with pytest.raises(ValueError, match="Missing key"):
-        models.build_unet(config, CPU, torch.float32, models.read_checkpoint(path)[1])
-    safetensors.save_file({"lora.up.weight": torch.zeros(2, 2)}, path)
+    save_file(weights, path)
     assert speed(path) == 2
-    assert "sd1.safetensors: there is no UNet" in capfd.readouterr().err
+    assert "Missing key" in capfd.readouterr().err
     assert speed(tmp_path / "none.ckpt") == 2
     assert "must be a .safetensors file" in capfd.readouterr().err
+    save_file({"lora.up.weight": torch.zeros(2, 2)}, path)
+    assert speed(path) == 2
+    assert "sd1.safetensors: there is no UNet" in capfd.readouterr().err
 
 
-def test_a_checkpoints_shape_is_that_of_its_version(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
+@pytest.mark.parametrize(
+    ("context", "inputs", "expected"),
+    [(768, 4, {"num_heads": 8}), (1024, 9, {"num_head_channels": 64}), (2048, 4, None)],
+)
+def test_a_checkpoints_shape_is_that_of_its_version(
+    tmp_path: Path, context: int, inputs: int, expected: dict[str, int] | None
+) -> None:
+    shapes = {"input_blocks.0.0.weight": inputs, "x.attn2.to_k.weight": context}
     path = tmp_path / "model.safetensors"
-    for context, inputs, others in (
-        (768, 4, {"num_heads": 8}),
-        (1024, 9, {"num_head_channels": 64}),
-    ):
-        keys = {
-            "input_blocks.0.0.weight": torch.zeros(1, inputs),
-            "x.attn2.to_k.weight": torch.zeros(1, context),
-        }
-        safetensors.save_file({models.PREFIX + name: value for name, value in keys.items()}, path)
+    save_file({PREFIX + name: torch.zeros(1, size) for name, size in shapes.items()}, path)
+    if expected is None:
+        with pytest.raises(ValueError, match="no UNet of Stable Diffusion 1 or 2"):
+            models.read_checkpoint(path)
+    else:
         config, _ = models.read_checkpoint(path)
-        expected = {"context_dim": context, "in_channels": inputs, **others}
-        assert expected.items() <= config.items()
-    safetensors.save_file({f"{models.PREFIX}x.attn2.to_k.weight": torch.zeros(1, 2048)}, path)
-    with pytest.raises(ValueError, match="no UNet of Stable Diffusion 1 or 2"):
-        models.read_checkpoint(path)
+        assert {"context_dim": context, "in_channels": inputs, **expected}.items() <= config.items()

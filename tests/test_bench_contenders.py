@@ -12,29 +12,21 @@ from torch import nn
 
 from lab.bench import memory, models, output, timing
 from lab.bench.contenders import (
-    CORNER,
     EXACT,
     KEYS,
     LIMIT,
     LIMIT_KEYS,
     MATCHING,
     PAPER,
-    QUERIES,
-    RANDOM,
-    TODO,
-    TODO_FACTORS,
     TOKENS,
     UNMERGED,
     UNWEIGHTED,
-    Contender,
     available,
     matchers,
 )
-from lab.bench.peers import TOMA, merged_layers
+from lab.bench.peers import CORNER, QUERIES, RANDOM, TODO, TODO_FACTORS, TOMA, merged_layers
 from tomesd_core.probe import PROBE_TOKENS
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 EVERYONE = [UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, CORNER, RANDOM, QUERIES, TODO, TOMA]
 EVERYONE += [LIMIT_KEYS, LIMIT]
 
@@ -55,61 +47,48 @@ def test_limit_touches_the_merged_layers_alone(tiny: nn.Module, watch: Callable)
     assert lengths == {name: 256 - int(256 * 0.6) if name in merged else 64 for name in inputs_of}
 
 
-@pytest.fixture
-def keys_of(tiny: nn.Module) -> Callable[[Contender], list[tuple[torch.Tensor, torch.Tensor]]]:
+def attention_inputs(
+    tiny: nn.Module, name: str, ratio: float
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs of `to_q` and `to_k` in the merged layers, in a step of 256×256 pixels."""
     step = models.one_step(tiny, models.TINY, (256, 256))
-
-    def run(contender: Contender) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        with contender.attach(tiny), contextlib.ExitStack() as handles:
-            for one in merged_layers(tiny):
-                queries = []
-                attn1 = one.block.attn1
-                watched = (
-                    attn1.to_q.register_forward_pre_hook(
-                        lambda _, args, to=queries: to.append(args[0])
-                    ),
-                    attn1.to_k.register_forward_pre_hook(
-                        lambda _, args, of=queries: (
-                            inputs.append((of[-1], args[0]))
-                            if of[-1].shape[1] > PROBE_TOKENS
-                            else None
-                        )
-                    ),
+    inputs: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    with one_contender(name, ratio).attach(tiny), contextlib.ExitStack() as handles:
+        for one in merged_layers(tiny):
+            attn1 = one.block.attn1
+            for projection, seen in zip((attn1.to_q, attn1.to_k), inputs, strict=True):
+                handle = projection.register_forward_pre_hook(
+                    lambda _, args, to=seen: to.append(args[0])
                 )
-                for handle in watched:
-                    handles.callback(handle.remove)
-            step()
-        return inputs
-
-    return run
+                handles.callback(handle.remove)
+        step()
+    pairs = zip(*inputs, strict=True)
+    return [(queries, keys) for queries, keys in pairs if queries.shape[1] > PROBE_TOKENS]
 
 
-def test_limits_attend_to_as_many_tokens_as_the_methods(keys_of: Callable) -> None:
-    lengths = {
-        name: {
-            (queries.shape[1], keys.shape[1])
-            for queries, keys in keys_of(one_contender(name, 0.6, 1024))
-        }
-        for name in (UNMERGED, KEYS, UNWEIGHTED, TOKENS, PAPER, LIMIT_KEYS, LIMIT)
-    }
-    assert lengths == {
-        UNMERGED: {(1024, 1024)},
-        **{name: {(1024, 416)} for name in (KEYS, UNWEIGHTED, LIMIT_KEYS)},
-        **{name: {(416, 416)} for name in (TOKENS, PAPER, LIMIT)},
-    }
-    # No projection copies its input.
-    for limit in (LIMIT_KEYS, LIMIT):
-        for queries, keys in keys_of(one_contender(limit, 0.6, 1024)):
-            assert queries.is_contiguous() and keys.is_contiguous()
+@pytest.mark.parametrize(
+    ("name", "queries", "keys"),
+    [
+        (UNMERGED, 1024, 1024),
+        *((name, 1024, 416) for name in (KEYS, UNWEIGHTED, LIMIT_KEYS)),
+        *((name, 416, 416) for name in (TOKENS, PAPER, TOMA, LIMIT)),
+        (QUERIES, 410, 1024),
+    ],
+)
+def test_limits_attend_to_as_many_tokens_as_the_methods(
+    tiny: nn.Module, name: str, queries: int, keys: int
+) -> None:
+    inputs = attention_inputs(tiny, name, 0.6)
+    assert {(of.shape[1], to.shape[1]) for of, to in inputs} == {(queries, keys)}
+    if name in (LIMIT_KEYS, LIMIT):
+        assert all(one.is_contiguous() for both in inputs for one in both), "a projection copies it"
 
 
 @pytest.mark.parametrize(("ratio", "factor"), TODO_FACTORS.items())
 def test_todo_attends_to_every_nth_token_in_each_direction(
-    keys_of: Callable, ratio: float, factor: int
+    tiny: nn.Module, ratio: float, factor: int
 ) -> None:
-    inputs = keys_of(one_contender(TODO, ratio, 1024))
+    inputs = attention_inputs(tiny, TODO, ratio)
     assert len(inputs) == 3
     for queries, keys in inputs:
         image = queries.transpose(1, 2).unflatten(2, (32, 32))
@@ -118,17 +97,16 @@ def test_todo_attends_to_every_nth_token_in_each_direction(
         assert keys.shape[1] == (1 - ratio) * queries.shape[1]
 
 
-def test_unweighted_keys_are_those_of_keys(keys_of: Callable) -> None:
-    (_, merged), *_ = keys_of(one_contender(UNWEIGHTED, 0.6, 1024))
-    (_, weighted), *_ = keys_of(one_contender(KEYS, 0.6, 1024))
+def test_weighting_keys_changes_none_and_comes_nearer_to_the_unmerged_output(
+    tiny: nn.Module,
+) -> None:
+    (_, merged), *_ = attention_inputs(tiny, UNWEIGHTED, 0.6)
+    (_, weighted), *_ = attention_inputs(tiny, KEYS, 0.6)
     assert torch.equal(merged, weighted)
-
-
-def test_weighting_comes_nearer_to_the_unmerged_output(tiny: nn.Module) -> None:
     step = models.one_step(tiny, models.TINY, (256, 256))
 
     def output_of(name: str) -> torch.Tensor:
-        with one_contender(name, 0.6, 1024).attach(tiny):
+        with one_contender(name, 0.6).attach(tiny):
             return step()
 
     plain = output_of(UNMERGED)
@@ -138,8 +116,6 @@ def test_weighting_comes_nearer_to_the_unmerged_output(tiny: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", EVERYONE)
 def test_contenders_leave_nothing_behind(tiny: nn.Module, hook_dicts: Callable, name: str) -> None:
-    if name in (CORNER, RANDOM, QUERIES):
-        pytest.importorskip("tomesd")
     step = models.one_step(tiny, models.TINY, (64, 64))
     registered, kinds, plain = hook_dicts(tiny), [type(module) for module in tiny.modules()], step()
     attributes = [set(vars(module)) for module in tiny.modules()]
@@ -183,13 +159,9 @@ def test_spread_and_pairs() -> None:
     assert timing.paired([1, 10, 2], [2, 20, 4]) == (0.5, 0.5, 0.5)
     others = {"over_b": {"a": "b"}, "over_c": {"a": "c"}}
     rows = timing.compared({"a": [4.0, 8.0], "b": [2.0, 4.0]}, "seconds", "a", others)
-    assert [
-        (row["contender"], row["seconds"], row["gain"], row["over_b"], row["over_c"])
-        for row in rows
-    ] == [
-        ("a", 6, 1, 2, None),
-        ("b", 3, 2, None, None),
-    ]
+    columns = ("contender", "seconds", "gain", "over_b", "over_c")
+    values = [tuple(row[column] for column in columns) for row in rows]
+    assert values == [("a", 6, 1, 2, None), ("b", 3, 2, None, None)]
 
 
 def test_rounds_are_interleaved_and_rotate() -> None:

@@ -13,9 +13,6 @@ from lab.bench.peers import CORNER, QUERIES, TODO
 from lab.bench.variants import Row
 from tomesd_core.settings import FIELDS
 
-pytest.importorskip("ldm")
-
-
 EVERY_ROW = [
     pytest.param(row, id=f"{name} {number}: {row.name}")
     for name, table in TABLES.items()
@@ -41,7 +38,6 @@ def test_a_rows_ratio_and_pairs_are_the_means_over_its_steps(row: Row) -> None:
 
 @pytest.mark.parametrize("row", EVERY_ROW)
 def test_every_row_runs(row: Row) -> None:
-    pytest.importorskip("tomesd")
     model = TINY_PIPELINE.model()
     x, prompts = torch.ones(2, *model.image_shape), model.encode_prompts(["cat", "apple"])
     with row.variant.attach(model.model.diffusion_model) as running:

@@ -1,5 +1,6 @@
 """The tiny models: words, shapes, predictions, and the shipped weights."""
 
+import functools
 import json
 
 import pytest
@@ -9,31 +10,18 @@ from PIL import Image
 pytest.importorskip("ldm")
 
 from lab.bench.models import attention
+from lab.bench.pictures import TINY_SHAPE
+from lab.bench.samplers import SAMPLERS, Guidance
 from lab.demo.model import MODELS, WEIGHTS, TinyModel, split_words
 from lab.demo.train import Recipe
 from lab.demo.training_pictures import REGIONS
 
-SMALL = {
-    "image_size": 8,
-    "channel_mult": [1, 1],
-    "attention_resolutions": [1, 2],
-    "context_dim": 32,
-}
+shipped = functools.cache(TinyModel.load)
 
 
 @pytest.fixture(scope="module")
 def small():
-    return TinyModel.random(1, words=("cat", "face", "red", "apple"), **SMALL)
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return TinyModel.load("emoji")
-
-
-@pytest.fixture(scope="module")
-def photos():
-    return TinyModel.load("photos")
+    return TinyModel.random(1, **TINY_SHAPE)
 
 
 def test_words_are_split_without_punctuation_or_case():
@@ -69,14 +57,9 @@ def test_the_prediction_depends_on_picture_step_and_prompt(small):
     t = torch.tensor([10, 900])
     context = small.encode_prompts(["cat", "apple"])
     eps = small.apply_model(x, t, context)
-    assert eps.shape == x.shape
-    assert torch.isfinite(eps).all()
-    for other in (
-        small.apply_model(x.flip(-1), t, context),
-        small.apply_model(x, t.flip(0), context),
-        small.apply_model(x, t, context.flip(0)),
-    ):
-        assert (other - eps).abs().max() > 1e-4
+    assert eps.shape == x.shape and eps.isfinite().all()
+    for other in ((x.flip(-1), t, context), (x, t.flip(0), context), (x, t, context.flip(0))):
+        assert (small.apply_model(*other) - eps).abs().max() > 1e-4
     assert torch.equal(small.apply_model(x, t, {"c_crossattn": [context]}), eps)
     assert torch.equal(small.apply_model(x, t, [context]), eps)
 
@@ -99,7 +82,7 @@ def test_random_depends_on_its_seed_and_keeps_the_global_state():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first, again, other = (TinyModel.random(seed, **SMALL).state_dict() for seed in (3, 3, 4))
+    first, again, other = (TinyModel.random(seed, **TINY_SHAPE).state_dict() for seed in (3, 3, 4))
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["text.word.weight"], other["text.word.weight"])
@@ -119,13 +102,11 @@ def test_saved_and_loaded_it_predicts_the_same(small, tmp_path):
     small.save(tmp_path / "m.safetensors", steps=7)
     loaded = TinyModel.read(tmp_path / "m.safetensors")
     assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["steps"] == 7
-    assert loaded.words == small.words
-    assert loaded.shape == small.shape
-    assert not loaded.training
+    assert (loaded.words, loaded.shape) == (small.words, small.shape) and not loaded.training
     x, t = torch.ones(1, *small.image_shape), torch.tensor([500])
-    prompt = ["red apple"]
-    expected = small.apply_model(x, t, small.encode_prompts(prompt))
-    got = loaded.apply_model(x, t, loaded.encode_prompts(prompt))
+    expected, got = (
+        model.apply_model(x, t, model.encode_prompts(["red apple"])) for model in (small, loaded)
+    )
     assert got.dtype == torch.float32
     assert (got - expected).abs().max() < 0.02 * expected.abs().max()  # fp16 on disk
     (tmp_path / "m.json").unlink()
@@ -139,45 +120,27 @@ def test_shipped_files_are_small_and_attributed(name):
     assert sizes["tiny.safetensors"] <= 10_000_000
     assert {"tiny.json", "LICENSE", "train.log"} <= set(sizes)
     text = (WEIGHTS / name / "LICENSE").read_text(encoding="utf-8")
-    if name == "emoji":
-        assert "Microsoft" in text
-        assert "emoji-data" in text
-    else:
-        assert not [file for file, _, _ in REGIONS if file not in text]
+    sources = {"emoji": ["Microsoft", "emoji-data"], "photos": [file for file, _, _ in REGIONS]}
+    assert not [source for source in sources[name] if source not in text]
 
 
-def test_shipped_model_knows_its_captions(shipped):
-    assert {"cat face", "red apple", "green apple"} <= set(shipped.captions)
-    assert not [word for caption in shipped.captions for word in shipped.unknown_words(caption)]
-    assert (
-        max(len(split_words(caption)) for caption in shipped.captions)
-        <= shipped.shape["prompt_length"]
-    )
-    assert shipped.unknown_words("a cat on a skateboard") == ["a", "on", "skateboard"]
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shipped_model_knows_every_word_of_its_captions(name):
+    model = shipped(name)
+    assert not [word for caption in model.captions for word in model.unknown_words(caption)]
+    longest = max(len(split_words(caption)) for caption in model.captions)
+    assert longest <= model.shape["prompt_length"]
 
 
-def pictures_of(model, prompts, side, steps):
-    """RGB in [0, 1], by ldm's own sampler."""
-    from ldm.models.diffusion.plms import PLMSSampler
-
-    shape = (3, side, side)
-    noise = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        for seed in range(len(prompts))
-    ]
-    # Plain attention over 64×64 tokens would take most of the time.
-    with attention(model, "sdp"):
-        x, _ = PLMSSampler(model).sample(
-            S=steps,
-            batch_size=len(prompts),
-            shape=shape,
-            conditioning=model.encode_prompts(prompts),
-            unconditional_conditioning=model.encode_prompts([""] * len(prompts)),
-            unconditional_guidance_scale=3.0,
-            x_T=torch.stack(noise),
-            verbose=False,
-        )
-    return model.to_rgb(x)
+def test_shipped_models_know_their_own_pictures():
+    assert {"cat face", "red apple", "green apple"} <= set(shipped("emoji").captions)
+    assert shipped("emoji").unknown_words("a cat on a skateboard") == ["a", "on", "skateboard"]
+    assert shipped("photos").captions == [caption for _, caption, _ in REGIONS]
+    metadata = json.loads((WEIGHTS / "photos" / "tiny.json").read_text(encoding="utf-8"))
+    training = metadata["training"]
+    assert training["recipe"].keys() == vars(Recipe()).keys()
+    files = {f"scikit-image: {file}" for file, _, _ in REGIONS}
+    assert sorted(training["pictures"]) == sorted(files)
 
 
 @pytest.mark.parametrize(
@@ -188,22 +151,14 @@ def pictures_of(model, prompts, side, steps):
         ("photos", 64, 2, ["cat fur", "galaxies"]),
     ],
 )
-def test_pictures_of_a_prompt_resemble_each_other(request, name, side, steps, prompts):
-    model = request.getfixturevalue({"emoji": "shipped", "photos": "photos"}[name])
-    rgb = pictures_of(model, prompts * 2, side, steps)
-    blocks = torch.nn.functional.adaptive_avg_pool2d(rgb, 4).flatten(1)
+def test_pictures_of_a_prompt_resemble_each_other(name, side, steps, prompts):
+    model, count = shipped(name), len(prompts)
+    noise = torch.randn(2 * count, 3, side, side, generator=torch.Generator().manual_seed(0))
+    contexts = (model.encode_prompts(some) for some in (prompts * 2, [""] * 2 * count))
+    # Plain attention over 64×64 tokens would take most of the time.
+    with attention(model, "sdp"):
+        x = SAMPLERS["PLMS"](model, noise, Guidance(*contexts, 3.0), steps, lambda step: None)
+    blocks = torch.nn.functional.adaptive_avg_pool2d(model.to_rgb(x), 4).flatten(1)
     distances = torch.cdist(blocks, blocks).fill_diagonal_(float("inf"))
-    numbers = list(range(len(prompts) * 2))
-    assert distances.argmin(1).tolist() == numbers[len(prompts) :] + numbers[: len(prompts)]
-
-
-def test_the_model_of_photographs_knows_its_captions_and_its_photographs(photos):
-    assert photos.captions == [caption for _, caption, _ in REGIONS]
-    assert not [word for caption in photos.captions for word in photos.unknown_words(caption)]
-    training = json.loads((WEIGHTS / "photos" / "tiny.json").read_text(encoding="utf-8"))[
-        "training"
-    ]
-    assert training["recipe"].keys() == vars(Recipe()).keys()
-    assert sorted(training["pictures"]) == sorted(
-        {f"scikit-image: {file}" for file, _, _ in REGIONS}
-    )
+    numbers = list(range(2 * count))
+    assert distances.argmin(1).tolist() == numbers[count:] + numbers[:count]

@@ -1,48 +1,33 @@
 """Training a tiny model on a few made-up pictures."""
 
 import signal
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 pytest.importorskip("ldm")
 
+from lab.bench.pictures import TINY_SHAPE
 from lab.demo import train, training_pictures
 from lab.demo.model import TinyModel
 
-SMALL = {
-    "image_size": 8,
-    "channel_mult": [1, 1],
-    "attention_resolutions": [1, 2],
-    "context_dim": 32,
-}
 RECIPE = train.Recipe(batch=6, warmup=5, lr=2e-3)
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    colours = {
-        "red square": (255, 0, 0),
-        "green square": (0, 160, 0),
-        "blue square": (0, 0, 255),
-        "night": (0, 0, 0),
-    }
-    rgb = torch.full((4, 3, 8, 8), 255, dtype=torch.uint8)
-    for picture, colour in zip(rgb, colours.values(), strict=True):
-        picture[:, 2:6, 2:6] = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)
-    return train.Pictures(list(colours), [rgb])
+    captions = ["red square", "green square", "blue square", "night"]
+    colours = torch.tensor([(255, 0, 0), (0, 160, 0), (0, 0, 255), (0, 0, 0)], dtype=torch.uint8)
+    return train.Pictures(captions, [colours.view(4, 3, 1, 1).expand(-1, -1, 8, 8)])
 
 
 @pytest.fixture(scope="module")
 def both_sizes(pictures):
     """Each picture twice, in two sizes."""
-    (rgb,) = pictures.rgb
-    larger = rgb.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    return train.Pictures(
-        pictures.captions * 2, [size.repeat(2, 1, 1, 1) for size in (rgb, larger)]
-    )
+    rgb = pictures.rgb[0].repeat(2, 1, 1, 1)
+    return train.Pictures(pictures.captions * 2, [rgb, rgb.repeat(1, 1, 2, 2)])
 
 
 def steps_of(training, count):
@@ -57,16 +42,14 @@ def same(first, second):
 
 
 def test_resumed_equals_uninterrupted(pictures, tmp_path):
-    whole = train.Training(pictures, RECIPE, SMALL)
+    whole = train.Training(pictures, RECIPE, TINY_SHAPE)
     expected = steps_of(whole, 4)
-    part = train.Training(pictures, RECIPE, SMALL)
+    part = train.Training(pictures, RECIPE, TINY_SHAPE)
     losses = steps_of(part, 2)
     part.save(tmp_path / "checkpoint.pt")
     torch.rand(3)  # Other code draws random numbers too.
     rest = train.Training.resume(tmp_path / "checkpoint.pt", pictures)
-    losses += steps_of(rest, 2)
-    assert losses == expected
-    assert rest.step == 4
+    assert losses + steps_of(rest, 2) == expected and rest.step == 4
     assert same(whole.model.state_dict(), rest.model.state_dict())
     assert same(whole.average, rest.average)
     assert not same(whole.average, part.average)
@@ -74,7 +57,7 @@ def test_resumed_equals_uninterrupted(pictures, tmp_path):
 
 
 def test_batches_depend_on_seed_and_step_alone(pictures):
-    model = TinyModel.random(0, words=pictures.words, **SMALL)
+    model = TinyModel.random(0, words=pictures.words, **TINY_SHAPE)
     first, again = (train.draw_batch(pictures, model, RECIPE, 7) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for recipe, step in ((RECIPE, 8), (train.Recipe(batch=6, seed=1), 7)):
@@ -91,7 +74,7 @@ def test_the_learning_rate_rises_stays_and_falls():
 
 
 def test_a_run_ends_saves_and_continues(pictures, tmp_path):
-    training = train.Training(pictures, RECIPE, SMALL)
+    training = train.Training(pictures, RECIPE, TINY_SHAPE)
     assert train.run(training, tmp_path, steps=3)
     resumed = train.Training.resume(tmp_path / "checkpoint.pt", pictures)
     assert train.run(resumed, tmp_path, steps=5)
@@ -101,7 +84,7 @@ def test_a_run_ends_saves_and_continues(pictures, tmp_path):
 
 
 def test_sigterm_ends_the_run_after_its_step_and_saves(pictures, tmp_path, monkeypatch):
-    training = train.Training(pictures, RECIPE, SMALL)
+    training = train.Training(pictures, RECIPE, TINY_SHAPE)
     step = train.Training.train_step
 
     def interrupted(self, lr):
@@ -117,7 +100,7 @@ def test_sigterm_ends_the_run_after_its_step_and_saves(pictures, tmp_path, monke
 
 
 def test_export_writes_what_load_reads(pictures, tmp_path):
-    training = train.Training(pictures, RECIPE, SMALL)
+    training = train.Training(pictures, RECIPE, TINY_SHAPE)
     steps_of(training, 1)
     (tmp_path / "train.log").write_text("".join(f"line {i}\n" for i in range(40)), encoding="utf-8")
     train.export(training, tmp_path, tmp_path / "train.log", pictures="four squares")
@@ -131,7 +114,7 @@ def test_export_writes_what_load_reads(pictures, tmp_path):
 
 def test_sizes_alternate_with_equal_pixels_and_each_picture_once_per_epoch(both_sizes):
     recipe = train.Recipe(batch=8)
-    model = TinyModel.random(0, words=both_sizes.words, **SMALL)
+    model = TinyModel.random(0, words=both_sizes.words, **TINY_SHAPE)
     batches = [train.draw_batch(both_sizes, model, recipe, step)[0] for step in range(8)]
     assert [batch.shape for batch in batches] == [(8, 3, 8, 8), (2, 3, 16, 16)] * 4
     # Eight pictures are four colours twice: one batch of small ones, four of large ones.
@@ -141,7 +124,7 @@ def test_sizes_alternate_with_equal_pixels_and_each_picture_once_per_epoch(both_
 
 
 def test_both_sizes_are_trained_and_captions_are_stored_once(both_sizes, tmp_path):
-    training = train.Training(both_sizes, train.Recipe(batch=8), SMALL)
+    training = train.Training(both_sizes, train.Recipe(batch=8), TINY_SHAPE)
     assert training.model.captions == both_sizes.captions[:4]
     shapes = []
     training.model.model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
@@ -150,23 +133,19 @@ def test_both_sizes_are_trained_and_captions_are_stored_once(both_sizes, tmp_pat
     # The first loss is about 1: the shards' mean, not their sum.
     assert 0.3 < losses[0] < 1.2 and 0.3 < losses[1] < 1.2
     training.save(tmp_path / "checkpoint.pt")
-    assert (
-        train.Training.resume(tmp_path / "checkpoint.pt", both_sizes).model.captions
-        == both_sizes.captions[:4]
-    )
+    resumed = train.Training.resume(tmp_path / "checkpoint.pt", both_sizes)
+    assert resumed.model.captions == both_sizes.captions[:4]
 
 
 def test_crops_lie_in_their_boxes_at_several_scales_and_are_equal_in_each_size(
     tmp_path, monkeypatch
 ):
-    across = torch.arange(200, dtype=torch.uint8).expand(100, 200)
-    down = torch.arange(100, dtype=torch.uint8).unsqueeze(1).expand(100, 200)
-    photograph = torch.stack([across, down, torch.full_like(across, 7)], 2)
-    Image.fromarray(photograph.numpy()).save(tmp_path / "ramp.png")
+    down, across = np.mgrid[:100, :200].astype(np.uint8)
+    photograph = np.dstack([across, down, np.full_like(across, 7)])
+    Image.fromarray(photograph).save(tmp_path / "ramp.png")
     boxes = ((0, 0, 100, 100), (104, 4, 196, 98))
-    monkeypatch.setattr(
-        training_pictures, "REGIONS", (("ramp.png", "a ramp", boxes), ("ramp.png", "it", boxes[1:]))
-    )
+    regions = (("ramp.png", "a ramp", boxes), ("ramp.png", "it", boxes[1:]))
+    monkeypatch.setattr(training_pictures, "REGIONS", regions)
     crops = training_pictures.load_photographs(tmp_path, crops=20, sizes=(8, 16))
     assert crops.captions == ["a ramp"] * 20 + ["it"] * 20 and crops.names == ["a ramp", "it"]
     small, large = crops.rgb
@@ -187,14 +166,12 @@ def test_crops_lie_in_their_boxes_at_several_scales_and_are_equal_in_each_size(
 def test_the_photographs_are_in_scikit_images_package():
     skimage = pytest.importorskip("skimage")
     crops = training_pictures.load_photographs(crops=1)
-    assert [tuple(size.shape) for size in crops.rgb] == [
-        (len(training_pictures.REGIONS), 3, side, side) for side in (32, 64)
-    ]
-    assert len(crops.names) == len(training_pictures.REGIONS)
+    count = len(training_pictures.REGIONS)
+    assert [size.shape for size in crops.rgb] == [(count, 3, 32, 32), (count, 3, 64, 64)]
+    assert len(crops.names) == count
     # The boxes lie inside the photographs.
-    folder = Path(skimage.__file__).parent / "data"
     for file, caption, boxes in training_pictures.REGIONS:
-        width, height = Image.open(folder / file).size
+        width, height = Image.open(f"{skimage.data_dir}/{file}").size
         for left, top, right, bottom in boxes:
             assert 0 <= left < right <= width and 0 <= top < bottom <= height, caption
 
@@ -211,7 +188,7 @@ def test_a_missing_scikit_image_is_named(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_bf16_is_used_where_the_cpu_supports_it(pictures, monkeypatch, tmp_path, has_bf16):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16, raising=False)
-    training = train.Training(pictures, train.Recipe(batch=6), SMALL)
+    training = train.Training(pictures, train.Recipe(batch=6), TINY_SHAPE)
     dtypes = set()
     training.model.model.diffusion_model.out[-1].register_forward_hook(
         lambda *args: dtypes.add(args[-1].dtype)

@@ -2,44 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
-
-pytest.importorskip("ldm", reason="the peers run on ldm's own UNet")
+from on_bench import CPU
 
 from lab.bench import models, peers
-from lab.bench.peers import ATTACH_PEER, CA_TOME, QUERIES, TOMA
-
-
-@pytest.fixture
-def tiny():
-    return models.build_unet(models.TINY, torch.device("cpu"), torch.float32)
-
-
-def tokens_of(unet, name, ratio, size=(128, 128)):
-    """Numbers of queries and keys of each merged layer in one pass."""
-    counts, step = [], models.one_step(unet, models.TINY, size)
-    with ATTACH_PEER[name](unet, ratio):
-        for layer in peers.merged_layers(unet):
-            attn1 = layer.block.attn1
-            for projection in (attn1.to_q, attn1.to_k):
-                projection.register_forward_hook(
-                    lambda _, args, output: counts.append(output.shape[1])
-                )
-        step()
-    return counts
-
-
-def test_forges_own_merging_shortens_the_queries_only(tiny):
-    pytest.importorskip("tomesd")
-    counts = tokens_of(tiny, QUERIES, 0.5)
-    assert set(counts[::2]) == {128} and set(counts[1::2]) == {256}
-
-
-def test_toma_keeps_the_same_share_of_every_tile(tiny):
-    assert set(tokens_of(tiny, TOMA, 0.75)) == {64}
+from lab.bench.peers import ATTACH_PEER, CA_TOME
 
 
 def test_each_of_tomas_destinations_covers_more_than_any_other_token_would():
@@ -66,10 +34,8 @@ def test_with_every_token_a_destination_toma_changes_nothing():
     assert keys is queries and torch.allclose(unmerge(queries), x, atol=1)
 
 
-def test_ca_tome_matches_in_its_own_steps_only(tiny, monkeypatch):
-    pytest.importorskip("tomesd")
-    if importlib.util.find_spec("ca_tome") is None:
-        pytest.skip("ca-tome is not installed")
+def test_ca_tome_matches_in_its_own_steps_only(monkeypatch):
+    tiny = models.build_unet(models.TINY, CPU, torch.float32)
     step, matched = models.one_step(tiny, models.TINY, (128, 128)), []
     usual = torch.Tensor.argsort
     with ATTACH_PEER[CA_TOME](tiny, -1.0) as running:
