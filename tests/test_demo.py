@@ -13,23 +13,22 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lab.demo import model
 from lab.demo.__main__ import main
 from lab.demo.compare import AMPLIFIED, LINE, MARGIN, difference, enlarged
 
 ROOT = Path(__file__).parents[1]
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def pictures_of(path, width=256, height=256):
-    """Cut a saved sheet into its pictures."""
-    whole = Image.open(path)
-    count, rest = divmod(whole.width - MARGIN, width + MARGIN)
-    assert rest == 0 and whole.height == height + LINE + 2 * MARGIN
-    lefts = [MARGIN + number * (width + MARGIN) for number in range(count)]
-    top = MARGIN + LINE
-    return [whole.crop((left, top, left + width, top + height)) for left in lefts]
+def pictures_of(path):
+    """Cut a saved sheet into its pictures of 256×256 pixels."""
+    whole, top = Image.open(path), MARGIN + LINE
+    assert whole.height == top + 256 + MARGIN
+    lefts = range(MARGIN, whole.width, 256 + MARGIN)
+    assert lefts.stop == lefts[-1] + 256 + MARGIN
+    return [whole.crop((left, top, left + 256, top + 256)) for left in lefts]
 
 
 def test_a_prompt_makes_the_pictures_saves_them_and_ends(tmp_path, capsys):
@@ -61,11 +60,11 @@ def test_the_same_command_makes_the_same_pictures(tmp_path, capsys):
 
 def test_another_model_makes_other_pictures(tmp_path, capsys):
     pictures = {}
-    for model, unknown in (("emoji", "fur"), ("photos", "apple")):
-        out = tmp_path / f"{model}.png"
-        assert main(["cat fur apple", "--model", model, "--steps", "2", "--out", str(out)]) == 0
+    for name, unknown in (("emoji", "fur"), ("photos", "apple")):
+        out = tmp_path / f"{name}.png"
+        assert main(["cat fur apple", "--model", name, "--steps", "2", "--out", str(out)]) == 0
         assert re.findall(r"does not know the word '(\w+)'", capsys.readouterr().out) == [unknown]
-        pictures[model] = pictures_of(out)[0]
+        pictures[name] = pictures_of(out)[0]
     assert pictures["emoji"].tobytes() != pictures["photos"].tobytes()
 
 
@@ -93,8 +92,6 @@ def test_an_impossible_size_is_refused(capsys, size):
 
 
 def test_without_weights_a_random_model_is_used(tmp_path, monkeypatch, capsys):
-    from lab.demo import model
-
     monkeypatch.setattr(model, "WEIGHTS", tmp_path)
     assert main(["cat", "--steps", "1", "--out", str(tmp_path / "out.png")]) == 0
     assert "tiny.safetensors is missing" in capsys.readouterr().out
@@ -102,21 +99,12 @@ def test_without_weights_a_random_model_is_used(tmp_path, monkeypatch, capsys):
 
 def test_without_a_prompt_a_page_is_served_until_ctrl_c():
     command = [sys.executable, "-m", "lab.demo"]
+    address_line = re.compile(r"The page: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n")
     with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
-            for line in process.stdout:
-                address = re.fullmatch(
-                    r"The page: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line
-                )
-                if address:
-                    break
+            address = next(filter(None, map(address_line.fullmatch, process.stdout)), None)
             assert address, "it ended without saying its address"
             with urllib.request.urlopen(address[1], timeout=60) as reply:
                 assert "gradio" in reply.read().decode()

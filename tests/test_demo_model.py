@@ -7,8 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("ldm")
-
 from lab.bench.models import attention
 from lab.bench.pictures import TINY_SHAPE
 from lab.bench.samplers import SAMPLERS, Guidance
@@ -37,12 +35,9 @@ def test_unknown_words_are_named_and_skipped(small):
 
 
 def test_prompts_have_different_encodings(small):
-    prompts = ["cat", "face", "cat face", "face cat", ""]
-    context = small.encode_prompts(prompts)
+    context = small.encode_prompts(["cat", "face", "cat face", "face cat", ""])
     assert context.shape == (5, small.shape["prompt_length"], 32)
-    for i in range(5):
-        for j in range(i):
-            assert (context[i] - context[j]).abs().max() > 1e-3, (prompts[i], prompts[j])
+    assert torch.pdist(context.flatten(1), p=float("inf")).min() > 1e-3
     # Alone or in a batch: the same.
     assert torch.allclose(small.encode_prompts(["cat face"])[0], context[2], atol=1e-6)
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from lab.demo import samplers
 
 
-class GaussianModel(nn.Module):
+class GaussianModel:
     """The perfect noise predictor for standard normal data: E[eps | x_t] = sqrt(1 - alpha) x_t."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.alphas_cumprod = torch.cumprod(
             1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0
         ).float()

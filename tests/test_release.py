@@ -12,46 +12,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-RUN_OR_READ = (
-    "scripts",
-    "tomesd_core",
-    "javascript",
-    "localizations",
-    "docs",
-    "install.py",
-    "style.css",
-    "metadata.ini",
-    "README.md",
-)
+RUN_OR_READ = ("scripts", "tomesd_core", "javascript", "localizations", "docs")
+RUN_OR_READ += ("install.py", "style.css", "metadata.ini", "README.md")
 """Files that WebUI runs or its users read."""
 
 
-@pytest.fixture(scope="module")
-def archived():
-    """Names of the files in an archive of the last commit, by the current attributes."""
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+
+
+def test_it_holds_every_file_that_users_need_and_no_lab_and_no_tests():
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("this is no clone of the repository")
-    command = ["git", "archive", "--worktree-attributes", "HEAD"]
-    archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60).stdout
+    # The last commit, by the current attributes.
+    archive = git("archive", "--worktree-attributes", "HEAD")
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        return {member.name for member in files if member.isfile()}
-
-
-def test_it_holds_every_file_that_users_need(archived):
-    tracked = subprocess.run(
-        ["git", "ls-files", *RUN_OR_READ], cwd=ROOT, capture_output=True, check=True, timeout=60
-    )
-    needed = set(tracked.stdout.decode().split("\n")) - {"", "docs/index-entry.json"}
+        archived = {member.name for member in files if member.isfile()}
+    needed = {*git("ls-files", *RUN_OR_READ).decode().splitlines()} - {"docs/index-entry.json"}
     assert len(needed) > 40
     assert needed - archived == set()
     assert {"LICENSE", "CHANGELOG.md"} <= archived
-
-
-def test_it_holds_no_lab_and_no_tests(archived):
-    assert {name.split("/")[0] for name in archived} & {
-        "lab",
-        "tests",
-        ".ci",
-        ".github",
-        "noxfile.py",
-    } == set()
+    folders = {name.split("/")[0] for name in archived}
+    assert folders & {"lab", "tests", ".ci", ".github", "noxfile.py"} == set()
