@@ -107,7 +107,7 @@ def test_the_default_precision_finds_nearly_as_similar_tokens():
     similarity, home = similarities(x[0]), windows_of(grid, (2, 2), 8)
     src, dst = split.src[0].tolist(), split.dst[0].tolist()
     best = {}
-    for a, place in zip(src, split.windows.src_place.tolist(), strict=True):
+    for a, place in zip(src, split.src_place.tolist(), strict=True):
         inside = [b for b in dst if home[b] == home[a]]
         b = dst[result.best[0, place]]
         assert b in inside
@@ -152,7 +152,7 @@ def test_a_tiny_token_is_matched_by_its_direction(dtype):
     x[:, 9] = 6e-8 if dtype == torch.float16 else 1e-40
     split = make_partition((8, 8), (2, 2), "corner")
     result = match(x, split, exact=True)
-    place = split.windows.src_place[split.src[0] == 9]
+    place = split.src_place[split.src[0] == 9]
     most_similar = result.least_similar(split.most_removed)[:, 0]
     assert most_similar != place
     token_map = result.token_map(32)

@@ -127,7 +127,7 @@ def test_a_window_is_a_rectangle_of_whole_cells_within_its_size(window):
     split = make_partition((12, 20), (2, 2), "corner", window=window)
     tokens_of = [
         set(split.src[0, src].tolist()) | set(split.dst[0, dst].tolist())
-        for src, dst in zip(split.windows.src, split.windows.dst, strict=True)
+        for src, dst in zip(split.window_src, split.window_dst, strict=True)
     ]
     assert sorted(token for tokens in tokens_of for token in tokens) == list(range(12 * 20))
     for tokens in tokens_of:
@@ -158,8 +158,8 @@ def test_torchs_defaults_change_no_partition_and_no_matching(dtype, partition, w
     def computed(make_partition):
         split = make_partition(grid, (2, 2), partition, items=2, **options)
         token_map = match_tokens(x, grid, 0.5, partition=partition, **options)
-        tensors = split.src, split.dst, token_map.slots, token_map.counts, token_map.merge(x)
-        return [*tensors, *vars(split.windows).values()]
+        windows = split.window_src, split.window_dst, split.src_place
+        return [split.src, split.dst, *windows, token_map.slots, token_map.merge(x)]
 
     # Partitions are cached, so that the defaults at their first use count: a new copy has none.
     spec = importlib.util.find_spec("tomesd_core.partition")

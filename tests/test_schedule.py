@@ -1,7 +1,7 @@
 import pytest
 
 import tomesd_core as tome
-from tomesd_core.schedule import progress_of
+from tomesd_core.settings import progress_of
 
 
 @pytest.mark.parametrize(

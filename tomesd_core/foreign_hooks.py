@@ -9,12 +9,7 @@ from typing import Any
 from torch import nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-FLAGS = (
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
-"""The dicts in which a module keeps its hooks and their options, by number."""
+"""Prefixes of a module's dicts of hooks, and of their options, by number."""
 
 
 class Hook:
@@ -37,12 +32,12 @@ class Hook:
 def remove_hooks(model: nn.Module) -> None:
     """Remove the package's hooks from `model`, also those copied along with a merging model."""
     for module in model.modules():
-        for name in HOOKS:
-            hooks = vars(module).get(name) or {}
+        named = vars(module).items()
+        dicts = [kept for name, kept in named if name.startswith(HOOKS) and isinstance(kept, dict)]
+        for hooks in dicts:
             for number in [number for number, hook in hooks.items() if isinstance(hook, Hook)]:
-                del hooks[number]
-                for flag in FLAGS:
-                    vars(module).get(flag, {}).pop(number, None)
+                for each in dicts:
+                    each.pop(number, None)
 
 
 def whose_forward(module: nn.Module) -> str | None:

@@ -12,18 +12,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import MergedCall
 from .foreign_hooks import Hook, remove_hooks
 from .layer_hooks import LayerHooks, is_in_backward, will_run_again
 from .matching import match
 from .partition import make_partition
-from .passes import Grid, Passes, Place, Step, grid_of
+from .passes import Grid, MergedCall, Passes, Place, Step, grid_of
 from .plan import check_layer, coarsest_level, tokens_to_remove
 from .probe import forget_heads
 from .reasons import NO_LAYERS, NotMerged, in_a_line
 from .report import LayerReport, Report
-from .schedule import progress_of
-from .settings import MergeSettings
+from .settings import MergeSettings, progress_of
 from .token_map import TokenMap
 from .unet import find_layers, find_unet, is_compiled, is_running, measured_level, names_in
 
@@ -67,11 +65,6 @@ def attach(
     unet = find_unet(model)
     detach(unet)
     merging = Merging(unet, settings or MergeSettings(), leave_out, on_map, ignored)
-    try:
-        merging.register(unet)
-    except BaseException:
-        merging.detach()
-        raise
     _attached[unet] = merging
     return merging
 
@@ -107,10 +100,6 @@ class Merging:
         """The error of merging itself that ended merging."""
         self.refusals: dict[Hashable, str] = {}
         """Reasons why an attention can't weight keys, by implementation."""
-        self.coarsest = settings.max_downsample
-        """The coarsest level that merges."""
-        self.handles = contextlib.ExitStack()
-        """The registered hooks."""
         self.attached = True
         """False after `detach`."""
         self._few_steps: int | None = None
@@ -118,25 +107,21 @@ class Merging:
         self._steps = self._merged_steps = 0
         self._unet = weakref.ref(unet)
         self._is_compiled, self._names = is_compiled(unet), names_in(unet)
-        self._layers: list[LayerHooks] = []
-
-    def register(self, unet: nn.Module) -> None:
-        """Register every hook on `unet`; called by `attach`."""
         # Compiled code ignores later hooks, or traces into them and fails.
         layers = [] if self._is_compiled else find_layers(unet)
-        if not layers:
-            return
-        self.coarsest = coarsest_level(self.settings, layers)
-        keep = self.handles.enter_context
-        keep(unet.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True))
-        keep(unet.register_forward_hook(Hook(self._after_pass)))
-        for transformer, level in {layer.transformer: layer.level for layer in layers}.items():
-            before = Hook(functools.partial(self._before_transformer, level))
-            keep(transformer.register_forward_pre_hook(before, with_kwargs=True))
-        for layer in layers:
-            hooks = LayerHooks(self, layer)
-            self._layers.append(hooks)
-            hooks.register(layer)
+        self.coarsest = coarsest_level(settings, layers)
+        """The coarsest level that merges."""
+        with contextlib.ExitStack() as handles:
+            keep = handles.enter_context
+            if layers:
+                keep(unet.register_forward_pre_hook(Hook(self._before_pass), with_kwargs=True))
+                keep(unet.register_forward_hook(Hook(self._after_pass)))
+            for transformer, level in {layer.transformer: layer.level for layer in layers}.items():
+                before = Hook(functools.partial(self._before_transformer, level))
+                keep(transformer.register_forward_pre_hook(before, with_kwargs=True))
+            self._layers = [LayerHooks(self, layer, handles) for layer in layers]
+            self.handles = handles.pop_all()
+            """The registered hooks."""
 
     def set_step(
         self, step: int, total: int | None = None, schedule_steps: int | None = None

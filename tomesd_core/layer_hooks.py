@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, Inputs, MergedCall
 from .foreign_hooks import Hook, whose_forward, whose_hook
-from .passes import Grid, LayerPass, Place
+from .passes import Call, Grid, Inputs, LayerPass, MergedCall, Place, held_weakly
 from .probe import probe_heads
 from .proportional import Projections, Rest, Weighted, has_projections
 from .reasons import NotMerged
@@ -34,17 +33,15 @@ _graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 class LayerHooks:
     """The hooks of one self-attention layer."""
 
-    def __init__(self, merging: Merging, layer: Layer) -> None:
+    def __init__(self, merging: Merging, layer: Layer, handles: contextlib.ExitStack) -> None:
+        """Register the hooks; closing `handles` removes them."""
         self._merging, self._transformer = merging, weakref.ref(layer.transformer)
         self.heads, self._names = layer.heads, layer.names
         self.report = LayerReport(layer.name, layer.level, method=merging.settings.method)
         self._was_checkpointed = False
         self._odd_output: str | None = None
         self._projections: Projections | None = None
-
-    def register(self, layer: Layer) -> None:
-        """Register the hooks on the layer's modules."""
-        keep, attention = self._merging.handles.enter_context, layer.block.attn1
+        keep, attention = handles.enter_context, layer.block.attn1
         if not layer.is_self_attention:
             self.report.reason = f"it is not self-attention ({layer.names.never_itself})"
             return
@@ -54,7 +51,7 @@ class LayerHooks:
         keep(layer.block.norm1.register_forward_hook(Hook(self._after_norm)))
         keep(attention.register_forward_pre_hook(Hook(self._before), with_kwargs=True))
         keep(attention.register_forward_hook(Hook(self._after)))
-        if self._merging.settings.weights_keys and has_projections(attention):
+        if merging.settings.weights_keys and has_projections(attention):
             self._projections = Projections(attention, self._running, self._repeat_weighted)
             keep(self._projections.handles)
             self._projections.register()
@@ -130,7 +127,7 @@ class LayerHooks:
         arguments = inputs.each(lambda value: merged if value is x else value)
         call = MergedCall(
             Weighted(heads, queries, token_map.counts, x.shape[1]) if heads else None,
-            inputs=inputs.held_weakly(),
+            inputs=inputs.each(held_weakly),
             token_map=token_map,
             has_merged_queries=merging.settings.merges_queries,
         )
@@ -202,7 +199,7 @@ class LayerHooks:
 
     def _repeat(self, attention: nn.Module, call: MergedCall) -> Any:
         """The output of the call without merging."""
-        whole = call.inputs.recovered()
+        whole = call.inputs.each(lambda value: value())
         with self._runs(Call()):
             return attention.forward(*whole.args, **whole.kwargs)
 

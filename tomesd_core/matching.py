@@ -31,17 +31,12 @@ class Matching:
     best: Tensor
     """[B, W·S], int32: the best dst of each src, an index into `partition.dst`."""
     similarity: Tensor
-    """[B, W·S]: its similarity times the length of the src; see `inverse_length`."""
-    inverse_length: Tensor | None
-    """[B, W·S]; None if the src were normalized."""
+    """[B, W·S]: its similarity."""
 
     def least_similar(self, count: int) -> Tensor:
         """[B, count]: the `count` least similar src, as places in window order."""
-        place = self.partition.windows.src_place
-        similarity = self.similarity
-        if self.inverse_length is not None:
-            similarity = similarity * self.inverse_length
-        similarity = similarity.index_select(1, place)
+        place = self.partition.src_place
+        similarity = self.similarity.index_select(1, place)
         if similarity.device.type in token_maps.BAG_DEVICES - {"cpu"}:
             # On CUDA topk is one kernel, and a full sort a dozen. Its choice among equal values is
             # fixed.
@@ -52,16 +47,14 @@ class Matching:
 
     def token_map(self, removed: int) -> TokenMap:
         """Merge the `removed` most similar src into their dst, or as many as possible."""
-        partition, items = self.partition, self.best.shape[0]
-        removed = max(0, min(removed, partition.most_removed))
-        rows, dst_count, best = partition.rows(items), partition.dst.shape[1], self.best
-        if kept := partition.src.shape[1] - removed:
-            own = numbers(partition.tokens, best.device)[dst_count : dst_count + kept].expand(
-                items, -1
-            )
-            best = best.scatter(1, self.least_similar(kept), own)
-        slots = torch.cat([rows.dst_slots, best], dim=1).gather(1, rows.inverse)
-        return TokenMap(slots, partition.tokens - removed)
+        partition, best = self.partition, self.best
+        items, dst_count = best.shape[0], partition.dst.shape[1]
+        kept = partition.src.shape[1] - max(0, min(removed, partition.most_removed))
+        own = numbers(partition.tokens, best.device)[: dst_count + kept].expand(items, -1)
+        if kept:
+            best = best.scatter(1, self.least_similar(kept), own[:, dst_count:])
+        slots = torch.cat([own[:, :dst_count], best], dim=1)
+        return TokenMap(slots.gather(1, partition.rows(items).inverse), dst_count + kept)
 
 
 @torch.no_grad()
@@ -73,10 +66,10 @@ def match(x: Tensor, partition: Partition, exact: bool = False) -> Matching:
     matching of other items; within the item attention spreads them to every token anyway. `exact`
     keeps at least x's precision; otherwise `similarity_dtype` may choose a faster one.
     """
-    items, windows = x.shape[0], partition.windows
+    items = x.shape[0]
     if not partition.most_removed or not items:
-        best = torch.zeros(items, windows.src.numel(), dtype=torch.int32, device=x.device)
-        return Matching(partition, best, best.float(), None)
+        best = torch.zeros(items, partition.window_src.numel(), dtype=torch.int32, device=x.device)
+        return Matching(partition, best, best.float())
     has_autocast = x.device.type in ("cpu", "cuda")
     with (
         torch.autocast(x.device.type, enabled=False)
@@ -111,25 +104,23 @@ def _match_in_windows(x: Tensor, partition: Partition, dtype: torch.dtype, exact
     row_bytes = destinations * torch.finfo(dtype).bits // 8
     rows_at_once = min(sources, max(1, limit // row_bytes))
     # Rows are divided only if a single window doesn't fit.
-    windows_at_once = max(1, limit // (rows_at_once * row_bytes)) if rows_at_once == sources else 1
-    values, indices, lengths = [], [], []
+    windows_at_once = max(1, limit // (rows_at_once * row_bytes))
+    values, indices = [], []
     for some in range(0, count, windows_at_once):
         tokens, inverse = _with_inverse_length(flat, rows.tokens[some : some + windows_at_once])
         b = _product(tokens[:, sources:], inverse[:, sources:], dtype).transpose(1, 2)
         # Dividing by the length of the src changes neither its best dst nor, applied afterwards,
         # its similarity. With normalized dst a product is at most that length, which fp16 holds.
         # The paper's code normalizes both.
-        a = tokens[:, :sources]
-        a = _product(a, inverse[:, :sources], dtype) if exact else a.to(dtype)
-        lengths.append(inverse[:, :sources, 0])
+        a, length = tokens[:, :sources], inverse[:, :sources]
+        a = _product(a, length, dtype) if exact else a.to(dtype)
         for top in range(0, sources, rows_at_once):
             value, index = torch.bmm(a[:, top : top + rows_at_once], b).max(dim=-1)
-            values.append(value)
+            values.append(value if exact else value * length[:, top : top + rows_at_once, 0])
             indices.append(index)
     # Join the parts of divided windows.
     best = rows.dst.gather(1, _joined(indices).view(count, sources)).view(items, -1)
-    length = None if exact else _joined(lengths).reshape(items, -1)
-    return Matching(partition, best, _joined(values).view(items, -1), length)
+    return Matching(partition, best, _joined(values).view(items, -1))
 
 
 def _with_inverse_length(flat: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,21 +17,6 @@ DRAWS_AHEAD = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
-    """The src and dst of each window, padded to one size; shared by all batch items.
-
-    Values are indices into a `Partition`'s `src` and `dst`. Padding repeats an index of the window.
-    """
-
-    src: Tensor
-    """[W, S]: the src of each window."""
-    dst: Tensor
-    """[W, D]: the dst of each window."""
-    src_place: Tensor
-    """[n_src]: the place of each src in `src`, flattened."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Rows:
     """A partition's indices for a batch, with the tokens or windows of all items in one row."""
 
@@ -41,24 +26,28 @@ class Rows:
     """[items·W, D], int32: the dst of each window, as indices into the partition's `dst`."""
     inverse: Tensor
     """[items, N]: the place of each token among the dst, then the windows' src."""
-    dst_slots: Tensor
-    """[items, n_dst], int32: 0, 1, 2, …"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
     """The tokens of a grid, split into src and dst. Index tensors are int64, on the tokens' device.
 
-    P is 1 if all batch items share one draw, else the number of items.
+    P is 1 if all batch items share one draw, else the number of items. The windows are padded to
+    one size by repeating an index, and shared by all items.
     """
 
     src: Tensor
     """[P, n_src]: the tokens that can be merged into a dst."""
     dst: Tensor
     """[P, n_dst]: the tokens that they can be merged into."""
-    windows: Windows
+    window_src: Tensor
+    """[W, S]: the src of each window, as indices into `src`."""
+    window_dst: Tensor
+    """[W, D]: the dst of each window, as indices into `dst`."""
+    src_place: Tensor
+    """[n_src]: the place of each src in `window_src`, flattened."""
 
-    _rows: dict[int, Rows] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _rows: dict[int, Rows] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -70,27 +59,22 @@ class Partition:
         """How many src can be merged in every batch item."""
         return self.src.shape[1] if self.dst.shape[1] else 0
 
+    @torch.inference_mode(False)
     def rows(self, items: int) -> Rows:
         """The indices for a batch of `items`, cached per batch size."""
         if items not in self._rows:
-            self._rows[items] = self._make_rows(items)
+            device, dst_count = self.src.device, self.dst.shape[1]
+            first = torch.arange(items, device=device)[:, None, None] * self.tokens
+            tokens = torch.cat([self.src[:, self.window_src], self.dst[:, self.window_dst]], dim=2)
+            places = torch.cat([torch.arange(dst_count, device=device), dst_count + self.src_place])
+            order = torch.cat([self.dst, self.src], dim=1)
+            inverse = torch.empty_like(order).scatter_(1, order, places.expand(len(order), -1))
+            self._rows[items] = Rows(
+                (tokens + first).flatten(0, 1),
+                self.window_dst.int().repeat(items, 1),
+                inverse.expand(items, -1),
+            )
         return self._rows[items]
-
-    @torch.inference_mode(False)
-    def _make_rows(self, items: int) -> Rows:
-        device, windows, dst_count = self.src.device, self.windows, self.dst.shape[1]
-        first = torch.arange(items, device=device)[:, None, None] * self.tokens
-        tokens = torch.cat([self.src[:, windows.src], self.dst[:, windows.dst]], dim=2) + first
-        place = torch.arange(dst_count, device=device)
-        places = torch.cat([place, dst_count + windows.src_place]).expand(len(self.src), -1)
-        order = torch.cat([self.dst, self.src], dim=1)
-        inverse = torch.empty_like(order).scatter_(1, order, places)
-        return Rows(
-            tokens.flatten(0, 1),
-            windows.dst.int().repeat(items, 1),
-            inverse.expand(items, -1),
-            place.int().expand(items, -1),
-        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -121,7 +105,7 @@ def make_partition(
         stride = (1, 2)
     if partition == "uniform":
         return _uniform_partition(grid, stride, step, items, device)
-    layout, rest, windows = _layout(grid, stride, window, device)
+    layout, rest, *windows = _layout(grid, stride, window, device)
     cells, in_cell = layout.shape
     if partition == "random":
         # Step 0 is the only draw of a sampling that doesn't redraw.
@@ -135,14 +119,14 @@ def make_partition(
     order = (draw[..., None] + torch.arange(in_cell, device=device)) % in_cell
     tokens = layout.expand(draw.shape[0], -1, -1).gather(-1, order)
     src = torch.cat([tokens[..., 1:].flatten(1), rest.expand(draw.shape[0], -1)], dim=1)
-    return Partition(src, tokens[..., 0], windows)
+    return Partition(src, tokens[..., 0], *windows)
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _layout(
     grid: tuple[int, int], stride: tuple[int, int], window: int | None, device: torch.device
-) -> tuple[Tensor, Tensor, Windows]:
+) -> list[Tensor]:
     """The step-independent part of a partition.
 
     [n_cells, rows·columns]: the tokens of each whole cell; [n_rest]: those outside; and the
@@ -150,25 +134,16 @@ def _layout(
     """
     (rows, columns), (cell_rows, cell_columns) = grid, stride
     down, across = rows // cell_rows, columns // cell_columns
+    high, wide = down * cell_rows, across * cell_columns
     token = torch.arange(rows * columns, device="cpu").view(rows, columns)
-    whole = token[: down * cell_rows, : across * cell_columns]
-    cells = (
-        whole.reshape(down, cell_rows, across, cell_columns)
-        .transpose(1, 2)
-        .reshape(-1, cell_rows * cell_columns)
-    )
-    rest = torch.cat(
-        [
-            token[: down * cell_rows, across * cell_columns :].flatten(),
-            token[down * cell_rows :].flatten(),
-        ]
-    )
+    cells = token[:high, :wide].reshape(down, cell_rows, across, cell_columns)
+    cells = cells.transpose(1, 2).reshape(-1, cell_rows * cell_columns)
+    rest = torch.cat([token[:high, wide:].flatten(), token[high:].flatten()])
     window_of = _window_of(grid, stride, window)
     count = int(window_of.max()) + 1
     src, src_place = _grouped(window_of[torch.cat([cells[:, 1:].flatten(), rest])], count)
     dst, _ = _grouped(window_of[cells[:, 0]], count)
-    cells, rest, *windows = _copied([cells, rest, src, dst, src_place], device)
-    return cells, rest, Windows(*windows)
+    return _copied([cells, rest, src, dst, src_place], device)
 
 
 def _uniform_partition(
@@ -180,8 +155,8 @@ def _uniform_partition(
     )
     src, dst = order[:, count:].sort().values, order[:, :count].sort().values
     numbers = torch.arange(math.prod(grid), device=device)
-    windows = Windows(numbers[None, : src.shape[1]], numbers[None, :count], numbers[: src.shape[1]])
-    return Partition(src, dst, windows)
+    places = numbers[: src.shape[1]]
+    return Partition(src, dst, places[None], numbers[None, :count], places)
 
 
 def _window_of(grid: tuple[int, int], stride: tuple[int, int], window: int | None) -> Tensor:
@@ -207,11 +182,7 @@ def _grouped(window_of: Tensor, count: int) -> tuple[Tensor, Tensor]:
     ends = sizes.cumsum(0)
     starts, size = ends - sizes, int(sizes.max())
     column = torch.arange(size, device="cpu").expand(count, -1)
-    groups = (
-        order[starts[:, None] + torch.where(column < sizes[:, None], column, 0)]
-        if len(order)
-        else column
-    )
+    groups = order[starts[:, None] + torch.where(column < sizes[:, None], column, 0)]
     places = torch.empty_like(order)
     ordered = window_of[order]
     places[order] = torch.arange(len(order), device="cpu") - starts[ordered] + ordered * size

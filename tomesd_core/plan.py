@@ -49,18 +49,13 @@ def pays(
         return fewer >= (PAPER_LEAST_FEWER if device_type == "cpu" else PAPER_LEAST_FEWER_ELSEWHERE)
     if device_type == "cpu":
         return fewer >= LEAST_FEWER
-    return products_saved(tokens, channels, heads, ratio, method) >= (
-        LEAST_PRODUCTS + PRODUCTS_PER_NUMBER * tokens * channels
-    )
-
-
-def products_saved(tokens: int, channels: int, heads: int, ratio: float, method: str) -> float:
-    """Query-key products that a fused kernel saves; it computes a head at the next of `WIDTHS`."""
+    # A fused kernel computes a head at the next of `WIDTHS`.
     size = channels // heads
     whole, merged = (
         next((width for width in WIDTHS if one <= width), one) for one in (size, padded_size(size))
     )
-    return heads * tokens**2 * (whole - pairs_left(ratio, method) * merged)
+    saved = heads * tokens**2 * (whole - pairs_left(ratio, method) * merged)
+    return saved >= LEAST_PRODUCTS + PRODUCTS_PER_NUMBER * tokens * channels
 
 
 def tokens_removed(tokens: int, ratio: float, rounded: bool = False) -> int:

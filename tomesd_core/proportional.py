@@ -56,12 +56,6 @@ class Heads:
         """Channels added to a head."""
         return self.wide - self.size
 
-    @property
-    def gain(self) -> float:
-        """Factor on the keys that cancels a scale computed from the padded head size."""
-        uses_padded_size = math.isclose(self.scale, self.wide**-0.5)
-        return math.sqrt(self.wide / self.size) if uses_padded_size else 1.0
-
     def split(self, x: Tensor) -> Tensor:
         """[B, N, count·size] to [B, N, count, size]; also for padded heads."""
         return x.view(*x.shape[:-1], self.count, -1)
@@ -73,11 +67,6 @@ class Heads:
         """
         added = channels[:, :, None].expand(*x.shape[:2], self.count, self.padding)
         return torch.cat([self.split(x), added], dim=-1).flatten(2)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """[B, N, count·wide] to [B, N, count·size]; unpadded input is returned as is."""
-        is_padded = x.shape[-1] == self.count * self.wide
-        return self.split(x)[..., : self.size].flatten(2) if is_padded else x
 
     def stand_in(self, x: Tensor) -> Tensor:
         """An input with the channels of padded heads, for attentions that read the size off it.
@@ -130,18 +119,22 @@ class Weighted:
         return self.heads.pad(q, filled(QUERY, q.dtype, q.device))
 
     def keys(self, k: Tensor) -> Tensor:
-        """Pad with the bias."""
-        heads, gain = self.heads, self.heads.gain
+        """Pad with the bias, and cancel a scale computed from the padded head size."""
+        heads = self.heads
+        if math.isclose(heads.scale, heads.wide**-0.5):
+            k = k * math.sqrt(heads.wide / heads.size)
         table = bias_channels(heads, self._most, k.dtype, k.device)
-        return heads.pad(k if gain == 1 else k * gain, table[self._counts])
+        return heads.pad(k, table[self._counts])
 
     def values(self, v: Tensor) -> Tensor:
         """Pad with zeros."""
         return self.heads.pad(v, filled(0.0, v.dtype, v.device))
 
     def output(self, out: Tensor) -> Tensor:
-        """Unpad."""
-        return self.heads.unpad(out)
+        """Unpad; an unpadded one is returned as is."""
+        heads = self.heads
+        is_padded = out.shape[-1] == heads.count * heads.wide
+        return heads.split(out)[..., : heads.size].flatten(2) if is_padded else out
 
 
 class Rest(Weighted):
@@ -149,6 +142,10 @@ class Rest(Weighted):
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
+
+    def input(self, x: Tensor) -> Tensor:
+        """One token of the stand-in, without its padding."""
+        return x[:, :1, : self.heads.count * self.heads.size]
 
     def queries(self, q: Tensor) -> Tensor:
         """One padded query."""
@@ -208,34 +205,27 @@ class Projections:
         to_q, to_k, to_v, *to_out = self._modules()
         self._hooked = [weakref.ref(module) for module in self._modules()]
         # Before other hooks, so that these see the same tensors as without merging.
-        keep(to_q.register_forward_pre_hook(self._on_input("input"), prepend=True))
+        keep(to_q.register_forward_pre_hook(self._hook("input"), prepend=True))
         for module, change in ((to_q, "queries"), (to_k, "keys"), (to_v, "values")):
-            keep(module.register_forward_hook(self._on_output(change)))
+            keep(module.register_forward_hook(self._hook(change)))
         for module in to_out:
-            keep(module.register_forward_pre_hook(self._on_input("output"), prepend=True))
+            keep(module.register_forward_pre_hook(self._hook("output"), prepend=True))
 
-    def _on_input(self, change: str) -> Hook:
-        """A pre-hook that passes the module's input through the running call's `change` method."""
+    def _hook(self, change: str) -> Hook:
+        """A hook that passes the output, or a pre-hook the input, through `Weighted`'s `change`."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            changed = self._changed(change, args[0])
-            return None if changed is None else (changed, *args[1:])
+        def hook(module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> Any:
+            call = self._running()
+            if call is None:
+                return None
+            x = (output or args)[0]
+            try:
+                changed = getattr(call, change)(x)
+            except Exception as error:
+                changed = getattr(self._failed(self._attention(), error), change)(x)
+            return changed if output or changed is None else (changed, *args[1:])
 
         return Hook(hook)
-
-    def _on_output(self, change: str) -> Hook:
-        """A hook that passes the module's output through the running call's `change` method."""
-        return Hook(lambda module, args, output: self._changed(change, output))
-
-    def _changed(self, change: str, x: Tensor) -> Tensor | None:
-        call = self._running()
-        if call is None:
-            return None
-        try:
-            changed: Tensor = getattr(call, change)(x)
-        except Exception as error:
-            changed = getattr(self._failed(self._attention(), error), change)(x)
-        return changed
 
 
 def has_projections(attention: Any) -> bool:

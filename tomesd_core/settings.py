@@ -10,10 +10,10 @@ import dataclasses
 from typing import Any
 
 from .fields import Setting, SettingsError
-from .schedule import SCHEDULES, ratio_at
 
 __all__ = ["FIELDS", "PANEL_FIELDS", "MergeSettings", "Setting", "SettingsError", "max_ratio"]
 
+SCHEDULES = ("constant", "linear", "step")
 METHODS = ("keys", "tokens", "paper")
 PARTITIONS = ("random", "corner", "uniform", "alternating")
 CELLS = ((2, 2), (4, 4))
@@ -176,8 +176,7 @@ class MergeSettings:
         """
         if self.stride is not None:
             return self.stride
-        ends = {"constant": (self.ratio,), "linear": (self.ratio, self.late_ratio)}
-        largest = max(ends.get(self.schedule, (self.ratio_at(0.0), self.ratio_at(1.0))))
+        largest = max(self.ratio_at(0.0), self.ratio_at(1.0))
         return next(cell for cell in CELLS if largest <= max_ratio(cell, self.partition))
 
     @property
@@ -221,8 +220,14 @@ class MergeSettings:
         return dataclasses.replace(self, ratio=ratio, late_ratio=late_ratio, full_steps=1)
 
     def ratio_at(self, progress: float) -> float:
-        """The ratio at `progress`, from 0 (first step) to 1 (last). See `schedule.ratio_at`."""
-        return ratio_at(progress, self.schedule, self.ratio, self.late_ratio, self.switch_at)
+        """The ratio at `progress`, from 0 (first step) to 1 (last) (paper, section 4.3)."""
+        progress = min(max(progress, 0.0), 1.0)
+        if self.schedule == "linear":
+            # Exact at both ends, where a rounding error could change the token count.
+            return self.ratio * (1 - progress) + self.late_ratio * progress
+        if self.schedule == "step" and progress >= self.switch_at:
+            return self.late_ratio
+        return self.ratio
 
 
 FIELDS: dict[str, Setting] = {
@@ -245,6 +250,17 @@ def late_ratio_for(ratio: Any, late_ratio: Any) -> Any:
     """The late ratio if only `ratio` was changed: at most `ratio`, so late steps merge no more."""
     numbers = all(isinstance(value, (int, float)) for value in (ratio, late_ratio))
     return min(ratio, late_ratio) if numbers else late_ratio
+
+
+def progress_of(step: int, total: int | None) -> float:
+    """The position of `step` (from 0) among `total` steps: 0 for the first, 1 for the last.
+
+    0 if the total is unknown or 1. 1 for steps past the total, since some samplers take more steps
+    than they announce.
+    """
+    if total is None or total <= 1:
+        return 0.0
+    return min(max(step / (total - 1), 0.0), 1.0)
 
 
 def max_ratio(stride: tuple[int, int], partition: str) -> float:

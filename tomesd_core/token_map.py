@@ -23,7 +23,6 @@ class TokenMap:
         """`slots` may have any integer type."""
         self._slots = slots.int()
         self.merged_tokens = merged_tokens
-        self._members: tuple[Tensor, Tensor, Tensor] | None = None
 
     @functools.cached_property
     def slots(self) -> Tensor:
@@ -43,7 +42,7 @@ class TokenMap:
     @property
     def counts(self) -> Tensor:
         """[B, merged_tokens], int64: the tokens in each slot."""
-        return self._tokens_by_slot()[2].view(-1, self.merged_tokens)
+        return self._members[2].view(-1, self.merged_tokens)
 
     def merge(self, x: Tensor) -> Tensor:
         """The mean of each slot (paper, section 3.1): [B, N, C] to [B, merged_tokens, C].
@@ -73,35 +72,24 @@ class TokenMap:
             self._slots + first_rows(len(self._slots), self.merged_tokens, self._slots.device)
         ).flatten()
 
-    def _tokens_by_slot(self) -> tuple[Tensor, Tensor, Tensor]:
+    @functools.cached_property
+    def _members(self) -> tuple[Tensor, Tensor, Tensor]:
         """[B·N]: tokens sorted by slot; [B·merged_tokens], twice: each slot's first place and its
         count.
 
         Tokens and slots of all items are numbered in one row.
         """
-        if self._members is None:
-            (items, tokens), merged, device = self.shape, self.merged_tokens, self._slots.device
-            rows = items if tokens <= SHORT else 1
-            slots = (self._slots if rows == items else self._rows).view(
-                rows, items * tokens // max(rows, 1)
-            )
-            slots, members = slots.sort(stable=True)
-            edges = numbers(items * tokens + 1, device)[
-                : items * merged // max(rows, 1) + 1
-            ].repeat(rows, 1)
-            starts = torch.searchsorted(slots, edges)
-            counts = starts[:, 1:] - starts[:, :-1]
-            if rows > 1:
-                first = first_rows(rows, tokens, device)
-                members, starts = members + first, starts[:, :-1] + first
-            else:
-                starts = starts[:, :-1]
-            self._members = members.flatten(), starts.flatten(), counts
-        return self._members
+        (items, tokens), device = self.shape, self._slots.device
+        rows = max(items, 1) if tokens <= SHORT else 1
+        slots, members = self._rows.view(rows, -1).sort(stable=True)
+        members = members + first_rows(rows, members.shape[1], device)
+        edges = numbers(items * tokens + 1, device)[: items * self.merged_tokens + 1]
+        starts = torch.searchsorted(slots.flatten(), edges)
+        return members.flatten(), starts[:-1], starts[1:] - starts[:-1]
 
     def mean(self, x: Tensor) -> Tensor:
         """[B·N, C] to [B·merged_tokens, C]; see `merge`."""
-        members, starts, counts = self._tokens_by_slot()
+        members, starts, counts = self._members
         if x.device.type in BAG_DEVICES:
             # CUDA sums halves in fp32 and rounds once. The CPU would round a bag's sum before
             # dividing it.
@@ -110,7 +98,7 @@ class TokenMap:
                 members, x if is_summed_wide else x.float(), starts, mode="mean"
             ).to(x.dtype)
         rows = self._rows.index_select(0, members)
-        return _scanned_mean(x, rows, members, starts + counts.flatten(), counts.flatten())
+        return _scanned_mean(x, rows, members, starts + counts, counts)
 
     def shares(self, y: Tensor) -> Tensor:
         """[B·merged_tokens, C] to [B·N, C]: each slot's value in equal shares."""

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tomesd_core import hooks, matching, partition, plan, proportional, schedule, token_map
+from tomesd_core import hooks, matching, partition, plan, proportional, token_map
+from tomesd_core.settings import progress_of
 
 from ..demo.model import TinyModel
 from . import peers
@@ -132,12 +133,10 @@ class Pipeline:
         code: list[object] = []
         if variant.settings is not None:
             # Resolved values; the text of the settings' module has labels and defaults too.
-            code += [
-                _code_digest(),
-                variant.settings.cell,
-                variant.settings.redraws,
-                variant.settings.exact,
-            ]
+            steps = self.steps_of(variant)
+            settings = variant.settings.in_steps(steps)
+            ratios = [settings.ratio_at(progress_of(step, steps)) for step in range(steps)]
+            code += [_code_digest(), settings.cell, settings.redraws, settings.exact, ratios]
         if package := PACKAGES.get(variant.contender):
             code.append(importlib.metadata.version(package))
         elif variant.contender in ATTACH_PEER:
@@ -171,7 +170,7 @@ def _model_digest(model: TinyModel) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _code_digest() -> str:
-    modules = (hooks, matching, partition, plan, proportional, schedule, token_map)
+    modules = (hooks, matching, partition, plan, proportional, token_map)
     sources = [inspect.getsource(module) for module in modules]
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 

@@ -11,8 +11,7 @@ from modules import devices, processing
 
 from ..plan import LITTLE_GAIN_TOKENS, check_layer, coarsest_level, tokens_to_remove
 from ..reasons import NO_LAYERS, NotMerged
-from ..schedule import progress_of
-from ..settings import HIGHEST_RATIO, PASSES, MergeSettings
+from ..settings import HIGHEST_RATIO, PASSES, MergeSettings, progress_of
 from ..unet import Layer
 from . import host
 
