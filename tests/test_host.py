@@ -1,10 +1,14 @@
 """The stand-in for WebUI: the order of callbacks, also where one fails, and each step's model."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 import sys
+from collections.abc import Callable, Iterator
 from copy import copy
 from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 from PIL import Image, ImageChops
@@ -25,13 +29,13 @@ REQUEST = {"prompt": "cat", "steps": 2, "width": 16, "height": 16, "seed": 1}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def small_model(seed=0, **shape):
+def small_model(seed: int = 0, **shape: Any) -> TinyModel:
     """Two levels with attention."""
     return TinyModel.random(seed, model_channels=32, channel_mult=[1, 1], **shape)
 
 
 @pytest.fixture(scope="module")
-def host():
+def host() -> Iterator[Host]:
     """The host without extensions, with two checkpoints of one shape and one of another."""
     checkpoints = {
         "base": small_model,
@@ -43,19 +47,19 @@ def host():
 
 
 @pytest.fixture
-def record(host, monkeypatch):
+def record(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Callbacks of scripts, the denoiser's calls, and actions to run in a callback."""
     from modules import script_callbacks, scripts, sd_models, shared
 
     shared.opts.reset()
     notes = SimpleNamespace(events=[], steps=[], sizes=[], models=[], actions={})
 
-    def note(name, *args, **_):
+    def note(name: str, *args: Any, **_: Any) -> None:
         notes.events.append(name)
         if name in notes.actions:
             notes.actions[name](*args)
 
-    def denoiser(params):
+    def denoiser(params: Any) -> None:
         count = params.denoiser
         notes.steps.append((count.step, count.total_steps, params.sampling_step))
         notes.sizes.append(tuple(params.x.shape[2:]))
@@ -72,11 +76,11 @@ def record(host, monkeypatch):
 
 
 @pytest.fixture
-def generate(host, record):
+def generate(host: Host, record: SimpleNamespace) -> Callable[..., Any]:
     """Make a small picture; earlier notes are cleared."""
     from modules import processing
 
-    def run(tab="txt2img", **fields):
+    def run(tab: str = "txt2img", **fields: Any) -> Any:
         for notes in (record.events, record.steps, record.sizes, record.models):
             notes.clear()
         return processing.process_images(host.make_p(None, tab, **{**REQUEST, **fields}))
@@ -84,7 +88,7 @@ def generate(host, record):
     return run
 
 
-def fail(*_, **__):
+def fail(*_: Any, **__: Any) -> NoReturn:
     raise ValueError("on purpose")
 
 

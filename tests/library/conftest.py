@@ -1,9 +1,14 @@
 """Small UNets and pipelines of diffusers with random weights."""
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import tomesd_core as tome
 
@@ -29,10 +34,10 @@ SHAPES = {
 
 
 @pytest.fixture
-def settings():
+def settings() -> Callable[..., tome.MergeSettings]:
     """Make settings that merge small layers too, by default at one ratio."""
 
-    def make(method="keys", ratio=0.5, **values):
+    def make(method: str = "keys", ratio: float = 0.5, **values: Any) -> tome.MergeSettings:
         values = {"schedule": "constant", "full_steps": 1, **values}
         return tome.MergeSettings(method=method, ratio=ratio, skip_unprofitable=False, **values)
 
@@ -40,10 +45,10 @@ def settings():
 
 
 @pytest.fixture
-def make_unet():
+def make_unet() -> Callable[..., Any]:
     """Make the UNet of a model family."""
 
-    def make(shape="sd15", **changes):
+    def make(shape: str = "sd15", **changes: Any) -> Any:
         config = {
             "sample_size": 32,
             "in_channels": 4,
@@ -63,10 +68,12 @@ def make_unet():
 
 
 @pytest.fixture
-def run():
+def run() -> Callable[..., Tensor]:
     """Run one pass with batch 2; with `equal` all tokens of the latent are equal."""
 
-    def run(unet, size=(32, 32), equal=False, **conditions):
+    def run(
+        unet: Any, size: tuple[int, int] = (32, 32), equal: bool = False, **conditions: Any
+    ) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         latent = torch.randn(2, unet.config.in_channels, *size, generator=generator)
         if equal:
@@ -80,11 +87,11 @@ def run():
 
 
 @pytest.fixture
-def make_pipeline(make_unet):
+def make_pipeline(make_unet: Callable[..., Any]) -> Callable[..., Any]:
     """Make a pipeline around such a UNet, for prompt embeddings."""
 
-    def make(kind="StableDiffusionPipeline", shape="sd15"):
-        parts = {}
+    def make(kind: str = "StableDiffusionPipeline", shape: str = "sd15") -> Any:
+        parts: dict[str, Any] = {}
         torch.manual_seed(0)
         vae = diffusers.AutoencoderKL(
             block_out_channels=(8, 8),
@@ -115,10 +122,10 @@ def make_pipeline(make_unet):
 
 
 @pytest.fixture
-def picture():
+def picture() -> Callable[..., Tensor]:
     """Make the picture of a fixed seed."""
 
-    def picture(pipeline, **inputs):
+    def picture(pipeline: Any, **inputs: Any) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         embeds = torch.randn(2, 7, CONTEXT, generator=generator)
         given = {
