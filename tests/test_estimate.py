@@ -16,14 +16,14 @@ from tomesd_core.plan import pays
 
 REUSED = {"reuse_steps": 50}
 BUDGET = [
-    ("sd15", 64, KEYS, 0.84, {}, 40),
-    ("sd15", 128, KEYS, 0.84, {}, 46),
-    ("sd15", 64, KEYS, 0.75, {}, 34),
-    ("sd15", 64, KEYS, 0.9375, {}, 34),
-    ("sd15", 64, TOKENS, 0.5, {}, 42),
-    ("sd15", 64, KEYS, 0.84, REUSED, 16),
+    ("sd15", 64, KEYS, 0.84, {}, 38),
+    ("sd15", 128, KEYS, 0.84, {}, 42),
+    ("sd15", 64, KEYS, 0.75, {}, 33),
+    ("sd15", 64, KEYS, 0.9375, {}, 33),
+    ("sd15", 64, TOKENS, 0.5, {}, 39),
+    ("sd15", 64, KEYS, 0.84, REUSED, 13),
     ("sd15", 64, KEYS, 0.84, {**REUSED, "schedule": "linear", "late_ratio": 0.6}, 30),
-    ("sdxl", 64, KEYS, 0.84, {}, 40),
+    ("sdxl", 64, KEYS, 0.84, {}, 38),
 ]
 """Model, side of the token grid, method, ratio, settings, and the most launches per call."""
 
