@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from ldm.modules.attention import CrossAttention
 from torch import Tensor, nn
 
 
@@ -49,9 +48,11 @@ def block_around(attention: Any, dtype: torch.dtype = torch.float32) -> Block:
     return Block(attention).to(dtype).requires_grad_(False)
 
 
-def ldm_block(kind: type[nn.Module] = CrossAttention) -> Block:
+def ldm_block(kind: type[nn.Module] | None = None) -> Block:
     """A block around ldm's attention, or a class derived from it."""
-    return block_around(kind(32, heads=2, dim_head=16))
+    from ldm.modules.attention import CrossAttention
+
+    return block_around((kind or CrossAttention)(32, heads=2, dim_head=16))
 
 
 def skip_without_half() -> None:
