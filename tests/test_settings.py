@@ -81,7 +81,7 @@ def test_a_range_includes_its_ends_and_nothing_outside(name):
         error = error_of(**{name: outside})
         assert name in error and str(outside) in error
     # JSON has no largest integer, but floats have.
-    assert all(name in error_of(**{name: outside}) for outside in (10**400, -(10**400)))
+    assert all(name in error_of(**{name: outside}) for outside in (10**5000, -(10**5000)))
 
 
 @pytest.mark.parametrize("value", [2, "2", 2.0], ids=repr)

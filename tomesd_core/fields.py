@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -78,7 +79,12 @@ class Setting:
     def _number(self, name: str, value: Any) -> int | float:
         is_integer = self.kind != "number"
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or value != value or (is_integer and value % 1):
+        is_number = is_number and value == value
+        # An int beyond the largest float is out of every range, and may have too many digits to
+        # print.
+        if is_number and abs(value) > sys.float_info.max:
+            value = math.inf if value > 0 else -math.inf
+        if not is_number or (is_integer and math.isfinite(value) and value != int(value)):
             kind = "an integer" if is_integer else "a number"
             raise SettingsError(f"{name} must be {kind} {self._range}, got {value!r}")
         if not self.minimum <= value <= self.maximum:

@@ -31,7 +31,7 @@ class Matching:
     best: Tensor
     """[B, W·S], int32: the best dst of each src, an index into `partition.dst`."""
     similarity: Tensor
-    """[B, W·S]: its similarity."""
+    """[B, W·S]: the cosine similarity of each src and its best dst."""
 
     def least_similar(self, count: int) -> Tensor:
         """[B, count]: the `count` least similar src, as places in window order."""

@@ -67,8 +67,9 @@ def post_measure(request: dict[str, Any] = Body({})) -> list[dict[str, Any]]:  #
 def _login(app: Any) -> list[Any]:
     """Dependencies that enforce the login of the API (`--api-auth`), or else of the page."""
     for route in app.routes:
-        if getattr(route, "path", "").startswith(API) and route.dependencies:
-            return list(route.dependencies)
+        login = getattr(route, "dependencies", None)
+        if login and route.path.startswith(API):
+            return list(login)
     # Gradio's own check. An app without a page (`--nowebui`) has no such route and no login.
     return [
         Depends(route.endpoint)
